@@ -1,0 +1,36 @@
+// Causal grouped-query attention, blockwise with an online softmax: never a full S x S matrix (Dao et al., 2022,
+// "FlashAttention", arXiv 2205.14135, and its 2023 sequel, 2307.08691, for the backward pass).
+#pragma once
+
+#include "runtime/device/stream.h"
+#include "runtime/tensor/tensor.h"
+
+namespace shoal::kernels {
+
+// `rows` sequences of `seq` tokens. Token t's projections are one row of qkv: heads * dim of Q, then kv_heads * dim of
+// K, then of V. Query head h reads KV head h / (heads / kv_heads).
+struct AttentionShape {
+  int64_t rows = 0;
+  int64_t seq = 0;
+  int heads = 0;
+  int kv_heads = 0;
+  int dim = 0;  // Of a head; any value >= 1, fast when a multiple of 16.
+  int64_t q_width() const { return static_cast<int64_t>(heads) * dim; }
+  int64_t kv_width() const { return static_cast<int64_t>(kv_heads) * dim; }
+  int64_t qkv_width() const { return q_width() + 2 * kv_width(); }
+};
+
+// out[T, heads*dim] = softmax(Q K^T / sqrt(dim), causal) V; T = rows * seq. lse[T, heads] f32: log of the softmax's
+// denominator, which the backward pass needs. qkv and out are f32 or bf16 alike; sums and softmax are f32.
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse, Stream& stream);
+
+// dqkv[T, qkv_width], overwritten, from dout[T, heads*dim] (the type of qkv).
+void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                       const Tensor& dout, const Tensor& dqkv, Stream& stream);
+
+namespace ref {
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse, Stream& stream);
+void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+                       const Tensor& dout, const Tensor& dqkv, Stream& stream);
+}  // namespace ref
+}  // namespace shoal::kernels

@@ -1,0 +1,46 @@
+// Matrix products. Weights are [out, in], as in Hugging Face files, so a layer's forward pass is y = x w^T.
+// Operands are both f32 or both bf16; sums are f32. CPU: oneDNN, with an own conversion path where the processor
+// has no bf16 (ref/: plain loops in f64). Shapes that do not fit are CHECKed.
+#pragma once
+
+#include "absl/types/span.h"
+#include "runtime/device/stream.h"
+#include "runtime/tensor/tensor.h"
+
+namespace shoal::kernels {
+
+enum class Transpose : uint8_t { kNo, kYes };
+enum class Accumulate : uint8_t { kOverwrite, kAdd };  // kAdd: c += product; c must be f32.
+
+// c[M,N] (+)= op(a)[M,K] op(b)[K,N]. c is f32 or the operands' type. M, N or K may be 0 (K == 0 overwrites with 0).
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,
+            const Tensor& c, Stream& stream);
+
+// One expert's rows: rows [begin, begin + count) of the row-sorted operands belong to weights[expert]. Segments
+// do not overlap; an expert may have several or none.
+struct Segment {
+  int expert = 0;
+  int64_t begin = 0;
+  int64_t count = 0;
+};
+
+// y[rows,N] = x[rows,K] w_e^T for each segment; w_e is [N,K]. Rows outside all segments are left alone.
+void GroupedMatMul(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
+                   const Tensor& y, Stream& stream);
+// dx[rows,K] = dy[rows,N] w_e: the gradient by the input.
+void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
+                            const Tensor& dx, Stream& stream);
+// dw_e[N,K] (+)= sum over the segments of e, in their order, of dy^T x. dw_e is f32. With kOverwrite an expert without
+// rows gets zeros.
+void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const Segment> segments,
+                             Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream& stream);
+
+// GFLOP/s of a large MatMul (1024^3) with the current thread count: the peak that benchmarks and the progress line
+// quote. Runs for about `seconds`; the best of several repetitions.
+double MeasureMatMulPeak(DType dtype, double seconds);
+
+namespace ref {
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,
+            const Tensor& c, Stream& stream);
+}
+}  // namespace shoal::kernels

@@ -1,0 +1,34 @@
+// AdamW (Loshchilov and Hutter, 2019, arXiv 1711.05101): bias-corrected moments, decoupled decay. Flat f32 tensors.
+#pragma once
+
+#include "runtime/device/stream.h"
+#include "runtime/tensor/tensor.h"
+
+namespace shoal::kernels {
+
+struct AdamWStep {
+  double learning_rate = 0;
+  double beta1 = 0.9;
+  double beta2 = 0.95;
+  double epsilon = 1e-8;
+  double weight_decay = 0;  // Of these parameters: 0 for vectors.
+  int64_t update = 1;       // This update's number, from 1.
+  float grad_scale = 1;     // Clipping: every gradient is multiplied by it first.
+};
+
+// g = grad * grad_scale; master *= 1 - lr * decay; m, v as usual;
+// master -= lr / (1 - beta1^n) * m / (sqrt(v) / sqrt(1 - beta2^n) + epsilon). All f32 [N], one pass. `copy` receives
+// the new parameters in its own type (f32 or bf16); an empty tensor: no copy.
+void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
+           const Tensor& copy, Stream& stream);
+
+// Sum of squares of an f32 tensor in f64, in an order that does not depend on the number of threads. NaN and infinity
+// propagate.
+double SumOfSquares(const Tensor& x, Stream& stream);
+
+namespace ref {
+void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
+           const Tensor& copy, Stream& stream);
+double SumOfSquares(const Tensor& x, Stream& stream);
+}  // namespace ref
+}  // namespace shoal::kernels
