@@ -95,8 +95,9 @@ class Communicator {
 struct WorldOptions {
   int rank = 0;
   int size = 1;
-  std::string master_host = "127.0.0.1";  // Rank 0 listens there; the others dial.
-  int master_port = 0;                    // Must be set when size > 1.
+  // Rank 0 listens there; the others dial. "unix:NAME" is a socket in the abstract namespace of one host: no port.
+  std::string master_host = "127.0.0.1";
+  int master_port = 0;  // Must be set when size > 1 and the host is not unix:NAME.
   std::string job_id = "none";            // Peers of another job are refused.
   Epoch epoch = Epoch{1};
   absl::Duration connect_timeout = absl::Seconds(60);  // To find all peers.
