@@ -1,0 +1,25 @@
+// The list of a model's parameters: names (Hugging Face's Mixtral), shapes ([out, in]) and canonical order.
+// Everything that shards, stores, initialises or communicates parameters goes by this list. Pure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "models/model_config.h"
+#include "runtime/tensor/tensor.h"
+
+namespace shoal {
+
+struct ParameterSpec {
+  std::string name;
+  Shape shape;
+};
+
+// In order: model.embed_tokens.weight; per layer model.layers.L. + input_layernorm.weight,
+// self_attn.{q,k,v,o}_proj.weight, post_attention_layernorm.weight, then block_sparse_moe.gate.weight and
+// block_sparse_moe.experts.E.{w1,w3,w2}.weight (w1 = gate, w3 = up, w2 = down: the two that read the same
+// input lie side by side), or for a dense layer mlp.{gate_proj,up_proj,down_proj}.weight; model.norm.weight;
+// lm_head.weight unless the head is tied. The config must be valid.
+std::vector<ParameterSpec> ParameterSpecs(const ModelConfig& config);
+
+}  // namespace shoal
