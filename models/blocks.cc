@@ -1,0 +1,79 @@
+#include "models/blocks.h"
+
+#include <algorithm>
+
+#include "absl/strings/match.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_split.h"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t kRowBlockElements = 1 << 20;
+
+int64_t RowElements(const ParameterSpec& spec) { return ElementCount(spec.shape) / spec.shape[0]; }
+
+void Append(const ParameterSpec& spec, int parameter, int64_t row_begin, int64_t rows, Block* block) {
+  block->parts.push_back({parameter, row_begin, rows, block->elements});
+  block->elements += rows * RowElements(spec);
+}
+
+// The number after "experts." in a parameter's name, or -1.
+int ExpertOf(const std::string& name) {
+  const std::vector<std::string> words = absl::StrSplit(name, '.');
+  for (size_t i = 0; i + 1 < words.size(); ++i) {
+    int expert = -1;
+    if (words[i] == "experts" && absl::SimpleAtoi(words[i + 1], &expert)) return expert;
+  }
+  return -1;
+}
+
+// "model.layers.3.self_attn.q_proj.weight" -> "model.layers.3"; "" outside layers.
+std::string LayerOf(const std::string& name) {
+  if (!absl::StartsWith(name, "model.layers.")) return "";
+  return name.substr(0, name.find('.', std::string("model.layers.").size()));
+}
+
+void CutByRows(const ParameterSpec& spec, int parameter, std::vector<Block>* blocks) {
+  const int64_t rows_each = std::max<int64_t>(1, kRowBlockElements / RowElements(spec));
+  for (int64_t row = 0; row < spec.shape[0]; row += rows_each) {
+    Block block{.name = absl::StrCat(spec.name, "/", row)};
+    Append(spec, parameter, row, std::min(rows_each, spec.shape[0] - row), &block);
+    blocks->push_back(std::move(block));
+  }
+}
+
+}  // namespace
+
+std::vector<Block> MakeBlocks(const std::vector<ParameterSpec>& parameters) {
+  std::vector<Block> blocks;
+  blocks.push_back({.name = "norms", .kind = BlockKind::kVectors});
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const ParameterSpec& spec = parameters[i];
+    const int parameter = static_cast<int>(i);
+    if (spec.shape.size() == 1) {
+      Append(spec, parameter, 0, spec.shape[0], &blocks.front());
+      continue;
+    }
+    const std::string layer = LayerOf(spec.name);
+    if (layer.empty()) {
+      CutByRows(spec, parameter, &blocks);
+      continue;
+    }
+    const int expert = ExpertOf(spec.name);
+    const std::string name = expert < 0 ? layer + ".dense" : absl::StrCat(layer, ".expert.", expert);
+    if (blocks.back().name != name) {
+      blocks.push_back({.name = name, .kind = expert < 0 ? BlockKind::kDense : BlockKind::kExpert, .expert = expert});
+    }
+    Append(spec, parameter, 0, spec.shape[0], &blocks.back());
+  }
+  return blocks;
+}
+
+std::vector<BlockShape> ShapesOf(const std::vector<Block>& blocks) {
+  std::vector<BlockShape> shapes;
+  for (const Block& block : blocks) shapes.push_back({block.elements, block.expert});
+  return shapes;
+}
+
+}  // namespace shoal
