@@ -122,10 +122,9 @@ void ParameterStore::InitializeOwned(uint64_t seed, double stddev, Stream& strea
   }
 }
 
-void ParameterStore::ZeroGradients() {
-  for (const Flat& flat : flats_) {
-    if (!flat.gradients.empty()) std::memset(flat.gradients.raw(), 0, static_cast<size_t>(flat.gradients.bytes()));
-  }
+void ParameterStore::ZeroVectorGradients() {
+  const Tensor& gradients = flats_.front().gradients;
+  std::memset(gradients.raw(), 0, static_cast<size_t>(gradients.bytes()));
 }
 
 absl::Status ParameterStore::ReduceGradients() {

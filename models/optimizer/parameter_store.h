@@ -49,7 +49,7 @@ class ParameterStore {
   // Random weights: normal(0, stddev) by (seed, parameter, element), norm vectors 1; zero moments.
   void InitializeOwned(uint64_t seed, double stddev, Stream& stream);
 
-  void ZeroGradients();
+  void ZeroVectorGradients();
   // Collective. Sums gradients over the ranks that hold a block, into its owner.
   absl::Status ReduceGradients();
   // Collective, after ReduceGradients. The global L2 norm; the same bits on every rank.
@@ -59,6 +59,7 @@ class ParameterStore {
   // Collective. Brings every rank's copies up to date with the owners' master weights.
   absl::Status GatherWeights(Stream& stream);
 
+  bool training() const { return options_.training; }
   const std::vector<Block>& blocks() const { return blocks_; }
   const std::vector<ParameterSpec>& parameters() const { return parameters_; }
   // Bytes of weights, of gradients and of optimizer state on this rank.

@@ -1,0 +1,39 @@
+// The attention half of a decoder layer: x + W_o attention(rope(W_qkv norm(x))). T tokens, D width.
+#pragma once
+
+#include "models/model_config.h"
+#include "models/optimizer/parameter_store.h"
+#include "runtime/device/stream.h"
+#include "runtime/kernels/attention.h"
+#include "runtime/kernels/matmul.h"
+#include "runtime/kernels/rope.h"
+
+namespace shoal {
+
+class AttentionLayer {
+ public:
+  // Borrows `rope` for life. Views of the store's tensors are taken here.
+  AttentionLayer(const ModelConfig& config, int layer, const ParameterStore& store, const kernels::RopeTable& rope);
+
+  // What the backward pass needs.
+  struct Saved {
+    Tensor normed, rstd, qkv, out, lse;
+  };
+  // x_TD (f32), T = rows * seq. Returns the layer's output before the residual sum, [T, D] of the compute type.
+  Tensor Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream) const;
+
+  // gradient_TD (f32): by the residual sum on entry, by x on return. Weight gradients are overwritten or added to.
+  void Backward(const Tensor& x, int64_t rows, const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient,
+                Stream& stream) const;
+
+ private:
+  kernels::AttentionShape ShapeFor(int64_t rows, int64_t tokens) const;
+
+  const kernels::RopeTable* rope_;
+  kernels::AttentionShape shape_;
+  float epsilon_;
+  Tensor norm_, qkv_, out_;
+  Tensor norm_gradient_, qkv_gradient_, out_gradient_;
+};
+
+}  // namespace shoal
