@@ -1,0 +1,26 @@
+// Which compilation of the inner loops runs, and the checks that kernels make of their arguments.
+#pragma once
+
+#include <initializer_list>
+#include <string_view>
+
+#include "runtime/device/cpu.h"
+#include "runtime/kernels/cpu/inner.h"
+#include "runtime/tensor/tensor.h"
+
+namespace shoal::kernels {
+
+// The table for ActiveIsa(), or for the level that a test has set.
+const InnerKernels& Inner();
+
+// For tests: later calls use `isa`, which must not be above ActiveIsa(). Not while a kernel runs.
+void SetInnerIsaForTest(Isa isa);
+
+// CHECKs that `tensor` has this type and shape.
+void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape, std::string_view name);
+// The same for activations, f32 or bf16. Returns which.
+InnerAct CheckAct(const Tensor& tensor, std::initializer_list<int64_t> shape, std::string_view name);
+// CHECKs that every id is in [0, limit).
+void CheckIds(absl::Span<const int32_t> ids, int64_t limit, std::string_view name);
+
+}  // namespace shoal::kernels

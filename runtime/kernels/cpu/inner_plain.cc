@@ -1,0 +1,2 @@
+#define SHOAL_INNER_TABLE kInnerPlain
+#include "runtime/kernels/cpu/inner.inc"

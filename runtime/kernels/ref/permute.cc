@@ -1,0 +1,69 @@
+#include "runtime/kernels/permute.h"
+
+#include "runtime/kernels/ref/access.h"
+
+namespace shoal::kernels::ref {
+
+void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token, Stream&) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1), E = counts.dim(0);
+  int64_t next = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const int64_t first = next;
+    for (int64_t i = 0; i < T * K; ++i) {
+      if (GetIndex(chosen, i) != e) continue;
+      Set(slot, i, static_cast<double>(next));
+      Set(token, next, static_cast<double>(i / K));
+      ++next;
+    }
+    Set(counts, e, static_cast<double>(next - first));
+  }
+  SHOAL_CHECK_EQ(next, T * K);
+}
+
+void GatherRows(const Tensor& x, const Tensor& token, const Tensor& slots, Stream&) {
+  const int64_t D = x.dim(1), S = token.dim(0);
+  for (int64_t s = 0; s < S; ++s) {
+    for (int64_t d = 0; d < D; ++d) Set(slots, s * D + d, Get(x, GetIndex(token, s) * D + d));
+  }
+}
+
+void SumSlots(const Tensor& dslots, const Tensor& slot, const Tensor& dx, Stream&) {
+  const int64_t T = slot.dim(0), K = slot.dim(1), D = dx.dim(1);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t d = 0; d < D; ++d) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += Get(dslots, GetIndex(slot, t * K + k) * D + d);
+      Set(dx, t * D + d, sum);
+    }
+  }
+}
+
+void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& slot, const Tensor& weights,
+                  const Tensor& out, Stream&) {
+  const int64_t T = slot.dim(0), K = slot.dim(1), D = out.dim(1);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t d = 0; d < D; ++d) {
+      double sum = Get(residual, t * D + d);
+      for (int64_t k = 0; k < K; ++k) sum += Get(weights, t * K + k) * Get(y, GetIndex(slot, t * K + k) * D + d);
+      Set(out, t * D + d, sum);
+    }
+  }
+}
+
+void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& slot, const Tensor& weights,
+                          const Tensor& dy, const Tensor& dweights, Stream&) {
+  const int64_t T = slot.dim(0), K = slot.dim(1), D = dout.dim(1);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t row = GetIndex(slot, t * K + k) * D;
+      double dot = 0;
+      for (int64_t d = 0; d < D; ++d) {
+        dot += Get(dout, t * D + d) * Get(y, row + d);
+        Set(dy, row + d, Get(weights, t * K + k) * Get(dout, t * D + d));
+      }
+      Set(dweights, t * K + k, dot);
+    }
+  }
+}
+
+}  // namespace shoal::kernels::ref
