@@ -12,6 +12,7 @@
 #include <exception>
 #include <limits>
 #include <map>
+#include <thread>
 #include <utility>
 
 #include "prometheus/counter.h"
@@ -200,6 +201,21 @@ absl::Status WhyNotListening(const std::string& host, int port, const std::strin
   }
 }
 
+// Connects to a server of this host and hangs up.
+void Poke(const std::string& host, int port) {
+  addrinfo hints{};
+  hints.ai_flags = AI_NUMERICHOST;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found) != 0) return;
+  const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (connect(fd, found->ai_addr, found->ai_addrlen) != 0) {
+    // In progress, or the server is gone already: both are what we want.
+  }
+  close(fd);
+  freeaddrinfo(found);
+}
+
 std::string Unbracketed(std::string_view address) {
   if (address.size() >= 2 && address.front() == '[' && address.back() == ']') {
     address = address.substr(1, address.size() - 2);
@@ -246,7 +262,32 @@ struct MetricsServer::Impl {
   Mutex mutex;
   // The one series of each info family, which SetJob and SetRank replace.
   std::map<std::string, prometheus::Gauge*> info ABSL_GUARDED_BY(mutex);
+  bool stopped ABSL_GUARDED_BY(mutex) = false;
+  CondVar on_stopped;
   std::unique_ptr<prometheus::Exposer> exposer;  // Last: its threads read the members above.
+
+  ~Impl() {
+    if (exposer != nullptr) Stop();
+  }
+
+  // civetweb looks for its stop flag only every 2 s, unless somebody connects.
+  void Stop() {
+    std::thread stopper([this] {
+      exposer.reset();
+      MutexLock lock(&mutex);
+      stopped = true;
+      on_stopped.NotifyAll();
+    });
+    {
+      MutexLock lock(&mutex);
+      while (!stopped) {
+        if (!on_stopped.WaitUntil(&mutex, std::chrono::steady_clock::now() + std::chrono::milliseconds(5))) {
+          Poke(Unbracketed(host), port);
+        }
+      }
+    }
+    stopper.join();
+  }
 
   void SetInfo(const char* name, const char* help, const Labels& labels) {
     MutexLock lock(&mutex);
