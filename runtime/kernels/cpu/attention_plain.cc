@@ -1,0 +1,2 @@
+#define SHOAL_ATTENTION_TABLE kAttentionPlain
+#include "runtime/kernels/cpu/attention_inner.inc"
