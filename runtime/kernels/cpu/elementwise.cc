@@ -7,6 +7,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/cpu/philox.h"
 
 namespace shoal::kernels {
 namespace {
@@ -14,28 +15,18 @@ namespace {
 // One normal number costs about as much as this many elements of a memory-bound loop.
 constexpr int64_t kNormalCost = 32;
 
-// Philox 4x32-10: four random words of a counter.
-std::array<uint32_t, 4> PhiloxBlock(RandomKey key, uint64_t block) {
-  constexpr uint64_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
-  constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
-  std::array<uint32_t, 4> word = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32),
-                                  static_cast<uint32_t>(key.stream), static_cast<uint32_t>(key.stream >> 32)};
-  uint32_t key0 = static_cast<uint32_t>(key.seed), key1 = static_cast<uint32_t>(key.seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = kMultiplier0 * word[0], product1 = kMultiplier1 * word[2];
-    word = {static_cast<uint32_t>(product1 >> 32) ^ word[1] ^ key0, static_cast<uint32_t>(product1),
-            static_cast<uint32_t>(product0 >> 32) ^ word[3] ^ key1, static_cast<uint32_t>(product0)};
-    key0 += kWeyl0;
-    key1 += kWeyl1;
-  }
-  return word;
-}
-
+uint32_t Low(uint64_t value) { return static_cast<uint32_t>(value); }
+uint32_t High(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
 uint64_t Join(uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; }
+
+// Elements 2 * block and 2 * block + 1 of a stream, in halves.
+std::array<uint32_t, 4> RandomBlock(RandomKey key, uint64_t block) {
+  return Philox({Low(block), High(block), Low(key.stream), High(key.stream)}, {Low(key.seed), High(key.seed)});
+}
 
 // Elements 2 * pair and 2 * pair + 1 of the stream of normal numbers.
 std::array<double, 2> NormalPair(RandomKey key, uint64_t pair) {
-  const std::array<uint32_t, 4> word = PhiloxBlock(key, pair);
+  const std::array<uint32_t, 4> word = RandomBlock(key, pair);
   // The middles of 2^52 equal intervals of (0, 1), all exact: the logarithm is finite.
   const auto uniform = [](uint64_t bits) { return (static_cast<double>(bits >> 12) + 0.5) * 0x1p-52; };
   const double radius = std::sqrt(-2 * std::log(uniform(Join(word[0], word[1]))));
@@ -91,7 +82,7 @@ uint64_t MakeStream(uint64_t step, uint64_t slice, uint64_t layer, uint64_t op) 
 }
 
 uint64_t RandomBits(RandomKey key, uint64_t index) {
-  const std::array<uint32_t, 4> word = PhiloxBlock(key, index / 2);
+  const std::array<uint32_t, 4> word = RandomBlock(key, index / 2);
   return index % 2 == 0 ? Join(word[0], word[1]) : Join(word[2], word[3]);
 }
 

@@ -1,0 +1,122 @@
+// For the tests of kernels: random tensors, comparison within computed bounds, finite differences, and the sweep over
+// instruction sets and thread counts.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "runtime/kernels/cpu/dispatch.h"
+#include "runtime/kernels/ref/access.h"
+
+namespace shoal::kernels::testing {
+
+using ref::Get;
+using ref::Set;
+
+// Half a unit in the last place, relative: what one rounding may cost.
+inline double Roundoff(DType dtype) { return dtype == DType::kBF16 ? 0x1p-8 : 0x1p-24; }
+
+inline Tensor Random(Shape shape, DType dtype, uint64_t seed, double stddev = 1) {
+  Tensor tensor = Empty(std::move(shape), dtype);
+  std::mt19937_64 engine(seed);
+  std::normal_distribution<double> normal(0, stddev);
+  for (int64_t i = 0; i < tensor.elements(); ++i) Set(tensor, i, normal(engine));
+  return tensor;
+}
+
+inline Tensor RandomIds(Shape shape, int64_t limit, uint64_t seed) {
+  Tensor tensor = Empty(std::move(shape), DType::kI32);
+  std::mt19937_64 engine(seed);
+  for (int32_t& id : tensor.span<int32_t>()) {
+    id = static_cast<int32_t>(engine() % static_cast<uint64_t>(limit));
+  }
+  return tensor;
+}
+
+// A copy in another type: exact towards a wider one.
+inline Tensor As(const Tensor& from, DType dtype) {
+  Tensor to = Empty(from.shape(), dtype);
+  for (int64_t i = 0; i < from.elements(); ++i) Set(to, i, Get(from, i));
+  return to;
+}
+inline Tensor Copy(const Tensor& from) { return As(from, from.dtype()); }
+
+inline double MaxAbs(const Tensor& tensor) {
+  double max = 0;
+  for (int64_t i = 0; i < tensor.elements(); ++i) max = std::max(max, std::abs(Get(tensor, i)));
+  return max;
+}
+
+// |got - want| <= relative * |want| + absolute, for each element.
+inline void ExpectNear(const Tensor& got, const Tensor& want, double relative, double absolute, std::string_view name) {
+  ASSERT_EQ(got.shape(), want.shape()) << name;
+  for (int64_t i = 0; i < got.elements(); ++i) {
+    const double g = Get(got, i), w = Get(want, i);
+    ASSERT_LE(std::abs(g - w), relative * std::abs(w) + absolute)
+        << name << "[" << i << "] of " << ShapeString(got.shape()) << ": " << g << ", want " << w;
+  }
+}
+
+inline void ExpectSameBits(const Tensor& got, const Tensor& want, std::string_view name) {
+  ASSERT_EQ(got.shape(), want.shape()) << name;
+  ASSERT_EQ(got.dtype(), want.dtype()) << name;
+  if (got.bytes() == 0 || std::memcmp(got.raw(), want.raw(), static_cast<size_t>(got.bytes())) == 0) return;
+  for (int64_t i = 0; i < got.elements(); ++i) {
+    ASSERT_EQ(Get(got, i), Get(want, i)) << name << "[" << i << "] of " << ShapeString(got.shape());
+  }
+  FAIL() << name << ": equal values, different bits";
+}
+
+// Calls `run`, which returns its outputs, at every instruction set with 1 thread and hands the outputs to `check`; then
+// with 2 and 3 threads, which must give the same bits.
+inline void SweepLevels(const std::function<std::vector<Tensor>()>& run,
+                        const std::function<void(const std::vector<Tensor>&)>& check) {
+  const int threads_before = Threads();
+  for (Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512}) {
+    if (isa > ActiveIsa()) continue;
+    SCOPED_TRACE(std::string(Name(isa)));
+    SetInnerIsaForTest(isa);
+    SetThreads(1);
+    const std::vector<Tensor> alone = run();
+    check(alone);
+    for (int threads : {2, 3}) {
+      SetThreads(threads);
+      const std::vector<Tensor> shared = run();
+      for (size_t i = 0; i < alone.size(); ++i) {
+        ExpectSameBits(shared[i], alone[i], "output " + std::to_string(i) + ", threads " + std::to_string(threads));
+      }
+    }
+  }
+  SetThreads(threads_before);
+  SetInnerIsaForTest(ActiveIsa());
+}
+
+// Checks dloss/dx, claimed to be `gradient`, by central differences of `loss`, which reads x (f64).
+inline void CheckGradient(const Tensor& x, const Tensor& gradient, const std::function<double()>& loss,
+                          std::string_view name) {
+  constexpr double kStep = 1e-4;
+  for (int64_t i = 0; i < x.elements(); ++i) {
+    const double value = Get(x, i);
+    Set(x, i, value + kStep);
+    const double above = loss();
+    Set(x, i, value - kStep);
+    const double below = loss();
+    Set(x, i, value);
+    const double want = (above - below) / (2 * kStep);
+    ASSERT_NEAR(Get(gradient, i), want, 1e-6 * std::max(1.0, std::abs(want))) << name << "[" << i << "]";
+  }
+}
+
+inline double Dot(const Tensor& a, const Tensor& b) {
+  double sum = 0;
+  for (int64_t i = 0; i < a.elements(); ++i) sum += Get(a, i) * Get(b, i);
+  return sum;
+}
+
+}  // namespace shoal::kernels::testing
