@@ -1,0 +1,455 @@
+#include "launch/agent/agent.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/random.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <cstring>
+#include <filesystem>
+#include <memory>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "launch/agent/environment.h"
+#include "launch/agent/exit_codes.h"
+#include "launch/agent/rank_output.h"
+#include "launch/agent/rank_process.h"
+#include "launch/agent/verdict.h"
+#include "runtime/base/log.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr int kEndingSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+// After SIGKILL. A process in an uninterruptible sleep (a dead network file system) must not hold the
+// launcher.
+constexpr absl::Duration kKillTime = absl::Seconds(2);
+
+// Time since the machine started: it does not jump.
+absl::Time Now() {
+  timespec now{};
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return absl::TimeFromTimespec(now);
+}
+
+std::string HostName() {
+  char name[HOST_NAME_MAX + 1] = "localhost";
+  gethostname(name, sizeof(name) - 1);
+  return name;
+}
+
+std::string RandomId() {
+  uint64_t number = 0;
+  if (getrandom(&number, sizeof(number), 0) != sizeof(number)) number = static_cast<uint64_t>(getpid());
+  return absl::StrFormat("%016x", number);
+}
+
+// The signals that the agent handles, taken from their default ways while it lives.
+class SignalGuard {
+ public:
+  SignalGuard() {
+    sigset_t mask;
+    sigemptyset(&mask);
+    sigaddset(&mask, SIGCHLD);
+    signal(SIGCHLD, SIG_DFL);  // Ignored, as some parents leave it, children would vanish unseen.
+    for (const int number : kEndingSignals) {
+      struct sigaction action {};
+      sigaction(number, nullptr, &action);
+      if (action.sa_handler != SIG_IGN) sigaddset(&mask, number);  // nohup and shells mean what they ignore.
+    }
+    old_pipe_ = signal(SIGPIPE, SIG_IGN);
+    sigprocmask(SIG_BLOCK, &mask, &old_mask_);
+    fd_ = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
+  }
+  ~SignalGuard() {
+    if (fd_ >= 0) close(fd_);
+    signal(SIGPIPE, old_pipe_);
+    sigprocmask(SIG_SETMASK, &old_mask_, nullptr);
+  }
+  SignalGuard(const SignalGuard&) = delete;
+  SignalGuard& operator=(const SignalGuard&) = delete;
+
+  int fd() const { return fd_; }
+  const sigset_t& old_mask() const { return old_mask_; }
+
+ private:
+  int fd_ = -1;
+  sigset_t old_mask_ = {};
+  void (*old_pipe_)(int) = SIG_DFL;
+};
+
+struct Rank {
+  RankEnvironment environment;
+  RankProcess process;
+  bool running = false;
+  absl::Time stopped_since = absl::InfiniteFuture();
+  int stop_signal = 0;
+  std::string log_path;
+  std::unique_ptr<RankOutput> output;
+};
+
+class Agent {
+ public:
+  Agent(const AgentOptions& options, absl::Span<const std::string> command)
+      : options_(options), command_(command), host_(HostName()) {}
+
+  int Run();
+
+ private:
+  // What the agent waits for, apart from the ranks.
+  enum class Phase { kRunning, kSettling, kEnding, kKilling };
+
+  absl::Status Start();
+  absl::Status StartOne(int local_rank, const RankEnvironment& job);
+  absl::StatusOr<RankEnvironment> Job() const;
+  std::vector<std::string> EnvironmentOf(const RankEnvironment& rank) const;
+
+  void Wait();
+  void ReadSignals();
+  void ReadOutput(Rank& rank);
+  void ReapRanks();
+  void NoteStopOrContinue(Rank& rank, const siginfo_t& info);
+  void NoteEnd(Rank& rank, const siginfo_t& info);
+  void Decide();
+  void DecideStopped();
+  void DecideShutdown();
+  void EndAll(int signal_number);
+  void Record(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at);
+  bool AnyRunning() const;
+  absl::Duration UntilNextDeadline() const;
+  int Finish();
+
+  const AgentOptions& options_;
+  const absl::Span<const std::string> command_;
+  const std::string host_;
+  SignalGuard signals_;
+  std::vector<Rank> ranks_;
+  std::vector<RankFailure> failures_;
+  absl::Time started_;
+  Phase phase_ = Phase::kRunning;
+  absl::Time phase_ends_ = absl::InfiniteFuture();
+  int ended_by_signal_ = 0;  // That the launcher got.
+};
+
+absl::StatusOr<RankEnvironment> Agent::Job() const {
+  RankEnvironment job;
+  job.world_size = options_.nnodes * options_.nproc_per_node;
+  job.local_world_size = options_.nproc_per_node;
+  job.node_rank = options_.node_rank;
+  job.nodes = options_.nnodes;
+  const std::string random_id = RandomId();
+  job.job_id = options_.rdzv_id.empty() ? random_id : options_.rdzv_id;
+  if (options_.rdzv_endpoint.empty()) {
+    job.master_host = absl::StrCat("unix:shoal-", random_id);
+    return job;
+  }
+  SHOAL_ASSIGN_OR_RETURN(const HostPort master, ParseHostPort(options_.rdzv_endpoint, 0),
+                         "rendezvous endpoint");
+  job.master_host = master.host;
+  job.master_port = master.port;
+  return job;
+}
+
+std::vector<std::string> Agent::EnvironmentOf(const RankEnvironment& rank) const {
+  const auto variables = RankVariables(rank);
+  std::set<std::string, std::less<>> ours;
+  std::vector<std::string> result;
+  for (const auto& [name, value] : variables) {
+    ours.insert(name);
+    result.push_back(absl::StrCat(name, "=", value));
+  }
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view text = *entry;
+    if (ours.find(text.substr(0, text.find('='))) == ours.end()) result.emplace_back(text);
+  }
+  return result;
+}
+
+absl::Status Agent::StartOne(int local_rank, const RankEnvironment& job) {
+  Rank rank;
+  rank.environment = job;
+  rank.environment.local_rank = local_rank;
+  rank.environment.rank = job.node_rank * job.local_world_size + local_rank;
+  int log_fd = -1;
+  if (!options_.log_dir.empty()) {
+    rank.log_path = absl::StrCat(options_.log_dir, "/rank-", rank.environment.rank, ".log");
+    log_fd = open(rank.log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log_fd < 0) return ErrnoStatus(errno, rank.log_path);
+  }
+  rank.output = std::make_unique<RankOutput>(rank.environment.rank, log_fd, STDERR_FILENO);
+  const std::vector<std::string> environment = EnvironmentOf(rank.environment);
+  RankCommand command;
+  command.argv = command_;
+  command.environment = environment;
+  command.inherit_stdout = rank.environment.rank == 0;
+  command.signal_mask = signals_.old_mask();
+  SHOAL_ASSIGN_OR_RETURN(rank.process, StartRank(command));
+  rank.running = true;
+  if (log_fd >= 0) {
+    const std::string line =
+        absl::StrFormat("---- rank %d of %d, job %s, host %s, pid %d, %s\n", rank.environment.rank,
+                        job.world_size, job.job_id, host_, rank.process.pid, absl::FormatTime(absl::Now()));
+    // A disk that is full already will say so with the first line of the rank.
+    static_cast<void>(WriteFully(log_fd, line));
+  }
+  ranks_.push_back(std::move(rank));
+  return absl::OkStatus();
+}
+
+absl::Status Agent::Start() {
+  started_ = Now();
+  if (signals_.fd() < 0) return ErrnoStatus(errno, "signalfd");
+  if (!options_.log_dir.empty()) {
+    std::error_code error;
+    std::filesystem::create_directories(options_.log_dir, error);
+    if (error) return ErrnoStatus(error.value(), absl::StrCat("creating ", options_.log_dir));
+  }
+  SHOAL_ASSIGN_OR_RETURN(const RankEnvironment job, Job());
+  for (int local_rank = 0; local_rank < options_.nproc_per_node; ++local_rank) {
+    SHOAL_RETURN_IF_ERROR(StartOne(local_rank, job), "starting local rank ", local_rank);
+  }
+  if (job.nodes > 1) {
+    SHOAL_LOG(kInfo) << "host " << job.node_rank << " of " << job.nodes << ": ranks "
+                     << ranks_.front().environment.rank << " to " << ranks_.back().environment.rank << " of "
+                     << job.world_size << " meet the others at " << options_.rdzv_endpoint << ", job "
+                     << job.job_id;
+  }
+  return absl::OkStatus();
+}
+
+bool Agent::AnyRunning() const {
+  return std::any_of(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.running; });
+}
+
+absl::Duration Agent::UntilNextDeadline() const {
+  absl::Time next = phase_ends_;
+  for (const Rank& rank : ranks_) {
+    if (rank.running && phase_ == Phase::kRunning)
+      next = std::min(next, rank.stopped_since + options_.stopped_timeout);
+  }
+  return std::max(next - Now(), absl::ZeroDuration());
+}
+
+// Blocks until a rank printed or changed its state, a signal came, or a deadline passed; reads what there is.
+void Agent::Wait() {
+  std::vector<pollfd> polled = {{signals_.fd(), POLLIN, 0}};
+  for (const Rank& rank : ranks_) {
+    for (const int fd : {rank.process.stdout_fd, rank.process.stderr_fd}) {
+      if (fd >= 0) polled.push_back({fd, POLLIN, 0});
+    }
+  }
+  const absl::Duration left = UntilNextDeadline();
+  const int64_t timeout_ms = left == absl::InfiniteDuration() ? -1 : absl::ToInt64Milliseconds(left) + 1;
+  poll(polled.data(), polled.size(), static_cast<int>(std::min<int64_t>(timeout_ms, INT_MAX)));
+  for (Rank& rank : ranks_) ReadOutput(rank);
+  ReadSignals();
+  ReapRanks();
+}
+
+void Agent::ReadOutput(Rank& rank) {
+  const std::pair<RankStream, int*> streams[] = {{RankStream::kStdout, &rank.process.stdout_fd},
+                                                 {RankStream::kStderr, &rank.process.stderr_fd}};
+  char buffer[64 * 1024];
+  for (const auto& [stream, fd] : streams) {
+    // Bounded: a rank that prints without end must not keep the agent from the others.
+    for (int round = 0; round < 16 && *fd >= 0; ++round) {
+      const ssize_t bytes = read(*fd, buffer, sizeof(buffer));
+      if (bytes > 0) {
+        rank.output->Take(stream, {buffer, static_cast<size_t>(bytes)});
+      } else if (bytes < 0 && (errno == EAGAIN || errno == EINTR)) {
+        break;
+      } else {
+        close(std::exchange(*fd, -1));
+      }
+    }
+  }
+}
+
+void Agent::ReadSignals() {
+  signalfd_siginfo info;
+  while (read(signals_.fd(), &info, sizeof(info)) == sizeof(info)) {
+    const int number = static_cast<int>(info.ssi_signo);
+    if (number == SIGCHLD) continue;
+    if (ended_by_signal_ != 0) {
+      EndAll(SIGKILL);  // Asked twice.
+      continue;
+    }
+    ended_by_signal_ = number;
+    if (phase_ >= Phase::kEnding) continue;
+    SHOAL_LOG(kWarning) << "SIG" << sigabbrev_np(number) << ": ending " << ranks_.size() << " rank(s)";
+    EndAll(number);
+  }
+}
+
+void Agent::ReapRanks() {
+  for (Rank& rank : ranks_) {
+    if (!rank.running) continue;
+    const id_t pid = static_cast<id_t>(rank.process.pid);
+    siginfo_t info = {};
+    while (waitid(P_PID, pid, &info, WSTOPPED | WCONTINUED | WNOHANG) == 0 && info.si_pid != 0) {
+      NoteStopOrContinue(rank, info);
+      info = {};
+    }
+    info = {};
+    if (waitid(P_PID, pid, &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid != 0) NoteEnd(rank, info);
+  }
+}
+
+void Agent::NoteStopOrContinue(Rank& rank, const siginfo_t& info) {
+  if (info.si_code == CLD_CONTINUED) {
+    rank.stopped_since = absl::InfiniteFuture();
+    return;
+  }
+  rank.stopped_since = Now();
+  rank.stop_signal = info.si_status;
+  SHOAL_LOG(kWarning) << "rank " << rank.environment.rank << " (pid " << rank.process.pid
+                      << ") was stopped by SIG" << sigabbrev_np(info.si_status);
+}
+
+void Agent::NoteEnd(Rank& rank, const siginfo_t& info) {
+  const absl::Time now = Now();
+  // What it started and left behind. Before the rank is reaped: afterwards the number could belong to others.
+  kill(-rank.process.pid, SIGKILL);
+  siginfo_t reaped = {};
+  waitid(P_PID, static_cast<id_t>(rank.process.pid), &reaped, WEXITED);
+  rank.running = false;
+  ReadOutput(rank);
+  rank.output->Finish();
+  if (info.si_code != CLD_EXITED) {
+    Record(rank, RankFailure::Kind::kKilled, info.si_status, now);
+    failures_.back().core_dumped = info.si_code == CLD_DUMPED;
+  } else if (info.si_status != 0) {
+    Record(rank, RankFailure::Kind::kExited, info.si_status, now);
+  }
+}
+
+void Agent::Record(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) {
+  RankFailure failure;
+  failure.rank = rank.environment.rank;
+  failure.local_rank = rank.environment.local_rank;
+  failure.pid = rank.process.pid;
+  failure.kind = kind;
+  failure.code = code;
+  failure.after_shutdown = phase_ >= Phase::kEnding;
+  failure.at = at - started_;
+  failure.stopped_for = kind == RankFailure::Kind::kStopped ? Now() - at : absl::ZeroDuration();
+  failure.log_path = rank.log_path;
+  failures_.push_back(std::move(failure));
+}
+
+// A rank that stands still for long has failed. One that has just been stopped is the cause, too, when all
+// that is known otherwise is that others lost a peer.
+void Agent::DecideStopped() {
+  const absl::Time now = Now();
+  const bool only_peers_lost =
+      std::all_of(failures_.begin(), failures_.end(), [](const RankFailure& failure) {
+        return failure.kind == RankFailure::Kind::kExited && failure.code == kExitPeerLost;
+      });
+  for (const Rank& rank : ranks_) {
+    if (!rank.running || rank.stopped_since == absl::InfiniteFuture()) continue;
+    if (now - rank.stopped_since >= options_.stopped_timeout || (!failures_.empty() && only_peers_lost)) {
+      Record(rank, RankFailure::Kind::kStopped, rank.stop_signal, rank.stopped_since);
+    }
+  }
+}
+
+void Agent::DecideShutdown() {
+  const RankFailure& culprit = failures_[ChooseCulprit(failures_)];
+  const bool cause_is_open = culprit.kind == RankFailure::Kind::kExited && culprit.code == kExitPeerLost;
+  if (!cause_is_open || (phase_ == Phase::kSettling && Now() >= phase_ends_)) {
+    EndAll(SIGTERM);
+  } else if (phase_ == Phase::kRunning) {
+    phase_ = Phase::kSettling;
+    phase_ends_ = Now() + options_.settle_time;
+  }
+}
+
+void Agent::Decide() {
+  if (phase_ == Phase::kRunning || phase_ == Phase::kSettling) {
+    DecideStopped();
+    if (!failures_.empty()) DecideShutdown();
+  } else if (phase_ == Phase::kEnding && Now() >= phase_ends_) {
+    EndAll(SIGKILL);
+  }
+}
+
+void Agent::EndAll(int signal_number) {
+  phase_ = signal_number == SIGKILL ? Phase::kKilling : Phase::kEnding;
+  phase_ends_ = Now() + (signal_number == SIGKILL ? kKillTime : options_.grace_time);
+  for (const Rank& rank : ranks_) {
+    if (!rank.running) continue;
+    // A stopped process cannot answer a polite signal.
+    const bool stopped = rank.stopped_since != absl::InfiniteFuture();
+    kill(-rank.process.pid, stopped ? SIGKILL : signal_number);
+  }
+}
+
+int Agent::Finish() {
+  for (Rank& rank : ranks_) {
+    if (rank.running) {
+      SHOAL_LOG(kError) << "rank " << rank.environment.rank << " (pid " << rank.process.pid
+                        << ") does not end, even by SIGKILL: it hangs in the kernel";
+    }
+    for (const int fd : {rank.process.stdout_fd, rank.process.stderr_fd}) {
+      if (fd >= 0) close(fd);
+    }
+  }
+  const bool failed = std::any_of(failures_.begin(), failures_.end(),
+                                  [](const RankFailure& failure) { return !failure.after_shutdown; });
+  if (failed) {
+    for (RankFailure& failure : failures_) {
+      failure.last_lines = ranks_[failure.rank - ranks_.front().environment.rank].output->LastLines();
+    }
+    static_cast<void>(
+        WriteFully(STDERR_FILENO, Verdict(failures_, ranks_.front().environment.world_size, host_)));
+  }
+  if (ended_by_signal_ != 0) return kExitSignalBase + ended_by_signal_;
+  return failed ? kExitFailure : kExitOk;
+}
+
+int Agent::Run() {
+  for (const std::string& warning : options_.warnings) SHOAL_LOG(kWarning) << warning;
+  if (const absl::Status status = Start(); !status.ok()) {
+    SHOAL_LOG(kError) << "the job was not started: " << status.message();
+    EndAll(SIGKILL);
+    while (AnyRunning() && Now() < phase_ends_) Wait();
+    return kExitFailure;
+  }
+  while (AnyRunning() && !(phase_ == Phase::kKilling && Now() >= phase_ends_)) {
+    Wait();
+    Decide();
+  }
+  return Finish();
+}
+
+}  // namespace
+
+int RunAgent(const AgentOptions& options, absl::Span<const std::string> command) {
+  Agent agent(options, command);
+  return agent.Run();
+}
+
+std::string SelfExecutable() {
+  char path[PATH_MAX];
+  const ssize_t length = readlink("/proc/self/exe", path, sizeof(path));
+  if (length > 0 && static_cast<size_t>(length) < sizeof(path)) {
+    const std::string name(path, static_cast<size_t>(length));
+    if (access(name.c_str(), X_OK) == 0) return name;
+  }
+  return "/proc/self/exe";  // The file was replaced since; the kernel still has it.
+}
+
+}  // namespace shoal
