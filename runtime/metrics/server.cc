@@ -82,10 +82,10 @@ void AddTrainSeries(Catalogue& catalogue, Metrics& metrics) {
         "shoal_train_phase_seconds_total", "Time of steps, by phase.", {{"phase", std::string(kPhases[i])}});
   }
   metrics.tokens =
-      catalogue.AddCounter("shoal_train_tokens_total", "Tokens in committed steps, of all ranks.");
+      catalogue.AddCounter("shoal_train_tokens_total", "Tokens in committed steps, of all ranks; counted on rank 0.");
   metrics.model_flops =
       catalogue.AddCounter("shoal_train_model_flops_total",
-                           "Floating-point operations of the model in committed steps, of all ranks.");
+                           "Floating-point operations of the model in committed steps, of all ranks; counted on rank 0.");
   metrics.mfu = catalogue.AddGauge("shoal_train_mfu_ratio",
                                    "Model FLOP/s of the last step over the measured GEMM peak of all ranks.");
   const auto loss = [&](const char* objective) {
