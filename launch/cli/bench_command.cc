@@ -1,0 +1,55 @@
+#include "absl/status/status.h"
+#include "launch/agent/exit_codes.h"
+#include "launch/cli/commands.h"
+#include "launch/cli/flags.h"
+#include "launch/config/config.h"
+
+namespace shoal {
+namespace {
+
+struct BenchTrainFlags {
+  std::string config;
+  std::vector<std::string> overrides;
+  int64_t ranks = 1;
+  int64_t warmup = 5;
+  int64_t steps = 20;
+};
+
+absl::Status BenchTrain(const BenchTrainFlags&, const LoadedConfig&) {
+  return absl::UnimplementedError("the training benchmark is not in this build");
+}
+
+int RunBenchTrain(absl::Span<const std::string> args) {
+  FlagSet flags("shoal bench train",
+                "Trains a configuration for some steps and prints tokens/s, GFLOP/s and the share of the "
+                "machine's measured GEMM "
+                "peak, with median and spread over steps, and the peak memory of a rank. Writes no files.");
+  BenchTrainFlags values;
+  flags.AddPositional("CONFIG", "A YAML file, for example configs/bench-tiny.yaml.", &values.config);
+  flags.Add({.name = "set",
+             .value = "KEY=VALUE",
+             .help = "Changes a key, for example train.precision=bf16. May be repeated."},
+            &values.overrides);
+  flags.Add({.name = "nproc-per-node", .value = "N", .help = "Ranks, all on this host.", .min = 1},
+            &values.ranks);
+  flags.Add({.name = "warmup", .value = "N", .help = "Steps before the measured ones.", .min = 0},
+            &values.warmup);
+  flags.Add({.name = "steps", .value = "N", .help = "Measured steps.", .min = 1}, &values.steps);
+  flags.Examples({"shoal bench train configs/bench-tiny.yaml --nproc-per-node 2 --set train.precision=bf16"});
+  if (const auto code = ParseOrExit(&flags, args)) return *code;
+  const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);
+  if (!loaded.ok()) return Fail(flags.command(), loaded.status());
+  absl::Status status = CheckParallel(loaded->config, loaded->positions, static_cast<int>(values.ranks));
+  if (status.ok()) status = BenchTrain(values, *loaded);
+  return status.ok() ? kExitOk : Fail(flags.command(), status);
+}
+
+}  // namespace
+
+int RunBench(absl::Span<const std::string> args) {
+  const std::vector<Command> commands = {{"train", "measure training steps", RunBenchTrain}};
+  const std::string help = CommandsHelp("shoal bench", "Measures speed.", commands);
+  return Dispatch("shoal bench", help, commands, args);
+}
+
+}  // namespace shoal

@@ -1,0 +1,62 @@
+// The program `shoal`.
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "launch/agent/exit_codes.h"
+#include "launch/cli/commands.h"
+
+namespace shoal {
+namespace {
+
+int RunHelp(absl::Span<const std::string> args);
+
+const std::vector<Command>& Commands() {
+  static const auto* const commands = new std::vector<Command>{
+      {"train", "pretrain a model on the ranks of one or several hosts", RunTrain},
+      {"generate", "continue a text with a trained model", RunGenerate},
+      {"export", "write a checkpoint as a Hugging Face model", RunExport},
+      {"data", "turn text into a data set", RunData},
+      {"config", "show, check and explain configurations", RunConfig},
+      {"bench", "measure the speed of training", RunBench},
+      {"version", "print the version", RunVersion},
+      {"help", "explain a command", RunHelp},
+  };
+  return *commands;
+}
+
+std::string Help() {
+  const std::string commands = CommandsHelp(
+      "shoal", "Shoal pretrains mixture-of-experts language models, on a laptop's cores or on a cluster.",
+      Commands());
+  return absl::StrCat(commands, R"(
+The script ./shoal also knows
+  ./shoal build               install what is missing and build, nothing else
+  ./shoal test                build and run all tests
+
+Start with
+  ./shoal train configs/quickstart.yaml --nproc-per-node 2
+
+Exit codes: 0 done; 1 the job failed; 2 wrong flag, configuration or environment; 75 another rank of the job
+went away, starting again can help; 128 + N ended by signal N.
+docs/configuration.md explains every key of a configuration.
+)");
+}
+
+int RunHelp(absl::Span<const std::string> args) {
+  if (!args.empty() && args[0] != "--help" && args[0] != "-h" && args[0] != "help") {
+    const std::vector<std::string> asked = {args[0], "--help"};
+    return Dispatch("shoal", Help(), Commands(), asked);
+  }
+  absl::PrintF("%s", Help());
+  return kExitOk;
+}
+
+}  // namespace
+}  // namespace shoal
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> args(argv + 1, argv + argc);
+  return shoal::Dispatch("shoal", shoal::Help(), shoal::Commands(), args);
+}

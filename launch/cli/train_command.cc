@@ -1,0 +1,133 @@
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "launch/agent/agent.h"
+#include "launch/agent/exit_codes.h"
+#include "launch/cli/commands.h"
+#include "launch/cli/flags.h"
+#include "launch/config/config.h"
+#include "runtime/base/log.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+struct TrainFlags {
+  std::string config;
+  std::vector<std::string> overrides;
+  std::string output_dir;
+  bool resume = false;
+  RawLaunchFlags launch;
+};
+
+// torchrun's flags, so that command lines written for it work. launch/agent judges their values.
+void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch) {
+  const auto add = [&](std::string name, std::string value, std::string help, char letter = 0) {
+    flags->Add({.name = std::move(name),
+                .value = std::move(value),
+                .help = std::move(help),
+                .letter = letter,
+                .from_environment = true},
+               &launch->values);
+  };
+  flags->Heading("Ranks (torchrun's names; each may also come from PET_<NAME> in the environment)");
+  add("nproc-per-node", "N|auto",
+      "Ranks of this host; auto: one for each core that may be used. Default: 1.");
+  add("nnodes", "N", "Hosts of the job. Run the same command on each. Default: 1.");
+  add("node-rank", "R", "Which of the hosts this is, from 0. Default: 0.");
+  add("rdzv-endpoint", "HOST[:PORT]",
+      "Where host 0 is reached. Default with several hosts: 127.0.0.1:29500; with one, no port is used.");
+  add("rdzv-backend", "static", "How hosts find each other. Default: static.");
+  add("rdzv-id", "ID", "Name of the job; ranks of another job are refused. Default: none.");
+  add("master-addr", "HOST", "The host of --rdzv-endpoint, when that is not given. Default: 127.0.0.1.");
+  add("master-port", "PORT", "The port of --rdzv-endpoint, when that is not given. Default: 29500.");
+  add("standalone", "", "One host, no port.");
+  add("log-dir", "DIR", "Where rank-N.log of each rank goes. Default: logs in the run's folder.");
+  flags->Heading("Accepted for torchrun's sake, without effect");
+  add("max-restarts", "N", "A failed job is not restarted; --resume goes on from its last checkpoint.");
+  add("monitor-interval", "SECONDS", "The launcher hears of an ended rank at once.");
+  add("local-addr", "HOST", "Ranks use the address that reaches the endpoint.");
+  add("redirects", "WHAT", "All output of ranks but the first goes to its log.", 'r');
+  add("tee", "WHAT", "Warnings and errors of all ranks reach the terminal.", 't');
+  for (const char* name : {"rdzv-conf", "start-method", "role", "local-ranks-filter", "logs-specs",
+                           "event-log-handler", "numa-binding", "signals-to-handle"}) {
+    flags->Add({.name = name, .value = "VALUE", .from_environment = true, .hidden = true}, &launch->values);
+  }
+  flags->Add({.name = "no-python", .from_environment = true, .hidden = true}, &launch->values);
+}
+
+void AddTrainFlags(FlagSet* flags, TrainFlags* values) {
+  flags->AddPositional("CONFIG", "A YAML file, for example configs/quickstart.yaml.", &values->config);
+  flags->Add({.name = "set",
+              .value = "KEY=VALUE",
+              .help = "Changes a key of the configuration, for example train.steps=200. May be repeated."},
+             &values->overrides);
+  flags->Add({.name = "output-dir",
+              .value = "DIR",
+              .help = "Folder of the runs' folders; short for --set run.output_dir=DIR."},
+             &values->output_dir);
+  flags->Add(
+      {.name = "resume",
+       .help =
+           "Go on from the run's newest checkpoint, if it has one; short for --set checkpoint.resume=auto."},
+      &values->resume);
+  AddLaunchFlags(flags, &values->launch);
+  flags->Examples({
+      "shoal train configs/quickstart.yaml --nproc-per-node 2",
+      "shoal train configs/quickstart.yaml --nproc-per-node 2 --set train.steps=200 --set optimizer.lr=1e-3",
+      "shoal train CONFIG --nnodes 2 --node-rank 0 --rdzv-endpoint host0:29500     # and --node-rank 1 on "
+      "the other host",
+      "mpirun -np 4 ./shoal train CONFIG",
+      "srun -n 4 ./shoal train CONFIG",
+  });
+}
+
+// As a rank of a job that something has launched, the launcher below included.
+absl::Status TrainAsRank(const LoadedConfig& loaded, const RankEnvironment& environment) {
+  SetLogIdentity(absl::StrCat("rank ", environment.rank));
+  SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, environment.world_size));
+  return absl::UnimplementedError("training is not in this build");
+}
+
+int ExitCode(const absl::Status& status) {
+  if (status.ok()) return kExitOk;
+  const int code = Fail("shoal train", status);
+  return absl::IsAborted(status) ? kExitPeerLost : code;
+}
+
+// Starts the ranks of this host, each as this program with the same arguments.
+absl::StatusOr<int> Launch(const LoadedConfig& loaded, TrainFlags* flags,
+                           absl::Span<const std::string> args) {
+  flags->launch.usable_cores = UsableCores();
+  SHOAL_ASSIGN_OR_RETURN(AgentOptions agent, MakeAgentOptions(flags->launch));
+  SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, agent.nnodes * agent.nproc_per_node));
+  const Run& run = loaded.config.run();
+  if (agent.log_dir.empty()) agent.log_dir = absl::StrCat(run.output_dir(), "/", run.name(), "/logs");
+  std::vector<std::string> command = {SelfExecutable(), "train"};
+  command.insert(command.end(), args.begin(), args.end());
+  return RunAgent(agent, command);
+}
+
+}  // namespace
+
+int RunTrain(absl::Span<const std::string> args) {
+  FlagSet flags("shoal train",
+                "Pretrains the model that a configuration describes. Starts the ranks itself, on one host or "
+                "with the same command "
+                "on each of several; inside mpirun, srun or torchrun it is one of their ranks. Prints "
+                "progress, and writes "
+                "metrics, checkpoints and a loss curve to the run's folder.");
+  TrainFlags values;
+  AddTrainFlags(&flags, &values);
+  if (const auto code = ParseOrExit(&flags, args)) return *code;
+  if (!values.output_dir.empty()) values.overrides.push_back("run.output_dir=" + values.output_dir);
+  if (values.resume) values.overrides.push_back("checkpoint.resume=auto");
+  const auto environment = DetectEnvironment(ProcessEnv);
+  if (!environment.ok()) return ExitCode(environment.status());
+  const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);
+  if (!loaded.ok()) return ExitCode(loaded.status());
+  if (environment->has_value()) return ExitCode(TrainAsRank(*loaded, **environment));
+  const auto code = Launch(*loaded, &values, args);
+  return code.ok() ? *code : ExitCode(code.status());
+}
+
+}  // namespace shoal

@@ -1,0 +1,216 @@
+// Combinations of keys that cannot be.
+#include <algorithm>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "launch/config/config.h"
+#include "runtime/base/status.h"
+#include "runtime/config/schema.h"
+
+namespace shoal {
+namespace {
+
+std::vector<int64_t> Divisors(int64_t value) {
+  std::vector<int64_t> divisors;
+  for (int64_t i = 1; i * i <= value; ++i) {
+    if (value % i != 0) continue;
+    divisors.push_back(i);
+    if (i != value / i) divisors.push_back(value / i);
+  }
+  std::sort(divisors.begin(), divisors.end());
+  return divisors;
+}
+
+// "1, 2 or 4 would fit": those nearest to what was asked for.
+std::string WouldFit(std::vector<int64_t> values, int64_t wanted) {
+  constexpr size_t kShownMax = 6;
+  std::stable_sort(values.begin(), values.end(),
+                   [&](int64_t a, int64_t b) { return std::abs(a - wanted) < std::abs(b - wanted); });
+  values.resize(std::min(values.size(), kShownMax));
+  std::sort(values.begin(), values.end());
+  std::string text;
+  for (size_t i = 0; i < values.size(); ++i) {
+    absl::StrAppend(&text, i == 0 ? "" : i + 1 == values.size() ? " or " : ", ", values[i]);
+  }
+  return text + " would fit";
+}
+
+// Collects errors about the keys of one configuration.
+class Checker {
+ public:
+  Checker(const Config& config, const KeyPositions& positions) : config_(config), positions_(positions) {}
+
+  void CheckRun() {
+    const std::string& name = config_.run().name();
+    if (name == "." || name == ".." || name.find('/') != std::string::npos ||
+        (config_.run().has_name() && name.empty())) {
+      Fail("run.name", absl::StrCat("\"", name, "\" is no name of a folder"));
+    }
+  }
+
+  void CheckModel() {
+    const Model& model = config_.model();
+    const int64_t heads = model.num_attention_heads();
+    const int64_t kv_heads = model.num_key_value_heads();
+    if (kv_heads > 0 && heads % kv_heads != 0) {
+      Fail("model.num_key_value_heads",
+           absl::StrCat(kv_heads, " does not divide ", Mention("model.num_attention_heads", heads), "; ",
+                        WouldFit(Divisors(heads), kv_heads)));
+    }
+    if (model.head_dim() % 2 != 0) {
+      Fail("model.head_dim", absl::StrCat(model.head_dim(), " is odd, and rotary positions turn pairs; ",
+                                          WouldFit({model.head_dim() - 1, model.head_dim() + 1}, 0)));
+    }
+    if (model.head_dim() == 0) CheckDerivedHeadDim(model.hidden_size(), heads);
+    if (model.num_experts_per_tok() > model.num_local_experts()) {
+      Fail("model.num_experts_per_tok",
+           absl::StrCat(model.num_experts_per_tok(), " is more than ",
+                        Mention("model.num_local_experts", model.num_local_experts()), "; at most ",
+                        model.num_local_experts(), " would fit"));
+    }
+    CheckDenseLayers(model);
+  }
+
+  void CheckData() {
+    const Data& data = config_.data();
+    if (data.kind() != "random" && data.path().empty()) {
+      Fail("data.path", absl::StrCat("must be set with ", Mention("data.kind", data.kind())));
+    }
+    if (data.kind() == "text" && config_.model().vocab_size() < 256) {
+      Fail("model.vocab_size", absl::StrCat(config_.model().vocab_size(), " is less than the 256 bytes of ",
+                                            Mention("data.kind", data.kind()), "; at least 256 would fit"));
+    }
+    const bool held_out = data.has_validation_fraction() && data.validation_fraction() > 0;
+    const std::string fraction = FormatNumber(data.validation_fraction());
+    if (held_out && (data.kind() == "random" || data.kind() == "safetensors")) {
+      Fail("data.validation_fraction",
+           absl::StrCat(fraction, " cannot be held out with ", Mention("data.kind", data.kind()),
+                        ", which has no text to hold out; 0 would fit"));
+    } else if (held_out && data.order() == "sequential") {
+      Fail("data.validation_fraction",
+           absl::StrCat(fraction, " cannot be held out with ", Mention("data.order", data.order()),
+                        ", which reads the whole text; 0, or data.order = shuffled, would fit"));
+    }
+  }
+
+  void CheckTrain() {
+    const Train& train = config_.train();
+    if (train.global_batch_size() % train.gradient_accumulation_steps() != 0) {
+      Fail("train.gradient_accumulation_steps",
+           absl::StrCat(train.gradient_accumulation_steps(), " does not divide ",
+                        Mention("train.global_batch_size", train.global_batch_size()), "; ",
+                        WouldFit(Divisors(train.global_batch_size()), train.gradient_accumulation_steps())));
+    }
+    if (train.eval_interval() > 0 && ValidationFraction(config_.data()) == 0) {
+      Fail("train.eval_interval", absl::StrCat(train.eval_interval(), " has nothing to validate on with ",
+                                               Mention("data.validation_fraction", 0), "; 0 would fit"));
+    }
+  }
+
+  void CheckScheduler() {
+    const Scheduler& scheduler = config_.scheduler();
+    const bool decays = scheduler.kind() != "constant";
+    const bool own_end = scheduler.decay_steps() > 0;
+    const int64_t end = own_end && decays ? scheduler.decay_steps() : config_.train().steps();
+    const char* end_key = own_end && decays ? "scheduler.decay_steps" : "train.steps";
+    if (scheduler.warmup_steps() > end) {
+      Fail("scheduler.warmup_steps", absl::StrCat(scheduler.warmup_steps(), " is more than ",
+                                                  Mention(end_key, end), "; at most ", end, " would fit"));
+    } else if (scheduler.kind() == "wsd" && scheduler.warmup_steps() + scheduler.wsd_decay_steps() > end) {
+      Fail("scheduler.wsd_decay_steps",
+           absl::StrCat(scheduler.wsd_decay_steps(), " and ",
+                        Mention("scheduler.warmup_steps", scheduler.warmup_steps()),
+                        " are together more than ", Mention(end_key, end), "; at most ",
+                        end - scheduler.warmup_steps(), " would fit"));
+    }
+    if (decays && scheduler.min_lr() > config_.optimizer().lr()) {
+      const std::string lr = FormatNumber(config_.optimizer().lr());
+      Fail("scheduler.min_lr",
+           absl::StrCat(FormatNumber(scheduler.min_lr()), " is more than ",
+                        positions_.Mention("optimizer.lr", lr), "; at most ", lr, " would fit"));
+    }
+  }
+
+  void CheckExpertParallel(int world_size) {
+    const Model& model = config_.model();
+    const int64_t wanted = config_.parallel().expert() == -1 ? world_size : config_.parallel().expert();
+    const bool has_experts = model.dense_layers_size() < model.num_hidden_layers();
+    std::vector<int64_t> fitting = Divisors(world_size);
+    if (has_experts) std::erase_if(fitting, [&](int64_t value) { return value > model.num_local_experts(); });
+    if (std::find(fitting.begin(), fitting.end(), wanted) != fitting.end()) return;
+    const std::string ranks = absl::StrCat(world_size, world_size == 1 ? " rank" : " ranks");
+    const std::string given =
+        config_.parallel().expert() == -1 ? absl::StrCat("-1, all ", ranks, ",") : absl::StrCat(wanted);
+    std::string why;
+    if (wanted < 1) {
+      why = absl::StrCat(given, " is no number of ranks");
+    } else if (world_size % wanted != 0) {
+      why = absl::StrCat(given, " does not divide ", ranks);
+    } else {
+      why = absl::StrCat(given, " is more than ",
+                         Mention("model.num_local_experts", model.num_local_experts()));
+    }
+    Fail("parallel.expert", absl::StrCat(why, "; ", WouldFit(fitting, wanted)));
+  }
+
+  absl::Status ToStatus() const { return errors_.ToStatus(); }
+
+ private:
+  void Fail(std::string_view key, std::string_view text) { errors_.Add(positions_.Where(key), key, text); }
+  std::string Mention(std::string_view key, int64_t value) const {
+    return positions_.Mention(key, absl::StrCat(value));
+  }
+  std::string Mention(std::string_view key, const std::string& value) const {
+    return positions_.Mention(key, value);
+  }
+
+  void CheckDerivedHeadDim(int64_t hidden, int64_t heads) {
+    if (hidden % heads == 0 && hidden / heads % 2 == 0) return;
+    const std::string why =
+        hidden % heads != 0 ? "is not a multiple of " : "gives heads of an odd width with ";
+    const int64_t step = 2 * heads;
+    std::vector<int64_t> fitting = {hidden / step * step, hidden / step * step + step};
+    std::erase(fitting, 0);
+    Fail("model.hidden_size", absl::StrCat(hidden, " ", why, Mention("model.num_attention_heads", heads),
+                                           "; ", WouldFit(fitting, hidden), ", or an even model.head_dim"));
+  }
+
+  void CheckDenseLayers(const Model& model) {
+    std::set<int> seen;
+    for (const int layer : model.dense_layers()) {
+      if (layer < 0 || layer >= model.num_hidden_layers()) {
+        Fail("model.dense_layers", absl::StrCat(layer, " is no layer with ",
+                                                Mention("model.num_hidden_layers", model.num_hidden_layers()),
+                                                "; 0 to ", model.num_hidden_layers() - 1, " would fit"));
+      } else if (!seen.insert(layer).second) {
+        Fail("model.dense_layers", absl::StrCat(layer, " stands in the list twice"));
+      }
+    }
+  }
+
+  const Config& config_;
+  const KeyPositions& positions_;
+  ConfigErrors errors_;
+};
+
+}  // namespace
+
+absl::Status CheckConfig(const Config& config, const KeyPositions& positions) {
+  Checker checker(config, positions);
+  checker.CheckRun();
+  checker.CheckModel();
+  checker.CheckData();
+  checker.CheckTrain();
+  checker.CheckScheduler();
+  return checker.ToStatus();
+}
+
+absl::Status CheckParallel(const Config& config, const KeyPositions& positions, int world_size) {
+  Checker checker(config, positions);
+  checker.CheckExpertParallel(world_size);
+  return checker.ToStatus();
+}
+
+}  // namespace shoal
