@@ -67,8 +67,8 @@ TEST(CrossEntropy, MasksMinusInfinityAndShowsNaN) {
   Stream stream;
   const int64_t V = 10000;
   const Tensor logits = Zeros({2, V}, DType::kF32), targets = Zeros({2}, DType::kI32);
-  // The whole first block is masked, and the rest far below 0.
-  for (int64_t i = 0; i < V; ++i) logits.data<float>()[i] = i < 5000 ? -std::numeric_limits<float>::infinity() : -1000;
+  // The whole first block is masked; e^88.8, the rest below 0, would be infinite.
+  for (int64_t i = 0; i < V; ++i) logits.data<float>()[i] = i < 5000 ? -std::numeric_limits<float>::infinity() : -88.8f;
   targets.data<int32_t>()[0] = 6000;
   logits.data<float>()[V + 9999] = std::numeric_limits<float>::quiet_NaN();
   SweepLevels([&]() -> std::vector<Tensor> {
