@@ -284,15 +284,20 @@ absl::Status MegatronWriter::Flush() {
 
 absl::Status MegatronWriter::Finish() {
   SHOAL_RETURN_IF_ERROR(Flush());
-  // Without this an old index could stand beside the new tokens.
-  const std::string index = prefix_ + ".idx";
-  if (unlink(index.c_str()) != 0 && errno != ENOENT)
-    return ErrnoStatus(errno, absl::StrCat("replacing ", index));
+  const std::string path = prefix_ + ".idx";
+  const std::string index = Index();
+  const auto bytes = static_cast<int64_t>(index.size());
+  // All bytes are on their way before anything old is touched: a full disk costs nothing.
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<FileWriter> idx, FileWriter::Create(path, bytes));
+  SHOAL_RETURN_IF_ERROR(idx->Append(index.data(), bytes));
+  // An old index must not stand beside the new tokens, even for a moment.
+  if (unlink(path.c_str()) != 0 && errno != ENOENT)
+    return ErrnoStatus(errno, absl::StrCat("replacing ", path));
   SHOAL_RETURN_IF_ERROR(bin_->Commit());
-  return WriteIndex();
+  return idx->Commit();
 }
 
-absl::Status MegatronWriter::WriteIndex() const {
+std::string MegatronWriter::Index() const {
   std::string index(kMagic);
   Store(kVersion, &index);
   Store(static_cast<uint8_t>(type_), &index);
@@ -305,7 +310,7 @@ absl::Status MegatronWriter::WriteIndex() const {
     offset += length * SizeOf(type_);
   }
   for (int64_t sequence = 0; sequence <= documents(); ++sequence) Store(sequence, &index);
-  return WriteFileAtomic(prefix_ + ".idx", index);
+  return index;
 }
 
 }  // namespace shoal

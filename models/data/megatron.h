@@ -64,7 +64,7 @@ class MegatronWriter {
  private:
   MegatronWriter(std::string prefix, int64_t vocab_size, std::unique_ptr<FileWriter> bin);
   absl::Status Flush();
-  absl::Status WriteIndex() const;
+  std::string Index() const;  // The bytes of the .idx file.
 
   const std::string prefix_;
   const int64_t vocab_size_;

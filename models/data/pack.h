@@ -33,9 +33,9 @@ struct PackReport {
   std::string_view type;        // Of a stored token: "u16" or "i32".
 };
 
-// Replaces a pair of that prefix; on failure, files under that prefix are as before. INVALID_ARGUMENT with
-// "FILE:LINE: why": a line is no JSON object with a string under json_key. INVALID_ARGUMENT: no inputs, or no
-// document in them. The errors of reading and writing name the file.
+// Replaces a pair of that prefix once all is read and written; until then files under it are as before.
+// INVALID_ARGUMENT with "FILE:LINE: why": a line is no JSON object with a string under json_key.
+// INVALID_ARGUMENT: no inputs, or no document in them. The errors of reading and writing name the file.
 absl::Status PackFiles(const PackOptions& options, PackReport* report);
 
 }  // namespace shoal
