@@ -36,9 +36,12 @@ TEST(Convert, RoundsToNearestEven) {
       return {narrow, wide, copy};
     }, [&](const std::vector<Tensor>& got) {
       for (int64_t i = 0; i < N; ++i) {
-        const BFloat16 want(x.data<float>()[i]);
-        ASSERT_EQ(got[0].data<BFloat16>()[i].bits, want.bits) << i;
-        ASSERT_EQ(std::bit_cast<uint32_t>(got[1].data<float>()[i]), static_cast<uint32_t>(want.bits) << 16) << i;
+        const float value = x.data<float>()[i];
+        const uint16_t bits = got[0].data<BFloat16>()[i].bits;
+        // AVX512_BF16 takes denormals for 0.
+        const bool flushed = std::fpclassify(value) == FP_SUBNORMAL && (bits & 0x7fff) == 0;
+        ASSERT_TRUE(flushed || bits == BFloat16(value).bits) << i << ": " << value << " gave " << bits;
+        ASSERT_EQ(std::bit_cast<uint32_t>(got[1].data<float>()[i]), static_cast<uint32_t>(bits) << 16) << i;
         ASSERT_EQ(std::bit_cast<uint32_t>(got[2].data<float>()[i]), std::bit_cast<uint32_t>(x.data<float>()[i])) << i;
       }
     });

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "runtime/device/cpu.h"
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/ref/access.h"
 
@@ -78,10 +79,9 @@ inline void ExpectSameBits(const Tensor& got, const Tensor& want, std::string_vi
 inline void SweepLevels(const std::function<std::vector<Tensor>()>& run,
                         const std::function<void(const std::vector<Tensor>&)>& check) {
   const int threads_before = Threads();
-  for (Isa isa : {Isa::kPlain, Isa::kAvx2, Isa::kAvx512}) {
-    if (isa > ActiveIsa()) continue;
-    SCOPED_TRACE(std::string(Name(isa)));
-    SetInnerIsaForTest(isa);
+  for (int number = 0; number <= static_cast<int>(BestInnerLevel()); ++number) {
+    SCOPED_TRACE("InnerLevel " + std::to_string(number));
+    SetInnerLevelForTest(static_cast<InnerLevel>(number));
     SetThreads(1);
     const std::vector<Tensor> alone = run();
     check(alone);
@@ -94,7 +94,7 @@ inline void SweepLevels(const std::function<std::vector<Tensor>()>& run,
     }
   }
   SetThreads(threads_before);
-  SetInnerIsaForTest(ActiveIsa());
+  SetInnerLevelForTest(BestInnerLevel());
 }
 
 // Checks dloss/dx, claimed to be `gradient`, by central differences of `loss`, which reads x (f64).

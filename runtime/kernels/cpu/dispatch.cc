@@ -2,12 +2,14 @@
 
 #include <algorithm>
 
+#include "runtime/device/cpu.h"
+
 namespace shoal::kernels {
 namespace {
 
-Isa& InnerIsa() {
-  static Isa isa = ActiveIsa();
-  return isa;
+InnerLevel& CurrentLevel() {
+  static InnerLevel level = BestInnerLevel();
+  return level;
 }
 
 void CheckShape(const Tensor& tensor, std::initializer_list<int64_t> shape, std::string_view name) {
@@ -17,18 +19,28 @@ void CheckShape(const Tensor& tensor, std::initializer_list<int64_t> shape, std:
 
 }  // namespace
 
-const InnerKernels& Inner() {
-  switch (InnerIsa()) {
-    case Isa::kAvx512: return kInnerAvx512;
-    case Isa::kAvx2: return kInnerAvx2;
+InnerLevel BestInnerLevel() {
+  switch (ActiveIsa()) {
+    case Isa::kAvx512: return HasBf16Dot() ? InnerLevel::kAvx512Bf16 : InnerLevel::kAvx512;
+    case Isa::kAvx2: return InnerLevel::kAvx2;
     case Isa::kPlain: break;
+  }
+  return InnerLevel::kPlain;
+}
+
+const InnerKernels& Inner() {
+  switch (CurrentLevel()) {
+    case InnerLevel::kAvx512Bf16: return kInnerAvx512Bf16;
+    case InnerLevel::kAvx512: return kInnerAvx512;
+    case InnerLevel::kAvx2: return kInnerAvx2;
+    case InnerLevel::kPlain: break;
   }
   return kInnerPlain;
 }
 
-void SetInnerIsaForTest(Isa isa) {
-  SHOAL_CHECK(isa <= ActiveIsa()) << "this processor, or SHOAL_ISA, offers " << Name(ActiveIsa());
-  InnerIsa() = isa;
+void SetInnerLevelForTest(InnerLevel level) {
+  SHOAL_CHECK(level <= BestInnerLevel()) << "this processor, or SHOAL_ISA, offers less";
+  CurrentLevel() = level;
 }
 
 void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape, std::string_view name) {

@@ -4,17 +4,21 @@
 #include <initializer_list>
 #include <string_view>
 
-#include "runtime/device/cpu.h"
 #include "runtime/kernels/cpu/inner.h"
 #include "runtime/tensor/tensor.h"
 
 namespace shoal::kernels {
 
-// The table for ActiveIsa(), or for the level that a test has set.
+// The compilations, by what they ask of the processor.
+enum class InnerLevel : int { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
+// The best that ActiveIsa() and HasBf16Dot() allow.
+InnerLevel BestInnerLevel();
+
+// The table for the best level, or for the one that a test has set.
 const InnerKernels& Inner();
 
-// For tests: later calls use `isa`, which must not be above ActiveIsa(). Not while a kernel runs.
-void SetInnerIsaForTest(Isa isa);
+// For tests: later calls use `level`, which must not be above BestInnerLevel(). Not while a kernel runs.
+void SetInnerLevelForTest(InnerLevel level);
 
 // CHECKs that `tensor` has this type and shape.
 void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape, std::string_view name);

@@ -1,5 +1,5 @@
-// The inner loops of the kernels, each compiled three times (plain, AVX2, AVX-512) and reached through a table of
-// function pointers. Raw pointers only, rows contiguous; the kernels around them check shapes, split the work over
+// The inner loops of the kernels, each compiled four times (plain, AVX2, AVX-512, AVX-512 with bf16 conversions) and
+// reached through a table of function pointers. Raw pointers only, rows contiguous; the kernels around them check shapes, split the work over
 // threads and allocate. bf16 is passed as uint16_t; `act` pointers are float or bf16 as the table's index says. Included
 // by files compiled for AVX-512: declarations only.
 #pragma once
@@ -133,5 +133,6 @@ struct InnerKernels {
 extern const InnerKernels kInnerPlain;
 extern const InnerKernels kInnerAvx2;
 extern const InnerKernels kInnerAvx512;
+extern const InnerKernels kInnerAvx512Bf16;
 
 }  // namespace shoal::kernels

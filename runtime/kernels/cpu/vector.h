@@ -42,38 +42,69 @@ inline F32 Load(const float* p, Whole) {
   __builtin_memcpy(&v, p, sizeof(v));
   return v;
 }
-inline F32 Widen(U16 bits) { return (F32)(__builtin_convertvector(bits, U32) << 16); }
+inline F32 Widen(U16 bits) {
+#if defined(__AVX512F__)  // GCC 12 makes four instructions of the conversion by itself.
+  return (F32)((U32)_mm512_cvtepu16_epi32((__m256i)bits) << 16);
+#elif defined(__AVX2__)
+  return (F32)((U32)_mm256_cvtepu16_epi32((__m128i)bits) << 16);
+#else
+  return (F32)(__builtin_convertvector(bits, U32) << 16);
+#endif
+}
 // bf16 is its bits here.
 inline F32 Load(const uint16_t* p, Whole) {
   U16 bits;
   __builtin_memcpy(&bits, p, sizeof(bits));
   return Widen(bits);
 }
+#if defined(__AVX512F__)
+inline __mmask16 MaskOf(Part part) { return (__mmask16)((1u << part.lanes) - 1); }
+inline F32 Load(const float* p, Part part) { return (F32)_mm512_maskz_loadu_ps(MaskOf(part), p); }
+inline F32 Load(const uint16_t* p, Part part) { return Widen((U16)_mm256_maskz_loadu_epi16(MaskOf(part), p)); }
+#else
 template <class T>
 inline F32 Load(const T* p, Part part) {
   T lanes[kLanes] = {};
   __builtin_memcpy(lanes, p, static_cast<uint64_t>(part.lanes) * sizeof(T));
   return Load(lanes, Whole{});
 }
+#endif
 
 inline void Store(float* p, F32 v, Whole) { __builtin_memcpy(p, &v, sizeof(v)); }
-// To nearest, ties to even; NaN stays NaN: as BFloat16(float).
+// To nearest, ties to even; NaN stays NaN: as BFloat16(float), but the processor's own instruction takes denormals for 0.
 inline U16 Narrow(F32 v) {
+#if defined(__AVX512BF16__)
+  return (U16)_mm512_cvtneps_pbh((__m512)v);
+#else
   const U32 word = (U32)v;
-  const U32 rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
-  const U32 quiet_nan = (word >> 16) | 0x40;
-  return __builtin_convertvector((word & 0x7fffffff) > 0x7f800000 ? quiet_nan : rounded, U16);
+  const U32 rounded = word + 0x7fff + ((word >> 16) & 1);
+  const U32 quiet_nan = word | 0x400000;
+  const U32 upper = (v != v ? quiet_nan : rounded) >> 16;
+#if defined(__AVX512F__)
+  return (U16)_mm512_cvtepi32_epi16((__m512i)upper);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)upper, (__m256i)upper);
+  return (U16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(upper, U16);
+#endif
+#endif
 }
 inline void Store(uint16_t* p, F32 v, Whole) {
   const U16 bits = Narrow(v);
   __builtin_memcpy(p, &bits, sizeof(bits));
 }
+#if defined(__AVX512F__)
+inline void Store(float* p, F32 v, Part part) { _mm512_mask_storeu_ps(p, MaskOf(part), (__m512)v); }
+inline void Store(uint16_t* p, F32 v, Part part) { _mm256_mask_storeu_epi16(p, MaskOf(part), (__m256i)Narrow(v)); }
+#else
 template <class T>
 inline void Store(T* p, F32 v, Part part) {
   T lanes[kLanes];
   Store(lanes, v, Whole{});
   __builtin_memcpy(p, lanes, static_cast<uint64_t>(part.lanes) * sizeof(T));
 }
+#endif
 
 // `v` with 0 in the lanes that are not covered.
 inline F32 Keep(F32 v, Whole) { return v; }
@@ -107,7 +138,16 @@ SHOAL_INLINE inline void ForEachVectorSum(int64_t n, const Body& body) {
   if (i < n) body(i, 1, Part{n - i});
 }
 
-inline F32 Max(F32 a, F32 b) { return a > b ? a : b; }  // b when either is NaN.
+// b when either is NaN. (The compiler makes a comparison and a blend of a > b ? a : b.)
+inline F32 Max(F32 a, F32 b) {
+#if defined(__AVX512F__)
+  return (F32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (F32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return (F32)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+}
 
 inline F32 Sqrt(F32 v) {
 #if defined(__AVX512F__)
@@ -171,8 +211,14 @@ inline F32 Exp(F32 x) {
 
 // 1 / (1 + e^-x); NaN stays NaN.
 inline F32 Sigmoid(F32 x) {
-  const F32 bounded = -x > 87.0f ? Splat(87.0f) : -x;
-  return 1.0f / (1.0f + Exp(bounded));
+  const F32 denominator = 1.0f + Exp(-Max(Splat(-87.0f), x));
+#if defined(__AVX512F__)
+  // 14 bits and one step of Newton's, within 1 ulp: a third of the time of a division.
+  const F32 guess = (F32)_mm512_rcp14_ps((__m512)denominator);
+  return guess * (2.0f - denominator * guess);
+#else
+  return 1.0f / denominator;
+#endif
 }
 
 }  // namespace
