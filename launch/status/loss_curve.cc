@@ -160,14 +160,15 @@ std::string Axes(const Frame& frame) {
 
 std::string Legend(bool with_validation, int64_t window) {
   const double y = kTop - 16;
+  const std::string training =
+      window > 1 ? absl::StrCat("training, mean of ", window / 2 * 2 + 1, " steps") : std::string("training");
   std::string svg = absl::StrFormat(
-      "<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" stroke=\"%s\" "
-      "stroke-width=\"2.5\"/>\n<text x=\"%.1f\" y=\"%.1f\" class=\"tick\">%s</text>\n",
-      kLeft, y - 4, kLeft + 24, y - 4, kAccent, kLeft + 31, y,
-      window > 1 ? absl::StrCat("training, mean of ", window / 2 * 2 + 1, " steps")
-                 : std::string("training"));
+      "<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" stroke=\"%s\" stroke-width=\"2.5\"/>\n"
+      "<text x=\"%.1f\" y=\"%.1f\" class=\"tick\">%s</text>\n",
+      kLeft, y - 4, kLeft + 24, y - 4, kAccent, kLeft + 31, y, training);
   if (!with_validation) return svg;
-  const double x = kLeft + 270;
+  // 7 units a letter is a little more than the font's mean.
+  const double x = kLeft + 31 + 7 * static_cast<double>(training.size()) + 20;
   absl::StrAppendFormat(
       &svg,
       "<line x1=\"%.1f\" y1=\"%.1f\" x2=\"%.1f\" y2=\"%.1f\" stroke=\"%s\" stroke-width=\"1.5\"/>\n"
