@@ -37,7 +37,7 @@ struct Shard {
 struct CheckpointerOptions {
   std::string run_dir;
   int keep = 2;                                // Committed checkpoints that stay, at least 1.
-  std::string config_yaml;                     // Stored in each checkpoint.
+  std::string config_yaml = "";                // Stored in each checkpoint.
   absl::Duration timeout = absl::Minutes(30);  // For the slowest rank to write its part.
   DiskFaults* faults = nullptr;                // For tests.
 };

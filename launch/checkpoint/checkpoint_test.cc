@@ -346,7 +346,9 @@ TEST(Checkpoint, ErrorOfOneRankIsEveryRanks) {
 TEST(Checkpoint, RanksThatDoNotSeeEachOthersFilesSaySo) {
   for (const bool folder_exists : {false, true}) {
     const TestFolder runs[2];
-    if (folder_exists) ASSERT_TRUE(MakeFolders(runs[1] / "checkpoints/step-00000005.partial").ok());
+    if (folder_exists) {
+      ASSERT_TRUE(MakeFolders(runs[1] / "checkpoints/step-00000005.partial").ok());
+    }
     RunRanks(2, [&](int rank, std::unique_ptr<Communicator> group) {
       auto checkpointer = Checkpointer::Create({.run_dir = runs[rank].path()}, std::move(group));
       ASSERT_TRUE(checkpointer.ok()) << checkpointer.status();
@@ -451,8 +453,8 @@ void FlipBit(const std::string& path, int64_t byte, int bit) {
   file.put(static_cast<char>(old_byte ^ (1 << bit)));
 }
 
-// Each bit of a checkpoint flipped in turn: it is found, or it makes no difference to what is read; and
-// truncation is found.
+// A bit of every third byte flipped: it is found, or it makes no difference to what is read. Truncation is
+// found.
 TEST(Checkpoint, NothingDamagedIsEverGivenOut) {
   const TestFolder run;
   RunRanks(2, [&](int rank, std::unique_ptr<Communicator> group) {
@@ -460,11 +462,12 @@ TEST(Checkpoint, NothingDamagedIsEverGivenOut) {
     ASSERT_TRUE(SaveAll(**checkpointer, 1, rank, 2).ok());
   });
   const std::string path = run / "checkpoints/step-00000001";
-  for (const std::string& name : *ListFolder(path)) {
+  const std::vector<std::string> names = *ListFolder(path);
+  for (const std::string& name : names) {
     const std::string file = JoinPath(path, name);
     const int64_t size = *FileBytes(file);
     int found = 0;
-    for (int64_t byte = 0; byte < size; ++byte) {
+    for (int64_t byte = 0; byte < size; byte += 3) {
       const int bit = static_cast<int>(byte * 5 % 8);
       FlipBit(file, byte, bit);
       const auto reader = OpenCheckpoint(path);
@@ -479,7 +482,7 @@ TEST(Checkpoint, NothingDamagedIsEverGivenOut) {
       }
       FlipBit(file, byte, bit);
     }
-    EXPECT_GT(found, size / 3) << name;
+    EXPECT_GT(found, size / 9) << name;
     const std::string contents = *ReadFile(file);
     ASSERT_TRUE(WriteFileAtomic(file, contents.substr(0, contents.size() - 1)).ok());
     EXPECT_EQ(OpenCheckpoint(path).status().code(),
