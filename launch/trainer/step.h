@@ -43,6 +43,7 @@ class RankModel {
   Range RowsOf(int64_t rows) const { return placement_.RowsOf(Rank{world_->index()}, rows); }
 
   ParameterStore& store() { return *store_; }
+  const ParameterStore& store() const { return *store_; }
   Decoder& decoder() { return *decoder_; }
   Stream& stream() { return stream_; }
   const Placement& placement() const { return placement_; }

@@ -1,0 +1,71 @@
+#include "launch/trainer/inference.h"
+
+#include "launch/checkpoint/checkpoint.h"
+#include "runtime/config/loader.h"
+#include "runtime/device/cpu.h"
+#include "runtime/files/file.h"
+
+namespace shoal {
+namespace {
+
+// The configuration that a checkpoint carries.
+absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader, const std::string& path) {
+  Config config;
+  KeyPositions positions;
+  SHOAL_RETURN_IF_ERROR(LoadYaml(reader.config_yaml(), path + "/manifest.json config", &config, &positions));
+  ResolveConfig(&config);
+  return config;
+}
+
+// What to run: a model's shape with the settings of its training where they are known.
+struct Source {
+  Config config;
+  ModelConfig model;
+  WeightsSource weights;
+};
+
+absl::StatusOr<Source> OpenSource(const std::string& path) {
+  Source source;
+  if (FileBytes(JoinPath(path, "config.json")).ok()) {
+    SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
+    source.model = *folder.config();
+    source.weights.init_from = path;
+    return source;
+  }
+  SHOAL_ASSIGN_OR_RETURN(source.weights.checkpoint, FindCheckpoint(path));
+  SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(source.weights.checkpoint));
+  SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*reader, source.weights.checkpoint));
+  source.model = ModelConfigOf(source.config);
+  source.config.mutable_parallel()->set_expert(1);
+  return source;
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> GenerateText(const std::string& path, SampleOptions sample, int threads) {
+  SetThreads(threads > 0 ? threads : UsableCores());
+  SHOAL_ASSIGN_OR_RETURN(const Source source, OpenSource(path));
+  if (source.model.vocab_size != 256) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": its vocabulary has ", source.model.vocab_size,
+                                                   " tokens; text is generated from models of bytes (256)"));
+  }
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld({}));
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
+                         RankModel::Create(source.config, source.model, *world, /*training=*/false));
+  SHOAL_RETURN_IF_ERROR(LoadWeights(source.weights, *model), path);
+  sample.context = source.config.train().seq_length();
+  return SampleText(sample, *model, *world);
+}
+
+absl::Status ExportModel(const std::string& checkpoint, const std::string& out, DType dtype) {
+  SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(checkpoint));
+  SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(folder));
+  SHOAL_ASSIGN_OR_RETURN(const Config config, CheckpointConfig(*reader, folder));
+  ExportOptions options;
+  options.dtype = dtype;
+  options.max_position_embeddings = config.train().seq_length();
+  const auto source = [&](const std::string& name, const Tensor& tensor) { return reader->Read(name, 0, tensor); };
+  return WriteModelFolder(out, ModelConfigOf(config), source, options);
+}
+
+}  // namespace shoal

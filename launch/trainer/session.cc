@@ -1,0 +1,134 @@
+#include "launch/trainer/session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+#include "launch/checkpoint/checkpoint.h"
+#include "models/convert/huggingface.h"
+#include "runtime/device/cpu.h"
+#include "runtime/kernels/elementwise.h"
+
+namespace shoal {
+namespace {
+
+constexpr uint64_t kSampling = 2;  // The op number of sampled tokens in random keys.
+
+void ZeroMoments(const ParameterStore& store) {
+  for (const OwnedPart& part : store.owned()) {
+    for (const Tensor& moment : {part.exp_avg, part.exp_avg_sq}) {
+      if (!moment.empty()) std::memset(moment.raw(), 0, static_cast<size_t>(moment.bytes()));
+    }
+  }
+}
+
+absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
+  SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
+  SHOAL_RETURN_IF_ERROR(folder.Check(model.model()));
+  for (const OwnedPart& part : model.store().owned()) {
+    SHOAL_RETURN_IF_ERROR(folder.Read(part.name, part.row_begin, part.master));
+  }
+  ZeroMoments(model.store());
+  return absl::OkStatus();
+}
+
+absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(path));
+  std::map<std::string, CheckpointTensor> wanted;
+  for (const ParameterSpec& spec : model.store().parameters()) {
+    wanted[spec.name] = {spec.shape, DType::kF32};
+    if (!model.store().training()) continue;
+    wanted[spec.name + "/exp_avg"] = {spec.shape, DType::kF32};
+    wanted[spec.name + "/exp_avg_sq"] = {spec.shape, DType::kF32};
+  }
+  SHOAL_RETURN_IF_ERROR(reader->Check(wanted));
+  for (const OwnedPart& part : model.store().owned()) {
+    SHOAL_RETURN_IF_ERROR(reader->Read(part.name, part.row_begin, part.master));
+    if (!model.store().training()) continue;
+    SHOAL_RETURN_IF_ERROR(reader->Read(part.name + "/exp_avg", part.row_begin, part.exp_avg));
+    SHOAL_RETURN_IF_ERROR(reader->Read(part.name + "/exp_avg_sq", part.row_begin, part.exp_avg_sq));
+  }
+  return absl::OkStatus();
+}
+
+// The token that `uniform` in [0, 1) picks.
+int32_t Choose(const SampleOptions& options, absl::Span<const float> logits, double uniform) {
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return logits[static_cast<size_t>(a)] > logits[static_cast<size_t>(b)]; });
+  if (options.temperature == 0) return order.front();
+  if (options.top_k > 0) order.resize(std::min(order.size(), static_cast<size_t>(options.top_k)));
+  const double highest = logits[static_cast<size_t>(order.front())];
+  std::vector<double> cumulative;
+  double sum = 0;
+  for (int32_t id : order) {
+    sum += std::exp((logits[static_cast<size_t>(id)] - highest) / options.temperature);
+    cumulative.push_back(sum);
+  }
+  const auto chosen = std::upper_bound(cumulative.begin(), cumulative.end(), uniform * sum);
+  return order[std::min(order.size() - 1, static_cast<size_t>(chosen - cumulative.begin()))];
+}
+
+}  // namespace
+
+WorldOptions WorldOptionsFor(const RankEnvironment& environment, const Config& config) {
+  WorldOptions options;
+  options.rank = environment.rank;
+  options.size = environment.world_size;
+  options.master_host = environment.master_host;
+  options.master_port = environment.master_port;
+  options.job_id = environment.job_id;
+  options.connect_timeout = absl::Seconds(config.comm().connect_timeout_seconds());
+  options.timeout = absl::Seconds(config.comm().timeout_seconds());
+  options.heartbeat_timeout = absl::Seconds(config.comm().heartbeat_timeout_seconds());
+  options.transport = config.comm().transport();
+  return options;
+}
+
+int ThreadsPerRank(const Config& config, const RankEnvironment& environment) {
+  if (config.train().threads() > 0) return config.train().threads();
+  return std::max(1, UsableCores() / environment.local_world_size);
+}
+
+absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
+  if (!source.checkpoint.empty()) {
+    SHOAL_RETURN_IF_ERROR(ReadCheckpoint(source.checkpoint, model));
+  } else if (!source.init_from.empty()) {
+    SHOAL_RETURN_IF_ERROR(ReadModelFolder(source.init_from, model), "run.init_from");
+  } else {
+    model.store().InitializeOwned(source.seed, model.model().initializer_range, model.stream());
+  }
+  return model.store().GatherWeights(model.stream());
+}
+
+absl::StatusOr<std::string> FindCheckpoint(const std::string& path) {
+  SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(path));
+  if (newest.has_value()) return *newest;
+  SHOAL_RETURN_IF_ERROR(OpenCheckpoint(path).status());
+  return path;
+}
+
+absl::StatusOr<std::string> SampleText(const SampleOptions& options, RankModel& model, Communicator& world) {
+  std::vector<int32_t> ids;
+  for (char c : options.prompt.empty() ? std::string("\n") : options.prompt) ids.push_back(static_cast<unsigned char>(c));
+  std::string text;
+  for (int64_t i = 0; i < options.length; ++i) {
+    const int64_t used = std::min<int64_t>(static_cast<int64_t>(ids.size()), options.context);
+    const Tensor context(ids.data() + (static_cast<int64_t>(ids.size()) - used), {used}, DType::kI32);
+    SHOAL_ASSIGN_OR_RETURN(const Tensor logits, model.decoder().NextLogits(context, model.stream()), "sampling");
+    const kernels::RandomKey key{options.seed, kernels::MakeStream(0, 0, 0, kSampling)};
+    const double uniform = static_cast<double>(kernels::RandomBits(key, static_cast<uint64_t>(i)) >> 11) * 0x1p-53;
+    const Tensor next = Empty({1}, DType::kI32);
+    next.data<int32_t>()[0] = Choose(options, logits.span<float>(), uniform);
+    if (world.size() > 1) {
+      SHOAL_RETURN_IF_ERROR(world.Broadcast(next, 0, {.label = "sampled token"}).Await(), "sampling");
+    }
+    ids.push_back(next.data<int32_t>()[0]);
+    text.push_back(static_cast<char>(next.data<int32_t>()[0]));
+  }
+  return text;
+}
+
+}  // namespace shoal

@@ -1,0 +1,418 @@
+#include "launch/trainer/train.h"
+
+#include <algorithm>
+#include <chrono>
+
+#include "absl/strings/str_format.h"
+#include "launch/checkpoint/checkpoint.h"
+#include "launch/status/reporter.h"
+#include "launch/trainer/schedule.h"
+#include "launch/trainer/session.h"
+#include "models/data/prefetch.h"
+#include "nlohmann/json.hpp"
+#include "runtime/base/log.h"
+#include "runtime/device/cpu.h"
+#include "runtime/files/file.h"
+#include "runtime/kernels/matmul.h"
+#include "runtime/metrics/process.h"
+#include "runtime/metrics/server.h"
+
+namespace shoal {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+
+// One value of every rank, in rank order.
+absl::StatusOr<std::vector<int64_t>> GatherValues(Communicator& world, int64_t value) {
+  const Tensor own = Empty({1}, DType::kI64), all = Empty({world.size()}, DType::kI64);
+  own.data<int64_t>()[0] = value;
+  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
+  SHOAL_RETURN_IF_ERROR(world.AllGather(own, counts, all, {.label = "rank values"}).Await());
+  return std::vector<int64_t>(all.span<int64_t>().begin(), all.span<int64_t>().end());
+}
+
+class TrainingRun {
+ public:
+  TrainingRun(const LoadedConfig& loaded, const RankEnvironment& environment)
+      : config_(loaded.config),
+        environment_(environment),
+        model_config_(ModelConfigOf(loaded.config)),
+        run_dir_(absl::StrCat(config_.run().output_dir(), "/", config_.run().name())) {}
+
+  absl::Status Run() {
+    SetThreads(ThreadsPerRank(config_, environment_));
+    SHOAL_RETURN_IF_ERROR(StartMetrics());
+    SHOAL_ASSIGN_OR_RETURN(world_, ConnectWorld(WorldOptionsFor(environment_, config_)), "connecting the ranks");
+    absl::Status status = SetUpAndTrain();
+    // Whatever this rank met ends the job on every rank, with its words.
+    if (!status.ok() && !absl::IsAborted(status)) world_->Abort(status);
+    if (reporter_ != nullptr && !status.ok()) Report(reporter_->Finish(FinishOf(status)));
+    metrics_->metrics().SetState(status.ok() ? JobState::kDone : JobState::kFailed);
+    return status;
+  }
+
+ private:
+  bool is_rank0() const { return environment_.rank == 0; }
+  static void Report(const absl::Status& status) {
+    if (!status.ok()) SHOAL_LOG(kError) << status;
+  }
+
+  absl::Status StartMetrics() {
+    const int wanted = config_.telemetry().metrics_port();
+    const int port = wanted < 0 ? MetricsServer::kNoPort : wanted == 0 ? 0 : wanted + environment_.local_rank;
+    SHOAL_ASSIGN_OR_RETURN(metrics_, MetricsServer::Create(config_.telemetry().metrics_address(), port));
+    metrics_->metrics().SetState(JobState::kInit);
+    metrics_->SetJob({.run_id = config_.run().name(),
+                      .model = ModelText(),
+                      .precision = config_.train().precision(),
+                      .config_hash = absl::StrFormat("%016x", ConfigHash(config_)),
+                      .layout = LayoutText()});
+    const int expert = LayoutFor(config_, model_config_, environment_.world_size).expert;
+    metrics_->SetRank({.rank = environment_.rank,
+                       .local_rank = environment_.local_rank,
+                       .node = environment_.node_rank,
+                       .dp = environment_.rank / expert,
+                       .ep = environment_.rank % expert});
+    return absl::OkStatus();
+  }
+
+  absl::Status SetUpAndTrain() {
+    SHOAL_RETURN_IF_ERROR(OpenData());
+    SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, /*training=*/true), "setting up");
+    SHOAL_RETURN_IF_ERROR(StartOrResume());
+    SHOAL_RETURN_IF_ERROR(StartReporter());
+    SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group, world_->Split(AllRanks()));
+    SHOAL_ASSIGN_OR_RETURN(checkpointer_,
+                           Checkpointer::Create({.run_dir = run_dir_,
+                                                 .keep = config_.checkpoint().keep(),
+                                                 .config_yaml = ConfigYaml(config_)},
+                                                std::move(group)));
+    for (int64_t step = first_step_; step < config_.train().steps(); ++step) {
+      SHOAL_RETURN_IF_ERROR(Step(step), "step ", step);
+      const bool last = step + 1 == config_.train().steps();
+      if (last || Due(step, config_.train().eval_interval())) SHOAL_RETURN_IF_ERROR(Validate(step), "validation");
+      if (last ? config_.checkpoint().save_last() : Due(step, config_.checkpoint().interval())) {
+        SHOAL_RETURN_IF_ERROR(Save(step + 1), "saving a checkpoint");
+      }
+    }
+    return Finish();
+  }
+
+  static bool Due(int64_t step, int64_t interval) { return interval > 0 && (step + 1) % interval == 0; }
+
+  absl::Status OpenData() {
+    SHOAL_ASSIGN_OR_RETURN(const DataKind kind, ParseDataKind(config_.data().kind()));
+    SHOAL_ASSIGN_OR_RETURN(const DataOrder order, ParseDataOrder(config_.data().order()));
+    SHOAL_ASSIGN_OR_RETURN(data_, OpenDataset({.kind = kind,
+                                               .path = config_.data().path(),
+                                               .order = order,
+                                               .validation_fraction = config_.data().validation_fraction(),
+                                               .seed = config_.run().seed(),
+                                               .vocab_size = model_config_.vocab_size,
+                                               .seq = config_.train().seq_length(),
+                                               .global_batch = config_.train().global_batch_size()}),
+                           "data");
+    return absl::OkStatus();
+  }
+
+  // Weights, optimizer state and the position in the run; then reading ahead can begin.
+  absl::Status StartOrResume() {
+    metrics_->metrics().SetState(JobState::kRestore);
+    SHOAL_ASSIGN_OR_RETURN(const std::string checkpoint, ChooseCheckpoint());
+    SHOAL_RETURN_IF_ERROR(LoadWeights({checkpoint, config_.run().init_from(), config_.run().seed()}, *model_),
+                          checkpoint.empty() ? "initial weights" : "resuming");
+    if (!checkpoint.empty()) {
+      SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(checkpoint));
+      const nlohmann::json meta = nlohmann::json::parse(reader->meta(), nullptr, /*allow_exceptions=*/false);
+      if (!meta.is_object() || !meta.value("update", nlohmann::json()).is_number_integer()) {
+        return absl::DataLossError(absl::StrCat(checkpoint, ": the manifest's meta has no number `update`"));
+      }
+      updates_ = meta["update"];
+      first_step_ = reader->step();
+      if (first_step_ >= config_.train().steps()) {
+        return absl::FailedPreconditionError(
+            absl::StrCat(checkpoint, " is at step ", first_step_, ", and train.steps is ", config_.train().steps(),
+                         ": nothing is left to do; a larger train.steps goes on"));
+      }
+    }
+    const int64_t parts = config_.train().gradient_accumulation_steps();
+    const int64_t part_rows = config_.train().global_batch_size() / parts;
+    const Range mine = model_->RowsOf(part_rows);
+    for (int64_t part = 0; part < parts; ++part) {
+      batches_.push_back(std::make_unique<Prefetcher>(
+          data_.train, PrefetchOptions{part * part_rows + mine.begin, mine.count, first_step_}));
+    }
+    return absl::OkStatus();
+  }
+
+  // The checkpoint to go on from, checked whole; empty: none. Every rank reads the same folders, and rank 0 decides.
+  absl::StatusOr<std::string> ChooseCheckpoint() {
+    const std::string& resume = config_.checkpoint().resume();
+    if (resume == "none") return std::string();
+    std::vector<CheckpointFolder> folders;
+    if (resume == "auto") {
+      SHOAL_ASSIGN_OR_RETURN(folders, ListCheckpoints(run_dir_));
+    } else {
+      SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(resume), "checkpoint.resume");
+      folders.push_back({0, folder});
+    }
+    while (!folders.empty()) {
+      const std::string path = folders.back().path;
+      const absl::Status status = Verify(path);
+      // The ranks agree: damage that one sees is damage for all.
+      SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> whole, GatherValues(*world_, status.ok() ? 1 : 0));
+      const auto damaged = std::find(whole.begin(), whole.end(), 0);
+      if (damaged == whole.end()) return path;
+      const std::string words = status.ok() ? absl::StrCat("rank ", damaged - whole.begin(), " cannot read ", path)
+                                            : std::string(status.message());
+      folders.pop_back();
+      if (!config_.checkpoint().allow_fallback() || folders.empty()) {
+        return absl::DataLossError(absl::StrCat(
+            "checkpoint.resume: ", words,
+            folders.empty() ? "" : "; checkpoint.allow_fallback=true goes on from the one before it, " + folders.back().path));
+      }
+      SHOAL_LOG(kWarning) << words << "; going on from " << folders.back().path;
+    }
+    return std::string();
+  }
+
+  // Each rank checks every hash; the file system's cache makes that one read.
+  static absl::Status Verify(const std::string& path) {
+    SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(path));
+    return reader->VerifyAll(Threads());
+  }
+
+  std::string ModelText() const {
+    const ModelConfig& m = model_config_;
+    return absl::StrFormat("%d layers, width %d, %d experts, top-%d", m.num_hidden_layers, m.hidden_size,
+                           m.num_local_experts, m.num_experts_per_tok);
+  }
+
+  std::string LayoutText() const {
+    const Layout layout = LayoutFor(config_, model_config_, environment_.world_size);
+    if (layout.ranks == 1) return "one rank";
+    if (layout.expert == 1) return "data parallel, optimizer sharded";
+    return absl::StrFormat("experts over %d of %d ranks, optimizer sharded", layout.expert, layout.ranks);
+  }
+
+  std::string DataText() const {
+    if (data_.train_tokens == 0) return config_.data().kind();
+    return absl::StrFormat("%s, %.2f M tokens to train on, %.2f M held out",
+                           config_.data().path().empty() ? config_.data().kind() : config_.data().path(),
+                           static_cast<double>(data_.train_tokens) / 1e6, static_cast<double>(data_.validation_tokens) / 1e6);
+  }
+
+  absl::Status StartReporter() {
+    // All ranks at once, as when they train.
+    SHOAL_RETURN_IF_ERROR(world_->Barrier({.label = "start"}).Await());
+    const DType compute = config_.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
+    const double peak = kernels::MeasureMatMulPeak(compute, 0.2);
+    SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> peaks, GatherValues(*world_, static_cast<int64_t>(peak * 1e9)));
+    SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> ports, GatherValues(*world_, metrics_->port()));
+    ReporterOptions options;
+    options.run_dir = run_dir_;
+    options.run_name = config_.run().name();
+    options.is_rank0 = is_rank0();
+    options.total_steps = config_.train().steps();
+    options.start_step = first_step_;
+    options.tokens_per_step = config_.train().global_batch_size() * config_.train().seq_length();
+    for (int64_t flops : peaks) options.gemm_peak_flops += static_cast<double>(flops);
+    options.bytes_per_token = config_.data().kind() == "text" ? 1 : 0;
+    options.log_interval = config_.telemetry().log_interval();
+    options.expert_counts_interval = config_.telemetry().expert_counts_interval();
+    options.parameters = TotalParameters(model_config_);
+    options.active_parameters = ActiveMatmulParameters(model_config_);
+    options.world_size = environment_.world_size;
+    options.threads_per_rank = Threads();
+    options.model = ModelText();
+    options.layout = LayoutText();
+    options.precision = config_.train().precision();
+    options.data = DataText();
+    for (int layer = 0; layer < model_config_.num_hidden_layers; ++layer) {
+      if (!model_config_.is_dense(layer)) moe_layers_.push_back(layer);
+    }
+    options.moe_layers = moe_layers_;
+    options.metrics = metrics_.get();
+    SHOAL_ASSIGN_OR_RETURN(reporter_, Reporter::Create(std::move(options)));
+    if (is_rank0() && world_->size() > 1 && metrics_->port() >= 0) reporter_->Note(OtherPorts(ports));
+    if (!is_rank0()) SHOAL_LOG(kInfo) << "metrics at " << metrics_->url();
+    if (is_rank0()) {
+      config_path_ = run_dir_ + "/config.yaml";
+      SHOAL_RETURN_IF_ERROR(WriteFileAtomic(config_path_, ConfigYaml(config_)), "writing the configuration");
+    }
+    metrics_->metrics().SetState(JobState::kTrain);
+    return absl::OkStatus();
+  }
+
+  static std::string OtherPorts(const std::vector<int64_t>& ports) {
+    std::string text = "metrics of the other ranks: port";
+    for (size_t rank = 1; rank < ports.size(); ++rank) {
+      absl::StrAppend(&text, rank == 1 ? " " : ", ", ports[rank], " (rank ", rank, ")");
+    }
+    return text;
+  }
+
+  absl::Status Step(int64_t step) {
+    const Clock::time_point begin = Clock::now();
+    std::vector<Tensor> parts;
+    for (const std::unique_ptr<Prefetcher>& batches : batches_) {
+      SHOAL_ASSIGN_OR_RETURN(parts.emplace_back(), batches->Next(step), "data");
+    }
+    const double data_seconds = SecondsSince(begin);
+    const double learning_rate = LearningRate(config_, step);
+    SHOAL_ASSIGN_OR_RETURN(const StepResult result, model_->Train(parts, learning_rate, updates_ + 1));
+    StepRecord record;
+    record.step = step;
+    record.loss = result.loss;
+    record.ce_loss = result.cross_entropy;
+    record.aux_loss = result.aux;
+    record.z_loss = result.z;
+    record.learning_rate = learning_rate;
+    record.grad_norm = result.grad_norm;
+    record.tokens = config_.train().global_batch_size() * config_.train().seq_length();
+    record.seconds = SecondsSince(begin);
+    record.flops = static_cast<double>(record.tokens) *
+                   static_cast<double>(TrainFlopsPerToken(model_config_, config_.train().seq_length()));
+    record.data_wait_seconds = data_seconds;
+    record.expert_counts = result.expert_counts;
+    record.moe_layers = moe_layers_;
+    record.phase_seconds = {{"data", data_seconds},
+                            {"forward", result.forward_seconds},
+                            {"backward", result.backward_seconds},
+                            {"grad_sync", result.reduce_seconds},
+                            {"optimizer", result.update_seconds}};
+    if (!result.finite) return NotFinite(record);
+    ++updates_;
+    return reporter_->Step(record);
+  }
+
+  absl::Status NotFinite(const StepRecord& record) {
+    SHOAL_RETURN_IF_ERROR(reporter_->SkippedStep(record));
+    const std::string words =
+        absl::StrFormat("loss %g, gradient norm %g: not finite, so the step was not applied", record.loss, record.grad_norm);
+    if (!config_.train().stop_on_nonfinite()) {
+      SHOAL_LOG(kWarning) << "step " << record.step << ": " << words;
+      return absl::OkStatus();
+    }
+    return absl::FailedPreconditionError(absl::StrCat(
+        words, "; a lower optimizer.lr or a longer scheduler.warmup_steps may help, --resume goes on from the last checkpoint, "
+               "train.stop_on_nonfinite=false skips such steps"));
+  }
+
+  absl::Status Validate(int64_t step) {
+    if (data_.validation == nullptr) return absl::OkStatus();
+    metrics_->metrics().SetState(JobState::kEval);
+    const Clock::time_point begin = Clock::now();
+    const int64_t batch = config_.train().global_batch_size(), seq = config_.train().seq_length();
+    const int64_t wanted = config_.train().eval_batches() * batch;
+    const bool last = step + 1 == config_.train().steps();  // The figure that counts is of the whole split.
+    const int64_t rows = wanted == 0 || last ? data_.ValidationRows() : std::min(wanted, data_.ValidationRows());
+    double sum = 0;
+    for (int64_t row = 0; row < rows; row += batch) {
+      const Range mine = model_->RowsOf(std::min(batch, rows - row));
+      const Tensor tokens = Empty({mine.count, seq + 1}, DType::kI32);
+      SHOAL_RETURN_IF_ERROR(data_.validation->ReadRows(0, row + mine.begin, tokens));
+      SHOAL_ASSIGN_OR_RETURN(const double part, model_->Evaluate(tokens));
+      sum += part;
+    }
+    const int64_t tokens = rows * seq;
+    SHOAL_RETURN_IF_ERROR(reporter_->Eval(
+        {.step = step, .loss = sum / static_cast<double>(tokens), .tokens = tokens, .seconds = SecondsSince(begin)}));
+    metrics_->metrics().SetState(JobState::kTrain);
+    return absl::OkStatus();
+  }
+
+  // `step`: steps done.
+  absl::Status Save(int64_t step) {
+    const Clock::time_point begin = Clock::now();
+    metrics_->metrics().SetState(JobState::kSave);
+    std::vector<Shard> shards;
+    for (const OwnedPart& part : model_->store().owned()) {
+      shards.push_back({part.name, part.full_shape, part.row_begin, part.master});
+      shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, part.exp_avg});
+      shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, part.exp_avg_sq});
+    }
+    SHOAL_RETURN_IF_ERROR(checkpointer_->Save(step, nlohmann::json({{"update", updates_}}).dump(), shards));
+    const Metrics& metrics = metrics_->metrics();
+    if (saved_step_ > 0) CommittedSave();
+    saved_step_ = step;
+    metrics.checkpoint_snapshot.Observe(SecondsSince(begin));
+    metrics.SetState(JobState::kTrain);
+    return absl::OkStatus();
+  }
+
+  void CommittedSave() {
+    metrics_->metrics().checkpoint_step.Set(static_cast<double>(saved_step_));
+    metrics_->metrics().checkpoint_timestamp.SetToNow();
+  }
+
+  FinishRecord FinishOf(const absl::Status& status) const {
+    FinishRecord record;
+    record.status = status;
+    record.config_path = config_path_;
+    if (environment_.source == "SHOAL") record.log_dir = run_dir_ + "/logs";
+    return record;
+  }
+
+  absl::Status Finish() {
+    FinishRecord record = FinishOf(absl::OkStatus());
+    if (checkpointer_ != nullptr) {
+      SHOAL_RETURN_IF_ERROR(checkpointer_->Wait(), "saving a checkpoint");
+      if (saved_step_ > 0) {
+        CommittedSave();
+        SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(run_dir_));
+        record.checkpoint_dir = newest.value_or("");
+      }
+    }
+    const Telemetry& telemetry = config_.telemetry();
+    if (!telemetry.sample_prompt().empty() && telemetry.sample_length() > 0 && config_.data().kind() == "text") {
+      record.sample_prompt = telemetry.sample_prompt();
+      SHOAL_ASSIGN_OR_RETURN(record.sample_text, SampleText({.prompt = telemetry.sample_prompt(),
+                                                             .length = telemetry.sample_length(),
+                                                             .context = config_.train().seq_length(),
+                                                             .seed = config_.run().seed()},
+                                                            *model_, *world_));
+    }
+    SHOAL_ASSIGN_OR_RETURN(record.peak_memory_bytes, GatherValues(*world_, ReadProcessUsage().peak_resident_bytes));
+    if (!record.checkpoint_dir.empty() && config_.data().kind() == "text") {
+      record.hints.push_back(absl::StrCat("./shoal generate --checkpoint ", run_dir_, " --prompt \"Once upon a time\""));
+    }
+    if (!record.checkpoint_dir.empty()) {
+      record.hints.push_back(absl::StrCat("./shoal export --checkpoint ", run_dir_, " --out ", run_dir_, "/hf"));
+    }
+    return reporter_->Finish(record);
+  }
+
+  std::vector<int> AllRanks() const {
+    std::vector<int> ranks;
+    for (int rank = 0; rank < world_->size(); ++rank) ranks.push_back(rank);
+    return ranks;
+  }
+
+  const Config config_;
+  const RankEnvironment environment_;
+  const ModelConfig model_config_;
+  const std::string run_dir_;
+  std::string config_path_;
+  std::vector<int> moe_layers_;
+  int64_t first_step_ = 0, updates_ = 0, saved_step_ = 0;
+
+  // In the order in which they are set up; the last goes first.
+  std::unique_ptr<MetricsServer> metrics_;
+  std::unique_ptr<Communicator> world_;
+  Dataset data_;
+  std::unique_ptr<RankModel> model_;
+  std::vector<std::unique_ptr<Prefetcher>> batches_;
+  std::unique_ptr<Reporter> reporter_;
+  std::unique_ptr<Checkpointer> checkpointer_;
+};
+
+}  // namespace
+
+absl::Status TrainRank(const LoadedConfig& loaded, const RankEnvironment& environment) {
+  return TrainingRun(loaded, environment).Run();
+}
+
+}  // namespace shoal

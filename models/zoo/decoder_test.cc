@@ -1,0 +1,203 @@
+// A decoder's passes as a whole, on one rank. Comparison with an independent implementation: tests/oracle.
+#include "models/zoo/decoder.h"
+
+#include <cmath>
+#include <random>
+
+#include "collectives/communicator.h"
+#include "gtest/gtest.h"
+
+namespace shoal {
+namespace {
+
+ModelConfig SmallConfig() {
+  ModelConfig config;
+  config.vocab_size = 61;
+  config.hidden_size = 32;
+  config.intermediate_size = 40;
+  config.dense_intermediate_size = 40;
+  config.num_hidden_layers = 2;
+  config.num_attention_heads = 4;
+  config.num_key_value_heads = 2;
+  config.head_dim = 8;
+  config.num_local_experts = 1;
+  config.num_experts_per_tok = 1;
+  config.aux_loss = AuxLoss::kNone;
+  return config;
+}
+
+// One decoder with all that it stands on.
+class Fixture {
+ public:
+  explicit Fixture(const ModelConfig& config, DType compute = DType::kF32, Decoder::Options options = {.seq = 12})
+      : config_(config) {
+    world_ = *ConnectWorld({});
+    const std::vector<ParameterSpec> parameters = ParameterSpecs(config);
+    const auto placement =
+        Placement::Make(ShapesOf(MakeBlocks(parameters)), {.ranks = 1, .expert = 1, .experts = config.num_local_experts});
+    store = *ParameterStore::Create(parameters, *placement, *world_, *world_, {.compute = compute});
+    store->InitializeOwned(3, 0.1, stream);
+    EXPECT_TRUE(store->GatherWeights(stream).ok());
+    exchange_ = std::make_unique<TokenExchange>(*world_, config.num_local_experts);
+    decoder = std::make_unique<Decoder>(config, options, *store, *exchange_);
+  }
+
+  // The summed cross-entropy; leaves gradients of it.
+  double Run(const Tensor& tokens, kernels::Accumulate accumulate = kernels::Accumulate::kOverwrite) {
+    const auto sums = decoder->Forward(tokens, 1.0f, accumulate, stream);
+    EXPECT_TRUE(sums.ok()) << sums.status();
+    EXPECT_TRUE(decoder->Backward(std::vector<RoutingGradient>(sums->routing.size()), stream).ok());
+    return sums->cross_entropy;
+  }
+
+  Stream stream;
+  std::unique_ptr<ParameterStore> store;
+  std::unique_ptr<Decoder> decoder;
+
+ private:
+  ModelConfig config_;
+  std::unique_ptr<Communicator> world_;
+  std::unique_ptr<TokenExchange> exchange_;
+};
+
+Tensor Tokens(int64_t rows, int64_t seq) {
+  std::mt19937 random(5);
+  const Tensor tokens = Empty({rows, seq + 1}, DType::kI32);
+  for (int32_t& id : tokens.span<int32_t>()) id = static_cast<int32_t>(random() % 61);
+  return tokens;
+}
+
+std::vector<float> Copy(const Tensor& tensor) { return {tensor.span<float>().begin(), tensor.span<float>().end()}; }
+
+TEST(Decoder, DenseLayerIsALayerWithOneExpert) {
+  ModelConfig dense = SmallConfig();
+  dense.dense_layers = {true, false};
+  Fixture a(SmallConfig()), b(dense);
+  // The same weights: experts.0.w1, w3, w2 are gate_proj, up_proj, down_proj.
+  const auto name_in_a = [](std::string name) {
+    const auto replace = [&](const std::string& from, const std::string& to) {
+      if (const size_t at = name.find(from); at != std::string::npos) name.replace(at, from.size(), to);
+    };
+    replace("mlp.gate_proj", "block_sparse_moe.experts.0.w1");
+    replace("mlp.up_proj", "block_sparse_moe.experts.0.w3");
+    replace("mlp.down_proj", "block_sparse_moe.experts.0.w2");
+    return name;
+  };
+  for (const ParameterSpec& spec : b.store->parameters()) {
+    const std::vector<float> weights = Copy(a.store->Weight(name_in_a(spec.name), spec.shape));
+    std::copy(weights.begin(), weights.end(), b.store->Weight(spec.name, spec.shape).data<float>());
+  }
+  const Tensor tokens = Tokens(3, 12);
+  const double loss_a = a.Run(tokens), loss_b = b.Run(tokens);
+  EXPECT_NEAR(loss_a, loss_b, 1e-6 * loss_a);
+  for (const ParameterSpec& spec : b.store->parameters()) {
+    const std::vector<float> want = Copy(a.store->Gradient(name_in_a(spec.name), spec.shape));
+    const std::vector<float> got = Copy(b.store->Gradient(spec.name, spec.shape));
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < got.size(); ++i) {
+      difference += std::pow(got[i] - want[i], 2);
+      norm += std::pow(want[i], 2);
+    }
+    EXPECT_LE(std::sqrt(difference), 2e-6 * std::sqrt(norm) + 1e-9) << spec.name;
+  }
+}
+
+TEST(Decoder, GradientIsTheSlopeOfTheLoss) {
+  ModelConfig config = SmallConfig();
+  config.num_local_experts = 4;
+  config.num_experts_per_tok = 2;
+  config.dense_layers = {false, true};
+  config.tie_word_embeddings = true;
+  Fixture fixture(config);
+  const Tensor tokens = Tokens(2, 12);
+  fixture.Run(tokens);
+  std::mt19937 random(11);
+  for (const ParameterSpec& spec : fixture.store->parameters()) {
+    // Along the gradient itself: the slope there is its squared norm.
+    const std::vector<float> gradient = Copy(fixture.store->Gradient(spec.name, spec.shape));
+    double squared = 0;
+    for (float g : gradient) squared += static_cast<double>(g) * g;
+    if (squared == 0) continue;
+    const double step = 2e-3 / std::sqrt(squared);
+    const Tensor weights = fixture.store->Weight(spec.name, spec.shape);
+    const std::vector<float> saved = Copy(weights);
+    const auto loss_at = [&](double distance) {
+      for (size_t i = 0; i < saved.size(); ++i) {
+        weights.data<float>()[i] = static_cast<float>(saved[i] + distance * gradient[i]);
+      }
+      return *fixture.decoder->Evaluate(tokens, fixture.stream);
+    };
+    const double slope = (loss_at(step) - loss_at(-step)) / (2 * step);
+    std::copy(saved.begin(), saved.end(), weights.data<float>());
+    EXPECT_NEAR(slope, squared, 0.02 * squared) << spec.name;
+  }
+}
+
+TEST(Decoder, RecomputationAndPartsGiveTheSameGradients) {
+  ModelConfig config = SmallConfig();
+  config.num_local_experts = 4;
+  config.num_experts_per_tok = 2;
+  Fixture plain(config), recomputed(config, DType::kF32, {.seq = 12, .recompute = true, .loss_chunk = 7}), parts(config);
+  const Tensor tokens = Tokens(4, 12);
+  const double loss = plain.Run(tokens);
+  EXPECT_NEAR(recomputed.Run(tokens), loss, 1e-6 * loss);
+  EXPECT_NEAR(parts.Run(tokens.Rows(0, 3)) + parts.Run(tokens.Rows(3, 1), kernels::Accumulate::kAdd), loss, 1e-6 * loss);
+  for (const ParameterSpec& spec : plain.store->parameters()) {
+    const std::vector<float> want = Copy(plain.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> first = Copy(recomputed.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> second = Copy(parts.store->Gradient(spec.name, spec.shape));
+    double norm = 0;
+    for (float g : want) norm = std::max(norm, std::abs(static_cast<double>(g)));
+    for (size_t i = 0; i < want.size(); ++i) {
+      ASSERT_NEAR(first[i], want[i], 1e-5 * norm) << spec.name;
+      ASSERT_NEAR(second[i], want[i], 1e-5 * norm) << spec.name;
+    }
+  }
+}
+
+TEST(Decoder, Bf16StaysWithinItsRoundingOfF32) {
+  ModelConfig config = SmallConfig();
+  config.num_local_experts = 4;
+  config.num_experts_per_tok = 2;
+  Fixture wide(config), narrow(config, DType::kBF16);
+  const Tensor tokens = Tokens(4, 12);
+  const double want = wide.Run(tokens), got = narrow.Run(tokens);
+  // Each of about 10 roundings on the way to a logit is at most 2^-9; they average out over 48 tokens.
+  EXPECT_NEAR(got, want, 10 * std::pow(2.0, -9) / std::sqrt(48.0) * want);
+  for (const ParameterSpec& spec : wide.store->parameters()) {
+    double dot = 0, a = 0, b = 0;
+    const std::vector<float> f32 = Copy(wide.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> bf16 = Copy(narrow.store->Gradient(spec.name, spec.shape));
+    for (size_t i = 0; i < f32.size(); ++i) {
+      dot += static_cast<double>(f32[i]) * bf16[i];
+      a += static_cast<double>(f32[i]) * f32[i];
+      b += static_cast<double>(bf16[i]) * bf16[i];
+    }
+    EXPECT_GE(dot, 0.98 * std::sqrt(a * b)) << spec.name;
+  }
+}
+
+TEST(Decoder, NextLogitsAgreeWithTheLossOfThatToken) {
+  Fixture fixture(SmallConfig());
+  const Tensor tokens = Tokens(1, 12);
+  const Tensor ids = tokens.Reshape({13}).Elements(0, {12});
+  const double all = *fixture.decoder->Evaluate(tokens, fixture.stream);
+  const double without_last = *fixture.decoder->Evaluate(tokens.Reshape({13}).Elements(0, {1, 12}), fixture.stream);
+  const Tensor logits = *fixture.decoder->NextLogits(ids, fixture.stream);
+  double sum = 0;
+  for (float logit : logits.span<float>()) sum += std::exp(logit);
+  const double loss = std::log(sum) - logits.data<float>()[tokens.data<int32_t>()[12]];
+  EXPECT_NEAR(all - without_last, loss, 1e-4);
+}
+
+TEST(Decoder, NoTokensGiveNoGradients) {
+  Fixture fixture(SmallConfig());
+  fixture.Run(Tokens(2, 12));
+  EXPECT_EQ(fixture.Run(Tokens(0, 12)), 0);
+  for (const ParameterSpec& spec : fixture.store->parameters()) {
+    for (float g : Copy(fixture.store->Gradient(spec.name, spec.shape))) ASSERT_EQ(g, 0) << spec.name;
+  }
+}
+
+}  // namespace
+}  // namespace shoal
