@@ -1,8 +1,11 @@
 #include "absl/status/status.h"
+#include "launch/agent/agent.h"
+#include "launch/agent/environment.h"
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
 #include "launch/config/config.h"
+#include "launch/trainer/bench.h"
 
 namespace shoal {
 namespace {
@@ -13,10 +16,26 @@ struct BenchTrainFlags {
   int64_t ranks = 1;
   int64_t warmup = 5;
   int64_t steps = 20;
+  bool json = false;
 };
 
-absl::Status BenchTrain(const BenchTrainFlags&, const LoadedConfig&) {
-  return absl::UnimplementedError("the training benchmark is not in this build");
+// As a rank of a job that something has launched, or as the launcher of its ranks on this host.
+absl::StatusOr<int> BenchTrain(const BenchTrainFlags& flags, const LoadedConfig& loaded,
+                               absl::Span<const std::string> args) {
+  SHOAL_ASSIGN_OR_RETURN(std::optional<RankEnvironment> environment, DetectEnvironment(ProcessEnv));
+  const int ranks = static_cast<int>(flags.ranks);
+  if (!environment.has_value() && ranks > 1) {
+    AgentOptions agent;
+    agent.nproc_per_node = ranks;
+    std::vector<std::string> command = {SelfExecutable(), "bench", "train"};
+    command.insert(command.end(), args.begin(), args.end());
+    return RunAgent(agent, command);
+  }
+  if (!environment.has_value()) environment.emplace();
+  SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, environment->world_size));
+  SHOAL_RETURN_IF_ERROR(
+      BenchRank(loaded, *environment, {.warmup = flags.warmup, .steps = flags.steps, .json = flags.json}));
+  return kExitOk;
 }
 
 int RunBenchTrain(absl::Span<const std::string> args) {
@@ -35,13 +54,13 @@ int RunBenchTrain(absl::Span<const std::string> args) {
   flags.Add({.name = "warmup", .value = "N", .help = "Steps before the measured ones.", .min = 0},
             &values.warmup);
   flags.Add({.name = "steps", .value = "N", .help = "Measured steps.", .min = 1}, &values.steps);
-  flags.Examples({"shoal bench train configs/bench-tiny.yaml --nproc-per-node 2 --set train.precision=bf16"});
+  flags.Examples(
+      {"./shoal bench train configs/bench-tiny.yaml --nproc-per-node 2 --set train.precision=bf16"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);
   if (!loaded.ok()) return Fail(flags.command(), loaded.status());
-  absl::Status status = CheckParallel(loaded->config, loaded->positions, static_cast<int>(values.ranks));
-  if (status.ok()) status = BenchTrain(values, *loaded);
-  return status.ok() ? kExitOk : Fail(flags.command(), status);
+  const auto code = BenchTrain(values, *loaded, args);
+  return code.ok() ? *code : Fail(flags.command(), code.status());
 }
 
 }  // namespace

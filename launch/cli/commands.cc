@@ -44,7 +44,7 @@ int Dispatch(std::string_view program, const std::string& help, absl::Span<const
   const int code =
       Fail(program,
            absl::InvalidArgumentError(absl::StrCat("unknown command ", args[0], DidYouMean(args[0], names))));
-  absl::FPrintF(stderr, "Try: %s --help\n", std::string(program));
+  absl::FPrintF(stderr, "Try: ./%s --help\n", std::string(program));
   return code;
 }
 

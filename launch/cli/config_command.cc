@@ -27,7 +27,7 @@ int RunShow(absl::Span<const std::string> args) {
                 "configuration itself. Files that it names need not exist.");
   ConfigFlags values;
   AddConfigFlags(&flags, &values);
-  flags.Examples({"shoal config show configs/quickstart.yaml --set train.precision=bf16"});
+  flags.Examples({"./shoal config show configs/quickstart.yaml --set train.precision=bf16"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const auto loaded = LoadConfig(values.config, values.overrides, Files::kMayBeMissing);
   if (!loaded.ok()) return Fail(flags.command(), loaded.status());
@@ -44,7 +44,7 @@ int RunCheck(absl::Span<const std::string> args) {
   AddConfigFlags(&flags, &values);
   int64_t ranks = 1;
   flags.Add({.name = "ranks", .value = "N", .help = "Number of ranks of the job.", .min = 1}, &ranks);
-  flags.Examples({"shoal config check configs/quickstart.yaml --set parallel.expert=2 --ranks 4"});
+  flags.Examples({"./shoal config check configs/quickstart.yaml --set parallel.expert=2 --ranks 4"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);
   if (!loaded.ok()) return Fail(flags.command(), loaded.status());

@@ -38,7 +38,7 @@ int RunPack(absl::Span<const std::string> args) {
              .help = "What one document of a text file is.",
              .one_of = {"file", "line"}},
             &unit);
-  flags.Examples({"shoal data pack book.txt more.jsonl.zst --output-prefix data/books --append-eod 256"});
+  flags.Examples({"./shoal data pack book.txt more.jsonl.zst --output-prefix data/books --append-eod 256"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   if (append_eod > INT32_MAX)
     return Fail(flags.command(), absl::InvalidArgumentError("--append-eod: does not fit 32 bits"));

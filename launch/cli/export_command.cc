@@ -1,7 +1,10 @@
+#include <cstdio>
+
 #include "absl/status/status.h"
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
+#include "launch/trainer/inference.h"
 
 namespace shoal {
 namespace {
@@ -12,7 +15,12 @@ struct ExportFlags {
   std::string dtype = "fp32";
 };
 
-absl::Status Export(const ExportFlags&) { return absl::UnimplementedError("export is not in this build"); }
+absl::Status Export(const ExportFlags& flags) {
+  SHOAL_RETURN_IF_ERROR(
+      ExportModel(flags.checkpoint, flags.out, flags.dtype == "bf16" ? DType::kBF16 : DType::kF32));
+  std::printf("wrote %s/config.json and model.safetensors\n", flags.out.c_str());
+  return absl::OkStatus();
+}
 
 }  // namespace
 
@@ -34,7 +42,7 @@ int RunExport(absl::Span<const std::string> args) {
              .help = "Type of the written weights, fp32 or bf16.",
              .one_of = {"fp32", "bf16"}},
             &values.dtype);
-  flags.Examples({"shoal export --checkpoint runs/quickstart --out quickstart-hf"});
+  flags.Examples({"./shoal export --checkpoint runs/quickstart --out quickstart-hf"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const absl::Status status = Export(values);
   return status.ok() ? kExitOk : Fail(flags.command(), status);

@@ -249,7 +249,7 @@ std::optional<int> ParseOrExit(FlagSet* flags, absl::Span<const std::string> arg
   const absl::Status status = flags->Parse(args, ProcessEnv);
   if (!status.ok()) {
     Fail(flags->command(), status);
-    absl::FPrintF(stderr, "Try: %s --help\n", flags->command());
+    absl::FPrintF(stderr, "Try: ./%s --help\n", flags->command());
     return kExitUsage;
   }
   if (!flags->help_wanted()) return std::nullopt;

@@ -4,7 +4,6 @@
 #include <gtest/gtest.h>
 
 #include "launch/agent/exit_codes.h"
-#include "launch/cli/commands.h"
 
 namespace shoal {
 namespace {
@@ -189,30 +188,6 @@ TEST(WrapText, BreaksAndIndents) {
   EXPECT_EQ(WrapText("", 10, 2), "");
   EXPECT_EQ(WrapText("a bb ccc dddd", 6, 2), "a bb\n  ccc\n  dddd");
   EXPECT_EQ(WrapText("unbreakable x", 5, 1), "unbreakable\n x");
-}
-
-TEST(Dispatch, RunsTheNamedCommandAndHelpsOtherwise) {
-  const std::vector<Command> commands = {
-      {"echo", "say", [](absl::Span<const std::string> args) { return static_cast<int>(args.size()) + 40; }},
-      {"other", "do", [](absl::Span<const std::string>) { return 1; }},
-  };
-  const std::string help = CommandsHelp("shoal", "Does things.", commands);
-  EXPECT_THAT(
-      help, HasSubstr("Usage: shoal COMMAND ...\n\nDoes things.\n\nCommands:\n  echo   say\n  other  do\n"));
-  const auto dispatch = [&](const std::vector<std::string>& args) {
-    return Dispatch("shoal", help, commands, args);
-  };
-  EXPECT_EQ(dispatch({"echo", "a", "b"}), 42);
-  ::testing::internal::CaptureStderr();
-  EXPECT_EQ(dispatch({"ehco"}), kExitUsage);
-  EXPECT_THAT(::testing::internal::GetCapturedStderr(),
-              HasSubstr("shoal: unknown command ehco; did you mean echo?\n"));
-  ::testing::internal::CaptureStderr();
-  EXPECT_EQ(dispatch({}), kExitUsage);
-  EXPECT_EQ(::testing::internal::GetCapturedStderr(), help);
-  ::testing::internal::CaptureStdout();
-  EXPECT_EQ(dispatch({"--help"}), kExitOk);
-  EXPECT_EQ(::testing::internal::GetCapturedStdout(), help);
 }
 
 TEST(Fail, PrintsOneOrSeveralLinesAndChoosesTheCode) {

@@ -1,7 +1,10 @@
+#include <cstdio>
+
 #include "absl/status/status.h"
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
+#include "launch/trainer/inference.h"
 
 namespace shoal {
 namespace {
@@ -16,8 +19,16 @@ struct GenerateFlags {
   int64_t threads = 0;
 };
 
-absl::Status Generate(const GenerateFlags&) {
-  return absl::UnimplementedError("generation is not in this build");
+absl::Status Generate(const GenerateFlags& flags) {
+  const SampleOptions sample{.prompt = flags.prompt,
+                             .length = flags.length,
+                             .temperature = flags.temperature,
+                             .top_k = flags.top_k,
+                             .seed = static_cast<uint64_t>(flags.seed)};
+  SHOAL_ASSIGN_OR_RETURN(const std::string text,
+                         GenerateText(flags.checkpoint, sample, static_cast<int>(flags.threads)));
+  std::printf("%s%s\n", flags.prompt.c_str(), text.c_str());
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -48,7 +59,7 @@ int RunGenerate(absl::Span<const std::string> args) {
   flags.Add(
       {.name = "threads", .value = "N", .help = "Threads to compute with. 0: one for each core.", .min = 0},
       &values.threads);
-  flags.Examples({"shoal generate --checkpoint runs/quickstart --prompt \"Call me \""});
+  flags.Examples({"./shoal generate --checkpoint runs/quickstart --prompt \"Call me \""});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const absl::Status status = Generate(values);
   return status.ok() ? kExitOk : Fail(flags.command(), status);

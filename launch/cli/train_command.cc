@@ -5,8 +5,10 @@
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
 #include "launch/config/config.h"
+#include "launch/trainer/train.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {
@@ -31,7 +33,7 @@ void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch) {
   };
   flags->Heading("Ranks (torchrun's names; each may also come from PET_<NAME> in the environment)");
   add("nproc-per-node", "N|auto",
-      "Ranks of this host; auto: one for each core that may be used. Default: 1.");
+      "Ranks of this host; auto: one for each core that may be used. Default: parallel.nproc_per_node.");
   add("nnodes", "N", "Hosts of the job. Run the same command on each. Default: 1.");
   add("node-rank", "R", "Which of the hosts this is, from 0. Default: 0.");
   add("rdzv-endpoint", "HOST[:PORT]",
@@ -72,9 +74,10 @@ void AddTrainFlags(FlagSet* flags, TrainFlags* values) {
       &values->resume);
   AddLaunchFlags(flags, &values->launch);
   flags->Examples({
-      "shoal train configs/quickstart.yaml --nproc-per-node 2",
-      "shoal train configs/quickstart.yaml --nproc-per-node 2 --set train.steps=200 --set optimizer.lr=1e-3",
-      "shoal train CONFIG --nnodes 2 --node-rank 0 --rdzv-endpoint host0:29500     # and --node-rank 1 on "
+      "./shoal train configs/quickstart.yaml --nproc-per-node 2",
+      "./shoal train configs/quickstart.yaml --nproc-per-node 2 --set train.steps=200 --set "
+      "optimizer.lr=1e-3",
+      "./shoal train CONFIG --nnodes 2 --node-rank 0 --rdzv-endpoint host0:29500     # and --node-rank 1 on "
       "the other host",
       "mpirun -np 4 ./shoal train CONFIG",
       "srun -n 4 ./shoal train CONFIG",
@@ -85,7 +88,7 @@ void AddTrainFlags(FlagSet* flags, TrainFlags* values) {
 absl::Status TrainAsRank(const LoadedConfig& loaded, const RankEnvironment& environment) {
   SetLogIdentity(absl::StrCat("rank ", environment.rank));
   SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, environment.world_size));
-  return absl::UnimplementedError("training is not in this build");
+  return TrainRank(loaded, environment);
 }
 
 int ExitCode(const absl::Status& status) {
@@ -98,6 +101,9 @@ int ExitCode(const absl::Status& status) {
 absl::StatusOr<int> Launch(const LoadedConfig& loaded, TrainFlags* flags,
                            absl::Span<const std::string> args) {
   flags->launch.usable_cores = UsableCores();
+  if (flags->launch.values.count("nproc-per-node") == 0) {
+    flags->launch.values["nproc-per-node"] = absl::StrCat(loaded.config.parallel().nproc_per_node());
+  }
   SHOAL_ASSIGN_OR_RETURN(AgentOptions agent, MakeAgentOptions(flags->launch));
   SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, agent.nnodes * agent.nproc_per_node));
   const Run& run = loaded.config.run();
