@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <string_view>
 #include <tuple>
 
 #include "absl/container/flat_hash_map.h"
@@ -14,6 +16,8 @@
 #include "runtime/base/mutex.h"
 #include "runtime/device/cpu.h"
 #include "runtime/device/memory.h"
+#include "runtime/kernels/cpu/gemm_amx.h"
+#include "runtime/kernels/cpu/tasks.h"
 
 namespace shoal::kernels::cpu {
 namespace {
@@ -39,13 +43,13 @@ dnnl::memory::data_type DataType(DType dtype) {
   return dtype == DType::kF32 ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
 }
 
+// A Gemm without its pointers.
 struct ShapeKey {
-  Gemm gemm;  // Its pointers are null.
-  int threads;
+  Gemm gemm;
 
   auto Tie() const {
     return std::tie(gemm.m, gemm.n, gemm.k, gemm.lda, gemm.ldb, gemm.ldc, gemm.transpose_a, gemm.transpose_b,
-                    gemm.accumulate, gemm.in, gemm.out, threads);
+                    gemm.accumulate, gemm.in, gemm.out);
   }
   friend bool operator==(const ShapeKey& a, const ShapeKey& b) { return a.Tie() == b.Tie(); }
   template <class H>
@@ -54,18 +58,21 @@ struct ShapeKey {
   }
 };
 
+dnnl::memory::desc Matrix(int64_t rows, int64_t columns, int64_t ld, bool transposed, DType dtype) {
+  const dnnl::memory::dims strides = transposed ? dnnl::memory::dims{1, ld} : dnnl::memory::dims{ld, 1};
+  return dnnl::memory::desc({rows, columns}, DataType(dtype), strides);
+}
+dnnl::memory::desc MatrixA(const Gemm& gemm) { return Matrix(gemm.m, gemm.k, gemm.lda, gemm.transpose_a, gemm.in); }
+dnnl::memory::desc MatrixB(const Gemm& gemm) { return Matrix(gemm.k, gemm.n, gemm.ldb, gemm.transpose_b, gemm.in); }
+dnnl::memory::desc MatrixC(const Gemm& gemm) { return Matrix(gemm.m, gemm.n, gemm.ldc, /*transposed=*/false, gemm.out); }
+
+// Made for one thread: oneDNN fixes the partition then, and tasks are how work is shared here.
 struct Primitive {
-  dnnl::memory::desc a, b, c, scratchpad;
+  dnnl::memory::desc scratchpad;
   dnnl::matmul matmul;
 
+  // gemm.k may be DNNL_RUNTIME_DIM_VAL.
   explicit Primitive(const Gemm& gemm) {
-    const auto matrix = [](int64_t rows, int64_t columns, int64_t ld, bool transposed, DType dtype) {
-      const dnnl::memory::dims strides = transposed ? dnnl::memory::dims{1, ld} : dnnl::memory::dims{ld, 1};
-      return dnnl::memory::desc({rows, columns}, DataType(dtype), strides);
-    };
-    a = matrix(gemm.m, gemm.k, gemm.lda, gemm.transpose_a, gemm.in);
-    b = matrix(gemm.k, gemm.n, gemm.ldb, gemm.transpose_b, gemm.in);
-    c = matrix(gemm.m, gemm.n, gemm.ldc, /*transposed=*/false, gemm.out);
     dnnl::primitive_attr attributes;
     attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
     if (gemm.accumulate) {
@@ -73,9 +80,13 @@ struct Primitive {
       sum.append_sum(1.0f);
       attributes.set_post_ops(sum);
     }
-    const dnnl::matmul::primitive_desc descriptor(dnnl::matmul::desc(a, b, c), attributes, OneDnn::Get().engine);
+    const int threads = omp_get_max_threads();
+    omp_set_num_threads(1);  // Of this thread.
+    const dnnl::matmul::primitive_desc descriptor(dnnl::matmul::desc(MatrixA(gemm), MatrixB(gemm), MatrixC(gemm)),
+                                                  attributes, OneDnn::Get().engine);
     scratchpad = descriptor.scratchpad_desc();
     matmul = dnnl::matmul(descriptor);
+    omp_set_num_threads(threads);
   }
 };
 
@@ -106,28 +117,18 @@ class PrimitiveCache {
   absl::flat_hash_map<ShapeKey, std::shared_ptr<const Primitive>> primitives_ ABSL_GUARDED_BY(mutex_);
 };
 
-// One of a primitive's threads must be exactly what it was created for: oneDNN fixes the partition then.
-class TeamOfOneInsideParallelRegion {
- public:
-  TeamOfOneInsideParallelRegion() : threads_(omp_get_max_threads()) {
-    if (omp_in_parallel() != 0) omp_set_num_threads(1);
-  }
-  ~TeamOfOneInsideParallelRegion() { omp_set_num_threads(threads_); }
-
- private:
-  const int threads_;
-};
-
+// On the calling thread, in a task.
 void RunPrimitive(const Gemm& gemm) {
-  const TeamOfOneInsideParallelRegion team;
-  ShapeKey key{gemm, omp_get_max_threads()};
+  ShapeKey key{gemm};
   key.gemm.a = key.gemm.b = key.gemm.c = nullptr;
+  if (gemm.varying == Varying::kM) key.gemm.m = DNNL_RUNTIME_DIM_VAL;
+  if (gemm.varying == Varying::kK) key.gemm.k = DNNL_RUNTIME_DIM_VAL;
   const std::shared_ptr<const Primitive> primitive = PrimitiveCache::Get().Find(key);
   const dnnl::engine& engine = OneDnn::Get().engine;
   thread_local dnnl::stream stream(engine);
-  const dnnl::memory a(primitive->a, engine, const_cast<void*>(gemm.a));
-  const dnnl::memory b(primitive->b, engine, const_cast<void*>(gemm.b));
-  const dnnl::memory c(primitive->c, engine, gemm.c);
+  const dnnl::memory a(MatrixA(gemm), engine, const_cast<void*>(gemm.a));
+  const dnnl::memory b(MatrixB(gemm), engine, const_cast<void*>(gemm.b));
+  const dnnl::memory c(MatrixC(gemm), engine, gemm.c);
   void* scratch = Scratch(ScratchSlot::kOneDnn, static_cast<int64_t>(primitive->scratchpad.get_size()));
   const dnnl::memory scratchpad(primitive->scratchpad, engine, scratch);
   const std::array<dnnl_exec_arg_t, 4> arguments = {{{DNNL_ARG_SRC, a.get()},
@@ -137,6 +138,56 @@ void RunPrimitive(const Gemm& gemm) {
   const dnnl_status_t status = dnnl_primitive_execute(primitive->matmul.get(), stream.get(),
                                                       static_cast<int>(arguments.size()), arguments.data());
   SHOAL_CHECK(status == dnnl_success) << "oneDNN status " << status;
+}
+
+const void* Offset(const void* base, DType dtype, int64_t elements) {
+  return static_cast<const std::byte*>(base) + elements * SizeOf(dtype);
+}
+
+// The part [row, row + rows) x [column, column + columns) of c.
+Gemm Block(const Gemm& gemm, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  Gemm block = gemm;
+  block.m = rows;
+  block.n = columns;
+  block.a = Offset(gemm.a, gemm.in, gemm.transpose_a ? row : row * gemm.lda);
+  block.b = Offset(gemm.b, gemm.in, gemm.transpose_b ? column * gemm.ldb : column);
+  block.c = const_cast<void*>(Offset(gemm.c, gemm.out, row * gemm.ldc + column));
+  return block;
+}
+
+void RunAmx(const Gemm& gemm) {
+  const AmxGemm amx = {gemm.m,   gemm.n,
+                       gemm.k,   static_cast<const uint16_t*>(gemm.a),
+                       static_cast<const uint16_t*>(gemm.b), gemm.c,
+                       gemm.lda, gemm.ldb,
+                       gemm.ldc, gemm.transpose_a,
+                       gemm.transpose_b, gemm.accumulate,
+                       gemm.out == DType::kBF16};
+  AmxMultiply(amx, Scratch(ScratchSlot::kPacked, AmxScratchBytes(amx)));
+}
+
+int64_t Blocks(int64_t extent, int64_t block) { return (extent + block - 1) / block; }
+
+// bf16 on a processor that multiplies it: blocks of c, each a task of one thread. Blocks are large, because each packs its
+// operands anew, and no more than a few per thread.
+void RunNativeBf16(const Gemm& gemm) {
+  constexpr int64_t kColumns = 512;
+  constexpr int64_t kRowsMin = 256;
+  const int64_t tasks = Threads() == 1 ? 1 : 4 * Threads();
+  const int64_t row_blocks = std::clamp<int64_t>(Blocks(tasks, Blocks(gemm.n, kColumns)), 1, Blocks(gemm.m, kRowsMin));
+  const int64_t rows = Blocks(Blocks(gemm.m, row_blocks), 32) * 32;
+  // Few rows: narrower blocks, so that no thread is without.
+  const int64_t columns = std::min(kColumns, Blocks(Blocks(gemm.n * row_blocks, tasks), 32) * 32);
+  const int64_t row_count = Blocks(gemm.m, rows);
+  RunTasks(row_count * Blocks(gemm.n, columns), [&](int64_t task) {
+    const int64_t row = task % row_count * rows, column = task / row_count * columns;
+    const Gemm block = Block(gemm, row, std::min(rows, gemm.m - row), column, std::min(columns, gemm.n - column));
+    if (ActiveBf16Path() == Bf16Path::kAmx) {
+      RunAmx(block);
+    } else {
+      RunPrimitive(block);
+    }
+  });
 }
 
 // The f32 product takes any size without a primitive, at the speed of the primitives or better (docs/performance.md).
@@ -204,7 +255,15 @@ void RunConverted(const Gemm& gemm) {
 
 }  // namespace
 
-bool NativeBf16Gemm() { return HasBf16Dot(); }
+Bf16Path ActiveBf16Path() {
+  static const Bf16Path path = [] {
+    const char* limit = std::getenv("SHOAL_BF16");
+    const std::string_view wanted = limit == nullptr ? "amx" : limit;
+    if (!HasBf16Dot() || wanted == "convert") return Bf16Path::kConvert;
+    return wanted == "dot" || !HasAmx() ? Bf16Path::kDot : Bf16Path::kAmx;
+  }();
+  return path;
+}
 
 void* Scratch(ScratchSlot slot, int64_t bytes) {
   struct Block {
@@ -232,7 +291,7 @@ void RunGemm(const Gemm& gemm) {
     return;
   }
   if (gemm.in == DType::kF32) return RunSgemm(gemm);
-  if (NativeBf16Gemm()) return RunPrimitive(gemm);
+  if (ActiveBf16Path() != Bf16Path::kConvert) return RunNativeBf16(gemm);
   RunConverted(gemm);
 }
 

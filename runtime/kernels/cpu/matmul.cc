@@ -8,6 +8,7 @@
 #include "runtime/base/check.h"
 #include "runtime/device/cpu.h"
 #include "runtime/kernels/cpu/gemm.h"
+#include "runtime/kernels/cpu/tasks.h"
 
 namespace shoal::kernels {
 namespace {
@@ -29,9 +30,19 @@ void CheckTypes(const Tensor& a, const Tensor& b, const Tensor& c) {
       << Name(c.dtype()) << ShapeString(c.shape());
 }
 
-// Rows or columns of one product that one thread computes.
+void CheckSegment(const Segment& segment, size_t experts, int64_t rows) {
+  SHOAL_CHECK(segment.expert >= 0 && segment.expert < static_cast<int>(experts) && segment.begin >= 0 &&
+              segment.count >= 0 && segment.begin + segment.count <= rows)
+      << "rows " << segment.begin << "+" << segment.count << " of " << rows << ", expert " << segment.expert << " of "
+      << experts;
+}
+
+// Of a weight gradient, in one unit of work.
+constexpr int64_t kGradRows = 512;
+
+// Rows of one matrix (an expert's inputs, or its gradient) that one thread computes.
 struct Unit {
-  const Segment* segment;
+  int expert;
   int64_t begin;
   int64_t count;
 };
@@ -42,15 +53,23 @@ void Cut(int64_t extent, int64_t piece, const Add& add) {
   for (int64_t begin = 0; begin < extent; begin += piece) add(begin, std::min(piece, extent - begin));
 }
 
-// Row blocks of all segments, so many that the last to finish keeps no thread waiting for long.
+// Row blocks of all segments, the largest first, so that no thread works long after the others. Not smaller than needed,
+// because each packs its expert's weights anew.
 std::vector<Unit> RowUnits(absl::Span<const Segment> segments) {
+  constexpr int64_t kRowsMin = 256;
   int64_t rows = 0;
   for (const Segment& segment : segments) rows += segment.count;
-  const int64_t per_unit = std::max<int64_t>(256, (rows / (8 * Threads()) + 63) / 64 * 64);
+  const int64_t rows_max = std::max(kRowsMin, rows / (4 * Threads()) / 32 * 32);
   std::vector<Unit> units;
   for (const Segment& segment : segments) {
-    Cut(segment.count, per_unit, [&](int64_t begin, int64_t count) { units.push_back({&segment, begin, count}); });
+    const int64_t pieces = (segment.count + rows_max - 1) / rows_max;
+    if (pieces == 0) continue;
+    const int64_t piece = (segment.count / pieces + 32) / 32 * 32;  // Alike, rather than a small one at the end.
+    Cut(segment.count, piece, [&](int64_t begin, int64_t count) {
+      units.push_back({segment.expert, segment.begin + begin, count});
+    });
   }
+  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.count > b.count; });
   return units;
 }
 
@@ -60,20 +79,15 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
   const int64_t k = in.dim(1);
   const int64_t n = out.dim(1);
   for (const Segment& segment : segments) {
-    SHOAL_CHECK(segment.expert >= 0 && segment.expert < static_cast<int>(weights.size()));
-    SHOAL_CHECK(segment.begin >= 0 && segment.count >= 0 && segment.begin + segment.count <= in.dim(0) &&
-                segment.begin + segment.count <= out.dim(0))
-        << segment.begin << "+" << segment.count;
+    CheckSegment(segment, weights.size(), std::min(in.dim(0), out.dim(0)));
     const Tensor& w = weights[segment.expert];
     CheckTypes(in, w, out);
     SHOAL_CHECK(w.dim(0) == (transpose_weights ? n : k) && w.dim(1) == (transpose_weights ? k : n))
         << ShapeString(w.shape()) << " for " << ShapeString(in.shape()) << " to " << ShapeString(out.shape());
   }
   const std::vector<Unit> units = RowUnits(segments);
-#pragma omp parallel for schedule(dynamic, 1)
-  for (size_t i = 0; i < units.size(); ++i) {
+  cpu::RunTasks(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[i];
-    const int64_t row = unit.segment->begin + unit.begin;
     Gemm gemm;
     gemm.m = unit.count;
     gemm.n = n;
@@ -81,13 +95,14 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
     gemm.ldc = n;
     gemm.ldb = transpose_weights ? k : n;
     gemm.transpose_b = transpose_weights;
-    gemm.a = At(in, row * k);
-    gemm.b = weights[unit.segment->expert].raw();
-    gemm.c = At(out, row * n);
+    gemm.a = At(in, unit.begin * k);
+    gemm.b = weights[unit.expert].raw();
+    gemm.c = At(out, unit.begin * n);
     gemm.in = in.dtype();
     gemm.out = out.dtype();
+    gemm.varying = cpu::Varying::kM;
     cpu::RunGemm(gemm);
-  }
+  });
 }
 
 }  // namespace
@@ -131,48 +146,50 @@ void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const
                              Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream&) {
   const int64_t n = dy.dim(1);
   const int64_t k = x.dim(1);
-  std::vector<std::vector<Segment>> segments_of(weight_grads.size());
-  for (const Segment& segment : segments) {
-    SHOAL_CHECK(segment.expert >= 0 && segment.expert < static_cast<int>(weight_grads.size()));
-    SHOAL_CHECK(segment.begin >= 0 && segment.count >= 0 && segment.begin + segment.count <= dy.dim(0) &&
-                segment.begin + segment.count <= x.dim(0))
-        << segment.begin << "+" << segment.count;
-    if (segment.count > 0) segments_of[segment.expert].push_back(segment);
-  }
-  struct Block {
-    size_t expert;
-    int64_t begin;
-    int64_t count;
+  struct Expert {
+    std::vector<Segment> segments;
+    int64_t rows = 0;
   };
-  std::vector<Block> blocks;
-  for (size_t e = 0; e < weight_grads.size(); ++e) {
+  std::vector<Expert> experts(weight_grads.size());
+  for (const Segment& segment : segments) {
+    CheckSegment(segment, experts.size(), std::min(dy.dim(0), x.dim(0)));
+    if (segment.count == 0) continue;
+    experts[segment.expert].segments.push_back(segment);
+    experts[segment.expert].rows += segment.count;
+  }
+  // Rows of one gradient that one thread computes; those with the longest sums first.
+  std::vector<Unit> units;
+  for (int e = 0; e < static_cast<int>(experts.size()); ++e) {
     CheckTypes(dy, x, weight_grads[e]);
     SHOAL_CHECK(weight_grads[e].dtype() == DType::kF32 && weight_grads[e].dim(0) == n && weight_grads[e].dim(1) == k)
         << ShapeString(weight_grads[e].shape()) << " for " << n << " x " << k;
-    Cut(n, 256, [&](int64_t begin, int64_t count) { blocks.push_back({e, begin, count}); });
+    Cut(n, kGradRows, [&](int64_t begin, int64_t count) { units.push_back({e, begin, count}); });
   }
-#pragma omp parallel for schedule(dynamic, 1)
-  for (size_t i = 0; i < blocks.size(); ++i) {
-    const Block& block = blocks[i];
+  std::stable_sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) {
+    return experts[a.expert].rows > experts[b.expert].rows;
+  });
+  cpu::RunTasks(static_cast<int64_t>(units.size()), [&](int64_t i) {
+    const Unit& unit = units[i];
     bool add = accumulate == Accumulate::kAdd;
-    float* out = weight_grads[block.expert].data<float>() + block.begin * k;
-    if (!add && segments_of[block.expert].empty()) std::memset(out, 0, static_cast<size_t>(block.count * k) * 4);
-    for (const Segment& segment : segments_of[block.expert]) {
+    float* out = weight_grads[unit.expert].data<float>() + unit.begin * k;
+    if (!add && experts[unit.expert].segments.empty()) std::memset(out, 0, static_cast<size_t>(unit.count * k) * 4);
+    for (const Segment& segment : experts[unit.expert].segments) {
       Gemm gemm;
-      gemm.m = block.count;
+      gemm.m = unit.count;
       gemm.n = gemm.ldb = gemm.ldc = k;
       gemm.k = segment.count;
       gemm.lda = n;
       gemm.transpose_a = true;
       gemm.accumulate = add;
-      gemm.a = At(dy, segment.begin * n + block.begin);
+      gemm.a = At(dy, segment.begin * n + unit.begin);
       gemm.b = At(x, segment.begin * k);
       gemm.c = out;
       gemm.in = dy.dtype();
+      gemm.varying = cpu::Varying::kK;
       cpu::RunGemm(gemm);
       add = true;
     }
-  }
+  });
 }
 
 double MeasureMatMulPeak(DType dtype, double seconds) {
