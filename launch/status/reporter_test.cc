@@ -114,9 +114,6 @@ class Desk {
 
 TEST(Reporter, LogHasALineEveryIntervalAndKeptValidations) {
   Desk desk;
-  desk.options.run_dir =
-      "/tmp";  // Not used: rank 0 prints where its files go, which here differ from run to run.
-  desk.options.run_dir = desk.folder / "runs/a";
   desk.Start();
   desk.Steps(0, 10);
   desk.Eval(9, 4.2);
