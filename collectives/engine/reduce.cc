@@ -1,0 +1,144 @@
+#include "collectives/engine/reduce.h"
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "runtime/base/check.h"
+
+// A body that is inlined into one function per instruction set and vectorised there.
+#define SHOAL_INLINE inline __attribute__((always_inline))
+
+namespace shoal {
+namespace {
+
+struct Half {
+  _Float16 value;
+};
+
+// What is added up: fp32 for the 16-bit floats; unsigned for integers, whose sums wrap.
+template <class T> struct AccumulatorOf { using Type = T; };
+template <> struct AccumulatorOf<BFloat16> { using Type = float; };
+template <> struct AccumulatorOf<Half> { using Type = float; };
+
+template <class T> SHOAL_INLINE typename AccumulatorOf<T>::Type Load(const T& value) { return value; }
+template <> SHOAL_INLINE float Load(const BFloat16& value) { return static_cast<float>(value); }
+template <> SHOAL_INLINE float Load(const Half& value) { return static_cast<float>(value.value); }
+
+template <class T> SHOAL_INLINE T Store(typename AccumulatorOf<T>::Type value) { return value; }
+template <> SHOAL_INLINE BFloat16 Store(float value) { return BFloat16(value); }
+template <> SHOAL_INLINE Half Store(float value) { return Half{static_cast<_Float16>(value)}; }
+
+template <ReduceOp op, class A> SHOAL_INLINE A Combine(A a, A b) {
+  if constexpr (op == ReduceOp::kMin) {
+    return b < a ? b : a;
+  } else if constexpr (op == ReduceOp::kMax) {
+    return a < b ? b : a;
+  } else if constexpr (std::is_integral_v<A>) {
+    using U = std::make_unsigned_t<A>;
+    return static_cast<A>(static_cast<U>(static_cast<U>(a) + static_cast<U>(b)));
+  } else {
+    return a + b;
+  }
+}
+
+// Source by source over a block that stays in the first-level cache, then out.
+template <class T, ReduceOp op>
+SHOAL_INLINE void ReduceBlocks(absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
+                               int64_t elements) {
+  using A = typename AccumulatorOf<T>::Type;
+  constexpr int64_t kBlock = 8192 / sizeof(A);
+  alignas(64) A sum[kBlock];
+  alignas(64) T rounded[kBlock];
+  for (int64_t begin = 0; begin < elements; begin += kBlock) {
+    const int64_t count = std::min(kBlock, elements - begin);
+    const T* first = reinterpret_cast<const T*>(sources[0]) + begin;
+    if (sources.size() == 1) {
+      for (int64_t i = 0; i < count; ++i) sum[i] = Load(first[i]);
+    } else {
+      const T* second = reinterpret_cast<const T*>(sources[1]) + begin;
+      for (int64_t i = 0; i < count; ++i) sum[i] = Combine<op, A>(Load(first[i]), Load(second[i]));
+    }
+    for (size_t s = 2; s < sources.size(); ++s) {
+      const T* next = reinterpret_cast<const T*>(sources[s]) + begin;
+      for (int64_t i = 0; i < count; ++i) sum[i] = Combine<op, A>(sum[i], Load(next[i]));
+    }
+    const void* result = sum;
+    if constexpr (!std::is_same_v<T, A>) {
+      for (int64_t i = 0; i < count; ++i) rounded[i] = Store<T>(sum[i]);
+      result = rounded;
+    }
+    for (std::byte* out : outs) {
+      std::memcpy(reinterpret_cast<T*>(out) + begin, result, count * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+SHOAL_INLINE void ReduceTyped(ReduceOp op, absl::Span<const std::byte* const> sources,
+                              absl::Span<std::byte* const> outs, int64_t elements) {
+  switch (op) {
+    case ReduceOp::kSum: return ReduceBlocks<T, ReduceOp::kSum>(sources, outs, elements);
+    case ReduceOp::kMin: return ReduceBlocks<T, ReduceOp::kMin>(sources, outs, elements);
+    case ReduceOp::kMax: return ReduceBlocks<T, ReduceOp::kMax>(sources, outs, elements);
+  }
+}
+
+SHOAL_INLINE void ReduceAny(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
+                            absl::Span<std::byte* const> outs, int64_t elements) {
+  switch (dtype) {
+    case DType::kF32: return ReduceTyped<float>(op, sources, outs, elements);
+    case DType::kF64: return ReduceTyped<double>(op, sources, outs, elements);
+    case DType::kBF16: return ReduceTyped<BFloat16>(op, sources, outs, elements);
+    case DType::kF16: return ReduceTyped<Half>(op, sources, outs, elements);
+    case DType::kI8: return ReduceTyped<int8_t>(op, sources, outs, elements);
+    case DType::kU8: return ReduceTyped<uint8_t>(op, sources, outs, elements);
+    case DType::kI32: return ReduceTyped<int32_t>(op, sources, outs, elements);
+    case DType::kI64: return ReduceTyped<int64_t>(op, sources, outs, elements);
+  }
+}
+
+using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>,
+                                absl::Span<std::byte* const>, int64_t);
+
+void ReducePlain(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
+                 absl::Span<std::byte* const> outs, int64_t elements) {
+  ReduceAny(dtype, op, sources, outs, elements);
+}
+
+#ifdef __x86_64__
+__attribute__((target("avx2,f16c"))) void ReduceAvx2(DType dtype, ReduceOp op,
+                                                     absl::Span<const std::byte* const> sources,
+                                                     absl::Span<std::byte* const> outs, int64_t elements) {
+  ReduceAny(dtype, op, sources, outs, elements);
+}
+
+__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void ReduceAvx512(
+    DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
+    int64_t elements) {
+  ReduceAny(dtype, op, sources, outs, elements);
+}
+#endif
+
+ReduceFunction Choose() {
+#ifdef __x86_64__
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    return ReduceAvx512;
+  }
+  if (avx2) return ReduceAvx2;
+#endif
+  return ReducePlain;
+}
+
+}  // namespace
+
+void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
+            absl::Span<std::byte* const> outs, int64_t elements) {
+  SHOAL_CHECK(!sources.empty());
+  static const ReduceFunction function = Choose();
+  function(dtype, op, sources, outs, elements);
+}
+
+}  // namespace shoal

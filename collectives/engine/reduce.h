@@ -1,0 +1,20 @@
+// The arithmetic of reductions. Vectorised for the instruction set of this machine; the result does not depend on it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "collectives/communicator.h"
+#include "runtime/tensor/dtype.h"
+
+namespace shoal {
+
+// outs[*][i] = ((sources[0][i] op sources[1][i]) op sources[2][i]) ..., bf16 and f16 in fp32 with one rounding at the end,
+// integers modulo their range. A NaN in any source of a sum gives NaN; min and max give a NaN or a number. An out may be one
+// of the sources; otherwise nothing overlaps. Single-threaded.
+void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
+            absl::Span<std::byte* const> outs, int64_t elements);
+
+}  // namespace shoal

@@ -1,0 +1,143 @@
+#include "collectives/transport/segment.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <fstream>
+#include <limits>
+#include <string>
+
+#include "runtime/base/log.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t kSmallPage = 4096;
+constexpr int64_t kHugePage = 2 << 20;
+
+int64_t RoundUp(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// The number in a one-line file of /proc or /sys, or `fallback` (no such file, or a word such as "max").
+int64_t NumberIn(const char* path, int64_t fallback) {
+  std::ifstream file(path);
+  int64_t value = 0;
+  return file >> value ? value : fallback;
+}
+
+int64_t MachineAvailableBytes() {
+  std::ifstream file("/proc/meminfo");
+  std::string key;
+  int64_t kib = 0;
+  std::string unit;
+  while (file >> key >> kib && std::getline(file, unit)) {
+    if (key == "MemAvailable:") return kib * 1024;
+  }
+  return std::numeric_limits<int64_t>::max();
+}
+
+// Pages of a memory file have no size limit of their own: past what the machine or the control group has, the kernel
+// kills a process. So ask first.
+int64_t AvailableBytes() {
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  int64_t available = MachineAvailableBytes();
+  const int64_t limit_v2 = NumberIn("/sys/fs/cgroup/memory.max", kNone);
+  if (limit_v2 != kNone) {
+    available = std::min(available, limit_v2 - NumberIn("/sys/fs/cgroup/memory.current", 0));
+  }
+  const int64_t limit_v1 = NumberIn("/sys/fs/cgroup/memory/memory.limit_in_bytes", kNone);
+  if (limit_v1 != kNone) {
+    available = std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0));
+  }
+  return available;
+}
+
+bool HugePagesFree(int64_t bytes) {
+  return NumberIn("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", 0) * kHugePage >= bytes;
+}
+
+absl::StatusOr<std::byte*> MapFile(int fd, int64_t bytes) {
+  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (base == MAP_FAILED) return ErrnoStatus(errno, "map shared memory");
+  (void)madvise(base, bytes, MADV_HUGEPAGE);
+#ifdef MADV_POPULATE_WRITE
+  // Page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best effort.
+  (void)madvise(base, bytes, MADV_POPULATE_WRITE);
+#endif
+  return static_cast<std::byte*>(base);
+}
+
+// A memory file of `bytes` existing pages.
+absl::StatusOr<Fd> NewFile(int64_t bytes, unsigned int flags) {
+  Fd fd(memfd_create("shoal", MFD_CLOEXEC | flags));
+  if (!fd.valid()) return ErrnoStatus(errno, "create a memory file");
+  int error = 0;
+  do {
+    error = fallocate(fd.get(), 0, 0, bytes) == 0 ? 0 : errno;
+  } while (error == EINTR);
+  if (error != 0) return ErrnoStatus(error, "allocate shared memory");
+  return fd;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint32_t id, int64_t bytes) {
+  const int64_t available = AvailableBytes();
+  if (bytes > available) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("shared memory: wanted ", bytes, " bytes, ", available, " are available"));
+  }
+  if (bytes >= kHugePage && HugePagesFree(bytes)) {
+    const int64_t rounded = RoundUp(bytes, kHugePage);
+    absl::StatusOr<Fd> fd = NewFile(rounded, MFD_HUGETLB);
+    absl::StatusOr<std::byte*> base = fd.ok() ? MapFile(fd->get(), rounded) : fd.status();
+    // Somebody else may have taken the pages meanwhile: small ones do too.
+    if (base.ok()) return std::unique_ptr<Segment>(new Segment(id, rounded, *std::move(fd), *base));
+  }
+  const int64_t rounded = RoundUp(std::max<int64_t>(bytes, 1), kSmallPage);
+  SHOAL_ASSIGN_OR_RETURN(Fd fd, NewFile(rounded, 0), "wanted ", bytes, " bytes");
+  SHOAL_ASSIGN_OR_RETURN(std::byte* base, MapFile(fd.get(), rounded), "wanted ", bytes, " bytes");
+  return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(fd), base));
+}
+
+absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint32_t id, int64_t bytes, Fd fd) {
+  struct stat info = {};
+  if (fstat(fd.get(), &info) != 0) return ErrnoStatus(errno, "a peer's shared memory");
+  if (bytes <= 0 || info.st_size < bytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a peer's shared memory has ", info.st_size, " bytes, it says ", bytes));
+  }
+  SHOAL_ASSIGN_OR_RETURN(std::byte* base, MapFile(fd.get(), bytes));
+  // The mapping keeps the memory; the descriptor is not needed, and there may be many.
+  return std::unique_ptr<Segment>(new Segment(id, bytes, Fd(), base));
+}
+
+Segment::~Segment() { munmap(base_, bytes_); }
+
+bool Segment::Contains(const void* data, int64_t bytes) const {
+  const auto* begin = static_cast<const std::byte*>(data);
+  return begin >= base_ && bytes <= bytes_ && begin + bytes <= base_ + bytes_;
+}
+
+absl::StatusOr<Fd> Segment::Duplicate() const {
+  Fd copy(fcntl(fd_.get(), F_DUPFD_CLOEXEC, 0));
+  if (!copy.valid()) return ErrnoStatus(errno, "duplicate a descriptor of shared memory");
+  return copy;
+}
+
+void Segment::MakePrivate() {
+  // In two steps, because a failed mmap(2) over the old place could leave a hole there.
+  void* copy = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd_.get(), 0);
+  const bool moved =
+      copy != MAP_FAILED && mremap(copy, bytes_, bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, base_) != MAP_FAILED;
+  if (moved) return;
+  SHOAL_LOG(kWarning) << "memory of " << bytes_ << " bytes stays shared with peers of an ended epoch: "
+                      << ErrnoStatus(errno, "mmap").message();
+  if (copy != MAP_FAILED) munmap(copy, bytes_);
+}
+
+}  // namespace shoal

@@ -1,0 +1,48 @@
+// A piece of memory that several processes can map: an anonymous memory file, so that nothing is left behind after a
+// crash. All of its pages exist from the start: a write never dies of too little memory.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "collectives/transport/socket.h"
+
+namespace shoal {
+
+class Segment {
+ public:
+  // New zeroed memory, rounded up to whole pages; 2 MiB pages where the system has them reserved. RESOURCE_EXHAUSTED:
+  // too little memory (of the machine or of the control group) or too few descriptors.
+  static absl::StatusOr<std::unique_ptr<Segment>> Create(uint32_t id, int64_t bytes);
+  // A peer's memory, through the descriptor that it passed.
+  static absl::StatusOr<std::unique_ptr<Segment>> Map(uint32_t id, int64_t bytes, Fd fd);
+
+  ~Segment();
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+
+  uint32_t id() const { return id_; }
+  std::byte* base() const { return base_; }
+  int64_t bytes() const { return bytes_; }
+  bool Contains(const void* data, int64_t bytes) const;
+  // A second descriptor of the memory file.
+  absl::StatusOr<Fd> Duplicate() const;
+
+  // Cuts this mapping off from the peers' ones: from now on nothing that a peer writes (a process that was stopped in the
+  // middle of a reduction and comes back much later) can change a page that this process writes. Contents stay.
+  void MakePrivate();
+
+ private:
+  Segment(uint32_t id, int64_t bytes, Fd fd, std::byte* base)
+      : id_(id), bytes_(bytes), fd_(std::move(fd)), base_(base) {}
+
+  uint32_t id_;
+  int64_t bytes_;
+  Fd fd_;
+  std::byte* base_;
+};
+
+}  // namespace shoal
