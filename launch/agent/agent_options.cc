@@ -1,9 +1,6 @@
 #include "launch/agent/agent_options.h"
 
-#include <sched.h>
-
 #include <algorithm>
-#include <fstream>
 #include <optional>
 
 #include "absl/strings/ascii.h"
@@ -150,20 +147,6 @@ absl::Status SetEndpoint(const RawLaunchFlags& flags, AgentOptions* options) {
   return absl::OkStatus();
 }
 
-// Cores' worth of time per wall time that a control group grants, rounded up; 0: no limit is set.
-int QuotaCores() {
-  long long quota = -1;
-  long long period = 0;
-  std::ifstream v2("/sys/fs/cgroup/cpu.max");
-  if (!(v2 >> quota >> period)) {
-    quota = -1;
-    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
-    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
-  }
-  if (quota <= 0 || period <= 0) return 0;
-  return static_cast<int>((quota + period - 1) / period);
-}
-
 }  // namespace
 
 absl::StatusOr<bool> TakeLaunchFlag(absl::Span<const std::string> args, size_t* index,
@@ -240,14 +223,6 @@ absl::StatusOr<AgentOptions> MakeAgentOptions(const RawLaunchFlags& flags) {
     }
   }
   return options;
-}
-
-int UsableCores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  if (const int quota = QuotaCores(); quota > 0) cores = std::min(cores, quota);
-  return std::max(1, cores);
 }
 
 }  // namespace shoal

@@ -54,7 +54,4 @@ struct AgentOptions {
 // ("--nnodes=1:4"), accelerators, other rendezvous backends than static.
 absl::StatusOr<AgentOptions> MakeAgentOptions(const RawLaunchFlags& flags);
 
-// Cores that this process may use (affinity mask and CPU quota of its control group), at least 1.
-int UsableCores();
-
 }  // namespace shoal

@@ -8,8 +8,11 @@
 
 #include <algorithm>
 #include <csignal>
+#include <cstdlib>
 #include <fstream>
+#include <map>
 #include <sstream>
+#include <string_view>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -25,6 +28,16 @@ std::vector<pid_t> Children(pid_t parent) {
   std::vector<pid_t> children;
   for (pid_t child = 0; file >> child;) children.push_back(child);
   return children;
+}
+
+// SHOAL_RANK of a process; -1: it does not run the rank's program yet.
+int RankOf(pid_t pid) {
+  std::ifstream file("/proc/" + std::to_string(pid) + "/environ");
+  for (std::string entry; std::getline(file, entry, '\0');) {
+    constexpr std::string_view kName = "SHOAL_RANK=";
+    if (entry.rfind(kName, 0) == 0) return std::atoi(entry.c_str() + kName.size());
+  }
+  return -1;
 }
 
 }  // namespace
@@ -54,16 +67,18 @@ absl::StatusOr<std::vector<ProcessHandle>> WaitForRanks(pid_t launcher, size_t c
                                                         absl::Duration timeout) {
   const absl::Time deadline = absl::Now() + timeout;
   while (true) {
-    std::vector<pid_t> pids = Children(launcher);
+    std::map<int, pid_t> pids;
+    for (const pid_t pid : Children(launcher)) {
+      if (const int rank = RankOf(pid); rank >= 0) pids[rank] = pid;
+    }
     if (pids.size() == count) {
-      std::sort(pids.begin(), pids.end());
       std::vector<ProcessHandle> ranks;
-      for (const pid_t pid : pids) ranks.emplace_back(pid);
+      for (const auto& [rank, pid] : pids) ranks.emplace_back(pid);
       return ranks;
     }
     if (absl::Now() > deadline) {
       return absl::DeadlineExceededError(
-          absl::StrCat("process ", launcher, " has ", pids.size(), " children, want ", count));
+          absl::StrCat("process ", launcher, " has ", pids.size(), " ranks, want ", count));
     }
     usleep(1000);  // The kernel has no event for another process's children.
   }

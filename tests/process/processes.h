@@ -30,7 +30,8 @@ class ProcessHandle {
   int pidfd_;
 };
 
-// Blocks until `launcher` has `count` children: its ranks in order. DEADLINE_EXCEEDED.
+// Blocks until `launcher` has `count` children that know their ranks, and returns them in that order.
+// DEADLINE_EXCEEDED.
 absl::StatusOr<std::vector<ProcessHandle>> WaitForRanks(pid_t launcher, size_t count, absl::Duration timeout);
 
 // All of them, within `timeout` altogether.

@@ -27,6 +27,7 @@
 #include "launch/agent/exit_codes.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
+#include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {
