@@ -1,6 +1,6 @@
 # What every target of Shoal shares, and three short functions to declare targets with.
 add_library(shoal_options INTERFACE)
-target_compile_options(shoal_options INTERFACE -Wall -Wextra -Wno-missing-field-initializers -Werror=unused-result -Wno-unknown-pragmas -fno-math-errno)
+target_compile_options(shoal_options INTERFACE -Wall -Wextra -Wno-missing-field-initializers -Wno-maybe-uninitialized -Werror=unused-result -Wno-unknown-pragmas -fno-math-errno)
 target_include_directories(shoal_options INTERFACE ${CMAKE_SOURCE_DIR})
 if(SHOAL_SANITIZE)
   target_compile_options(shoal_options INTERFACE -fsanitize=${SHOAL_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)

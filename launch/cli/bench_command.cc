@@ -6,6 +6,7 @@
 #include "launch/cli/flags.h"
 #include "launch/config/config.h"
 #include "launch/trainer/bench.h"
+#include "runtime/base/status.h"
 
 namespace shoal {
 namespace {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <fstream>
 
 #include "runtime/base/log.h"
 
@@ -26,6 +27,20 @@ Isa DetectIsa() {
   }
   SHOAL_LOG(kWarning) << "SHOAL_ISA=" << wanted << " is none of plain, avx2, avx512: ignored";
   return best;
+}
+
+// Cores' worth of time per wall time that a control group grants, rounded up; 0: no limit is set.
+int QuotaCores() {
+  long long quota = -1;
+  long long period = 0;
+  std::ifstream v2("/sys/fs/cgroup/cpu.max");
+  if (!(v2 >> quota >> period)) {
+    quota = -1;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  if (quota <= 0 || period <= 0) return 0;
+  return static_cast<int>((quota + period - 1) / period);
 }
 
 }  // namespace
@@ -55,8 +70,9 @@ int Threads() { return omp_get_max_threads(); }
 int UsableCores() {
   cpu_set_t set;
   CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
-  return std::max(CPU_COUNT(&set), 1);
+  int cores = sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  if (const int quota = QuotaCores(); quota > 0) cores = std::min(cores, quota);
+  return std::max(1, cores);
 }
 
 }  // namespace shoal

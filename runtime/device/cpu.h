@@ -21,7 +21,7 @@ std::string_view Name(Isa isa);
 void SetThreads(int threads);
 int Threads();
 
-// Cores that this process may run on (its affinity mask), at least 1.
+// Cores that this process may use (affinity mask and CPU quota of its control group), at least 1.
 int UsableCores();
 
 }  // namespace shoal
