@@ -94,6 +94,7 @@ World::~World() {
   }
   WakeMonitor();
   if (monitor_.joinable()) monitor_.join();
+  mesh_.reset();
   // Tensors may outlive the epoch; their end must not reach for links that are gone.
   if (memory_ != nullptr) memory_->Fence();
 }

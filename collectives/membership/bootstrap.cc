@@ -148,7 +148,7 @@ class Leader {
   };
 
   Verdict Judge(const Frame& frame, Identity* identity) const;
-  absl::Status Admit(Greeter::Event event);
+  absl::Status Admit(Greeter::Event& event);
   void Drop(int fd);
   void Broadcast(FrameType type, std::string_view body) const;
   absl::Status Fail(const absl::Status& status) const;
@@ -207,7 +207,7 @@ Leader::Verdict Leader::Judge(const Frame& frame, Identity* identity) const {
   return {};
 }
 
-absl::Status Leader::Admit(Greeter::Event event) {
+absl::Status Leader::Admit(Greeter::Event& event) {
   Identity identity;
   const Verdict verdict = Judge(event.frame, &identity);
   const SocketAddress from = PeerAddressOf(event.socket.get());
@@ -256,7 +256,7 @@ absl::StatusOr<Table> Leader::Gather(int listener) {
     if (!event.ok()) return Fail(event.status());
     if (event->readable >= 0) {
       Drop(event->readable);  // Nobody speaks before the table is out: it closed.
-    } else if (absl::Status status = Admit(*std::move(event)); !status.ok()) {
+    } else if (absl::Status status = Admit(*event); !status.ok()) {
       return Fail(status);
     }
     if (std::count(here_.begin(), here_.end(), false) > 0) Broadcast(FrameType::kWaiting, Missing(here_));
@@ -412,7 +412,7 @@ absl::StatusOr<Fd> DialPeer(const WorldOptions& options, const Table& table, int
 }
 
 // Puts an accepted connection into its place. Strangers are closed with a log line.
-void AcceptPeer(const WorldOptions& options, const Table& table, Greeter::Event event,
+void AcceptPeer(const WorldOptions& options, const Table& table, Greeter::Event& event,
                 std::vector<PeerLink>* links) {
   WireReader reader(event.frame.body);
   const uint64_t nonce = reader.U64(), from = reader.U64(), to = reader.U64(), channel = reader.U64();
@@ -459,7 +459,7 @@ absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const
                                                       options.rank));
     }
     SHOAL_RETURN_IF_ERROR(event.status());
-    AcceptPeer(options, table, *std::move(event), &links);
+    AcceptPeer(options, table, *event, &links);
   }
 }
 
