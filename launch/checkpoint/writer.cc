@@ -29,7 +29,7 @@ Outcome OutcomeOf(const absl::Status& status) {
   Outcome outcome;
   outcome.code = static_cast<int32_t>(status.code());
   const absl::string_view message = status.message();
-  std::memcpy(outcome.message, message.data(), std::min(message.size(), sizeof outcome.message - 1));
+  std::copy_n(message.begin(), std::min(message.size(), sizeof outcome.message - 1), outcome.message);
   return outcome;
 }
 
