@@ -27,7 +27,8 @@ void ExpectMatches(const Tensor& logits, Gradient gradient) {
     CrossEntropy(input, targets, scale, loss, dlogits, stream);
     return {loss, dlogits};
   };
-  // A block's sum has a chain of 4096 / 16 additions; the difference x - max is exact or rounds once, which e^ magnifies.
+  // A block's sum has a chain of 4096 / 16 additions; the difference x - max is exact or rounds once, which
+  // e^ magnifies.
   const double error = 0x1p-24 * (256 + 16 + 2 * MaxAbs(logits));
   SweepLevels(run, [&](const std::vector<Tensor>& got) {
     ExpectNear(got[0], want_loss, 0x1p-24, error, "loss");
@@ -40,13 +41,15 @@ void ExpectMatches(const Tensor& logits, Gradient gradient) {
 
 TEST(CrossEntropy, MatchesReference) {
   for (Gradient gradient : {Gradient::kNone, Gradient::kF32, Gradient::kInPlace, Gradient::kBF16}) {
-    for (int64_t V : {1, 2, 17, 256, 1000, 4096, 4097, 9000}) ExpectMatches(Random({3, V}, DType::kF32, 1, 3), gradient);
+    for (int64_t V : {1, 2, 17, 256, 1000, 4096, 4097, 9000})
+      ExpectMatches(Random({3, V}, DType::kF32, 1, 3), gradient);
     ExpectMatches(Random({151, 257}, DType::kF32, 1, 3), gradient);
     ExpectMatches(Random({0, 16}, DType::kF32, 1), gradient);
     ExpectMatches(Random({2, 9000}, DType::kF32, 1, 60), gradient);
     // The maximum rises from block to block, by more than e^ can hold.
     const Tensor rising = Random({2, 13000}, DType::kF32, 1);
-    for (int64_t i = 0; i < rising.elements(); ++i) rising.data<float>()[i] += static_cast<float>(i % 13000) * 0.02f - 500;
+    for (int64_t i = 0; i < rising.elements(); ++i)
+      rising.data<float>()[i] += static_cast<float>(i % 13000) * 0.02f - 500;
     ExpectMatches(rising, gradient);
   }
 }
@@ -68,30 +71,34 @@ TEST(CrossEntropy, MasksMinusInfinityAndShowsNaN) {
   const int64_t V = 10000;
   const Tensor logits = Zeros({2, V}, DType::kF32), targets = Zeros({2}, DType::kI32);
   // The whole first block is masked; e^88.8, the rest below 0, would be infinite.
-  for (int64_t i = 0; i < V; ++i) logits.data<float>()[i] = i < 5000 ? -std::numeric_limits<float>::infinity() : -88.8f;
+  for (int64_t i = 0; i < V; ++i)
+    logits.data<float>()[i] = i < 5000 ? -std::numeric_limits<float>::infinity() : -88.8f;
   targets.data<int32_t>()[0] = 6000;
   logits.data<float>()[V + 9999] = std::numeric_limits<float>::quiet_NaN();
-  SweepLevels([&]() -> std::vector<Tensor> {
-    const Tensor loss = Empty({2}, DType::kF32), dlogits = Empty({2, V}, DType::kF32);
-    CrossEntropy(logits, targets, 1, loss, dlogits, stream);
-    return {loss, dlogits};
-  }, [&](const std::vector<Tensor>& got) {
-    EXPECT_NEAR(Get(got[0], 0), std::log(5000.0), 1e-4);
-    EXPECT_EQ(Get(got[1], 0), 0);
-    EXPECT_EQ(Get(got[1], 4999), 0);
-    EXPECT_NEAR(Get(got[1], 5000), 1.0 / 5000, 1e-8);
-    EXPECT_NEAR(Get(got[1], 6000), 1.0 / 5000 - 1, 1e-6);
-    EXPECT_TRUE(std::isnan(Get(got[0], 1)));
-    EXPECT_TRUE(std::isnan(Get(got[1], V)));
-  });
+  SweepLevels(
+      [&]() -> std::vector<Tensor> {
+        const Tensor loss = Empty({2}, DType::kF32), dlogits = Empty({2, V}, DType::kF32);
+        CrossEntropy(logits, targets, 1, loss, dlogits, stream);
+        return {loss, dlogits};
+      },
+      [&](const std::vector<Tensor>& got) {
+        EXPECT_NEAR(Get(got[0], 0), std::log(5000.0), 1e-4);
+        EXPECT_EQ(Get(got[1], 0), 0);
+        EXPECT_EQ(Get(got[1], 4999), 0);
+        EXPECT_NEAR(Get(got[1], 5000), 1.0 / 5000, 1e-8);
+        EXPECT_NEAR(Get(got[1], 6000), 1.0 / 5000 - 1, 1e-6);
+        EXPECT_TRUE(std::isnan(Get(got[0], 1)));
+        EXPECT_TRUE(std::isnan(Get(got[1], V)));
+      });
 }
 
 TEST(CrossEntropyDeathTest, RefusesATargetOutsideTheVocabulary) {
   Stream stream;
   const Tensor targets = Zeros({1}, DType::kI32);
   targets.data<int32_t>()[0] = -1;
-  EXPECT_DEATH(CrossEntropy(Zeros({1, 8}, DType::kF32), targets, 1, Zeros({1}, DType::kF32), Tensor(), stream),
-               "targets\\[0\\] is -1");
+  EXPECT_DEATH(
+      CrossEntropy(Zeros({1, 8}, DType::kF32), targets, 1, Zeros({1}, DType::kF32), Tensor(), stream),
+      "targets\\[0\\] is -1");
 }
 
 }  // namespace

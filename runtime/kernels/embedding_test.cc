@@ -18,11 +18,13 @@ TEST(Embedding, LooksUpRows) {
       const Tensor table = Random({c.V, c.D}, dtype, 1), ids = RandomIds({c.T}, c.V, 2);
       const Tensor want = Empty({c.T, c.D}, DType::kF32);
       ref::Embedding(table, ids, want, stream);
-      SweepLevels([&]() -> std::vector<Tensor> {
-        const Tensor out = Empty({c.T, c.D}, DType::kF32);
-        Embedding(table, ids, out, stream);
-        return {out};
-      }, [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "out"); });
+      SweepLevels(
+          [&]() -> std::vector<Tensor> {
+            const Tensor out = Empty({c.T, c.D}, DType::kF32);
+            Embedding(table, ids, out, stream);
+            return {out};
+          },
+          [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "out"); });
     }
   }
 }
@@ -35,30 +37,37 @@ TEST(EmbeddingBackward, AddsTokensInAscendingOrder) {
     // In f32 the reference rounds after each token, so that the order decides the bits.
     const Tensor want = Copy(before);
     ref::EmbeddingBackward(dout, ids, want, stream);
-    SweepLevels([&]() -> std::vector<Tensor> {
-      const Tensor dtable = Copy(before);
-      EmbeddingBackward(dout, ids, dtable, stream);
-      return {dtable};
-    }, [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "dtable"); });
+    SweepLevels(
+        [&]() -> std::vector<Tensor> {
+          const Tensor dtable = Copy(before);
+          EmbeddingBackward(dout, ids, dtable, stream);
+          return {dtable};
+        },
+        [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "dtable"); });
   }
 }
 
 TEST(EmbeddingBackward, ReferenceMatchesFiniteDifferences) {
   Stream stream;
-  const Tensor table = Random({3, 4}, DType::kF64, 1), ids = RandomIds({5}, 3, 2), dout = Random({5, 4}, DType::kF64, 3);
+  const Tensor table = Random({3, 4}, DType::kF64, 1), ids = RandomIds({5}, 3, 2),
+               dout = Random({5, 4}, DType::kF64, 3);
   const Tensor out = Empty({5, 4}, DType::kF64), dtable = Zeros({3, 4}, DType::kF64);
   ref::EmbeddingBackward(dout, ids, dtable, stream);
-  CheckGradient(table, dtable, [&] {
-    ref::Embedding(table, ids, out, stream);
-    return Dot(out, dout);
-  }, "dtable");
+  CheckGradient(
+      table, dtable,
+      [&] {
+        ref::Embedding(table, ids, out, stream);
+        return Dot(out, dout);
+      },
+      "dtable");
 }
 
 TEST(EmbeddingDeathTest, RefusesAnIdOutsideTheTable) {
   Stream stream;
   const Tensor ids = Zeros({2}, DType::kI32);
   ids.data<int32_t>()[1] = 3;
-  EXPECT_DEATH(Embedding(Zeros({3, 4}, DType::kF32), ids, Zeros({2, 4}, DType::kF32), stream), "ids\\[1\\] is 3");
+  EXPECT_DEATH(Embedding(Zeros({3, 4}, DType::kF32), ids, Zeros({2, 4}, DType::kF32), stream),
+               "ids\\[1\\] is 3");
 }
 
 }  // namespace

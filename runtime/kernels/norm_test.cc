@@ -64,7 +64,8 @@ void ExpectRmsNormBackwardMatches(int64_t T, int64_t D, DType act) {
   const double dweight_size = MaxAbs(dweight_before) + static_cast<double>(T) * MaxAbs(dy) * x_normed;
   SweepLevels(run, [&](const std::vector<Tensor>& got) {
     ExpectNear(got[0], want_dx, 0, 0x1p-24 * Chain(D) * dx_size, "dx");
-    ExpectNear(got[1], want_dweight, 0, 0x1p-24 * (64 + static_cast<double>(T) / 64) * dweight_size, "dweight");
+    ExpectNear(got[1], want_dweight, 0, 0x1p-24 * (64 + static_cast<double>(T) / 64) * dweight_size,
+               "dweight");
   });
 }
 

@@ -12,11 +12,14 @@ struct State {
   Tensor master, m, v;
 };
 State RandomState(int64_t N) {
-  State state = {Random({N}, DType::kF32, 1), Random({N}, DType::kF32, 2, 0.1), Random({N}, DType::kF32, 3, 0.01)};
+  State state = {Random({N}, DType::kF32, 1), Random({N}, DType::kF32, 2, 0.1),
+                 Random({N}, DType::kF32, 3, 0.01)};
   for (float& value : state.v.span<float>()) value = std::abs(value);
   return state;
 }
-State AsF64(const State& s) { return {As(s.master, DType::kF64), As(s.m, DType::kF64), As(s.v, DType::kF64)}; }
+State AsF64(const State& s) {
+  return {As(s.master, DType::kF64), As(s.m, DType::kF64), As(s.v, DType::kF64)};
+}
 
 void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool with_copy) {
   SCOPED_TRACE(N);
@@ -32,7 +35,8 @@ void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool 
   };
   const double g = MaxAbs(grad) * static_cast<double>(step.grad_scale);
   double change = 0;
-  for (int64_t i = 0; i < N; ++i) change = std::max(change, std::abs(Get(want.master, i) - Get(before.master, i)));
+  for (int64_t i = 0; i < N; ++i)
+    change = std::max(change, std::abs(Get(want.master, i) - Get(before.master, i)));
   SweepLevels(run, [&](const std::vector<Tensor>& got) {
     ExpectNear(got[0], want.master, 0x1p-24, 12 * 0x1p-24 * change, "master");
     ExpectNear(got[1], want.m, 0, 4 * 0x1p-24 * (MaxAbs(before.m) + g), "m");
@@ -43,8 +47,13 @@ void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool 
 
 TEST(AdamW, MatchesReference) {
   const AdamWStep plain = {.learning_rate = 1e-3};
-  const AdamWStep full = {.learning_rate = 3e-3, .beta1 = 0.9, .beta2 = 0.999, .epsilon = 1e-6, .weight_decay = 0.1,
-                          .update = 1000, .grad_scale = 0.37f};
+  const AdamWStep full = {.learning_rate = 3e-3,
+                          .beta1 = 0.9,
+                          .beta2 = 0.999,
+                          .epsilon = 1e-6,
+                          .weight_decay = 0.1,
+                          .update = 1000,
+                          .grad_scale = 0.37f};
   for (int64_t N : {0, 1, 15, 16, 100, 70001}) {
     for (const AdamWStep& step : {plain, full}) {
       ExpectAdamWMatches(N, step, DType::kBF16, /*with_copy=*/true);
@@ -75,7 +84,8 @@ TEST(AdamW, SmallDecayIsNotLost) {
   for (int64_t i = 0; i < 16; ++i) Set(master, i, 1 + 0.05 * static_cast<double>(i));
   const Tensor before = Copy(master), grad = Zeros({16}, DType::kF32);
   AdamWStep step = {.learning_rate = 3e-4, .weight_decay = 0.1};
-  for (step.update = 1; step.update <= kUpdates; ++step.update) AdamW(step, grad, master, m, v, Tensor(), stream);
+  for (step.update = 1; step.update <= kUpdates; ++step.update)
+    AdamW(step, grad, master, m, v, Tensor(), stream);
   for (int64_t i = 0; i < 16; ++i) {
     const double want = Get(before, i) * std::pow(1 - 3e-5, kUpdates);
     EXPECT_NEAR(Get(master, i), want, 5e-4 * want) << i;
@@ -87,13 +97,15 @@ TEST(SumOfSquares, AddsInF64) {
   for (int64_t N : {0, 1, 31, 16384, 16385, 100003}) {
     const Tensor x = Random({N}, DType::kF32, 1);
     const double want = ref::SumOfSquares(x, stream);
-    SweepLevels([&]() -> std::vector<Tensor> {
-      const Tensor sum = Empty({1}, DType::kF64);
-      Set(sum, 0, SumOfSquares(x, stream));
-      return {sum};
-    }, [&](const std::vector<Tensor>& got) {
-      EXPECT_NEAR(Get(got[0], 0), want, 0x1p-53 * static_cast<double>(N) * want);
-    });
+    SweepLevels(
+        [&]() -> std::vector<Tensor> {
+          const Tensor sum = Empty({1}, DType::kF64);
+          Set(sum, 0, SumOfSquares(x, stream));
+          return {sum};
+        },
+        [&](const std::vector<Tensor>& got) {
+          EXPECT_NEAR(Get(got[0], 0), want, 0x1p-53 * static_cast<double>(N) * want);
+        });
   }
 }
 

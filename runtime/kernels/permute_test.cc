@@ -23,7 +23,8 @@ Sorted RandomSorted(int64_t T, int64_t E, int64_t K) {
 struct Case {
   int64_t T, D, E, K;
 };
-const Case kCases[] = {{0, 8, 4, 2}, {1, 1, 1, 1}, {5, 16, 4, 2}, {7, 33, 3, 3}, {9, 100, 8, 1}, {130, 257, 8, 2}};
+const Case kCases[] = {{0, 8, 4, 2},  {1, 1, 1, 1},   {5, 16, 4, 2},
+                       {7, 33, 3, 3}, {9, 100, 8, 1}, {130, 257, 8, 2}};
 
 TEST(SortByExpert, MatchesReference) {
   Stream stream;
@@ -65,11 +66,13 @@ TEST(GatherRows, CopiesRows) {
       const Sorted sorted = RandomSorted(c.T, c.E, c.K);
       const Tensor x = Random({c.T, c.D}, act, 1), want = Empty({c.T * c.K, c.D}, act);
       ref::GatherRows(x, sorted.token, want, stream);
-      SweepLevels([&]() -> std::vector<Tensor> {
-        const Tensor slots = Empty({c.T * c.K, c.D}, act);
-        GatherRows(x, sorted.token, slots, stream);
-        return {slots};
-      }, [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "slots"); });
+      SweepLevels(
+          [&]() -> std::vector<Tensor> {
+            const Tensor slots = Empty({c.T * c.K, c.D}, act);
+            GatherRows(x, sorted.token, slots, stream);
+            return {slots};
+          },
+          [&](const std::vector<Tensor>& got) { ExpectSameBits(got[0], want, "slots"); });
     }
   }
 }
@@ -77,16 +80,21 @@ TEST(GatherRows, CopiesRows) {
 TEST(SumSlots, MatchesReference) {
   Stream stream;
   for (const Case& c : kCases) {
-    for (auto [from, to] : {std::pair{DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kBF16, DType::kF32}}) {
+    for (auto [from, to] :
+         {std::pair{DType::kF32, DType::kF32}, {DType::kBF16, DType::kBF16}, {DType::kBF16, DType::kF32}}) {
       const Sorted sorted = RandomSorted(c.T, c.E, c.K);
       const Tensor dslots = Random({c.T * c.K, c.D}, from, 1), want = Empty({c.T, c.D}, DType::kF64);
       ref::SumSlots(dslots, sorted.slot, want, stream);
       const double error = static_cast<double>(c.K) * 0x1p-24 * static_cast<double>(c.K) * MaxAbs(dslots);
-      SweepLevels([&, to = to]() -> std::vector<Tensor> {
-        const Tensor dx = Empty({c.T, c.D}, to);
-        SumSlots(dslots, sorted.slot, dx, stream);
-        return {dx};
-      }, [&, to = to](const std::vector<Tensor>& got) { ExpectNear(got[0], want, Roundoff(to), error, "dx"); });
+      SweepLevels(
+          [&, to = to]() -> std::vector<Tensor> {
+            const Tensor dx = Empty({c.T, c.D}, to);
+            SumSlots(dslots, sorted.slot, dx, stream);
+            return {dx};
+          },
+          [&, to = to](const std::vector<Tensor>& got) {
+            ExpectNear(got[0], want, Roundoff(to), error, "dx");
+          });
     }
   }
 }
@@ -101,13 +109,15 @@ TEST(CombineSlots, MatchesReference) {
         const Tensor weights = Random({c.T, c.K}, DType::kF32, 3), want = Empty({c.T, c.D}, DType::kF64);
         ref::CombineSlots(residual, y, sorted.slot, weights, want, stream);
         const double size = MaxAbs(residual) + static_cast<double>(c.K) * MaxAbs(y) * MaxAbs(weights);
-        SweepLevels([&]() -> std::vector<Tensor> {
-          const Tensor input = Copy(residual), out = in_place ? input : Empty({c.T, c.D}, DType::kF32);
-          CombineSlots(input, y, sorted.slot, weights, out, stream);
-          return {out};
-        }, [&](const std::vector<Tensor>& got) {
-          ExpectNear(got[0], want, 0, 0x1p-24 * static_cast<double>(2 * c.K) * size, "out");
-        });
+        SweepLevels(
+            [&]() -> std::vector<Tensor> {
+              const Tensor input = Copy(residual), out = in_place ? input : Empty({c.T, c.D}, DType::kF32);
+              CombineSlots(input, y, sorted.slot, weights, out, stream);
+              return {out};
+            },
+            [&](const std::vector<Tensor>& got) {
+              ExpectNear(got[0], want, 0, 0x1p-24 * static_cast<double>(2 * c.K) * size, "out");
+            });
       }
     }
   }
@@ -121,15 +131,18 @@ void ExpectCombineBackwardMatches(const Case& c, DType act, bool in_place) {
   const Tensor want_dy = Empty({c.T * c.K, c.D}, DType::kF64), want_dweights = Empty({c.T, c.K}, DType::kF64);
   ref::CombineSlotsBackward(dout, y, sorted.slot, weights, want_dy, want_dweights, stream);
   const double size = static_cast<double>(c.D) * MaxAbs(dout) * MaxAbs(y);
-  SweepLevels([&]() -> std::vector<Tensor> {
-    const Tensor input = Copy(y), dy = in_place ? input : Empty({c.T * c.K, c.D}, act);
-    const Tensor dweights = Empty({c.T, c.K}, DType::kF32);
-    CombineSlotsBackward(dout, input, sorted.slot, weights, dy, dweights, stream);
-    return {dy, dweights};
-  }, [&](const std::vector<Tensor>& got) {
-    ExpectNear(got[0], want_dy, 0x1p-24 + Roundoff(act), 0, "dy");
-    ExpectNear(got[1], want_dweights, 0, 0x1p-24 * (static_cast<double>(c.D) / 16 + 8) * size, "dweights");
-  });
+  SweepLevels(
+      [&]() -> std::vector<Tensor> {
+        const Tensor input = Copy(y), dy = in_place ? input : Empty({c.T * c.K, c.D}, act);
+        const Tensor dweights = Empty({c.T, c.K}, DType::kF32);
+        CombineSlotsBackward(dout, input, sorted.slot, weights, dy, dweights, stream);
+        return {dy, dweights};
+      },
+      [&](const std::vector<Tensor>& got) {
+        ExpectNear(got[0], want_dy, 0x1p-24 + Roundoff(act), 0, "dy");
+        ExpectNear(got[1], want_dweights, 0, 0x1p-24 * (static_cast<double>(c.D) / 16 + 8) * size,
+                   "dweights");
+      });
 }
 
 TEST(CombineSlotsBackward, MatchesReference) {
@@ -148,10 +161,13 @@ TEST(Permute, ReferenceGradientsMatchFiniteDifferences) {
   const Tensor x = Random({T, D}, DType::kF64, 1), dslots = Random({T * K, D}, DType::kF64, 2);
   const Tensor slots = Empty({T * K, D}, DType::kF64), dx = Empty({T, D}, DType::kF64);
   ref::SumSlots(dslots, sorted.slot, dx, stream);
-  CheckGradient(x, dx, [&] {
-    ref::GatherRows(x, sorted.token, slots, stream);
-    return Dot(slots, dslots);
-  }, "dx");
+  CheckGradient(
+      x, dx,
+      [&] {
+        ref::GatherRows(x, sorted.token, slots, stream);
+        return Dot(slots, dslots);
+      },
+      "dx");
 
   const Tensor y = Random({T * K, D}, DType::kF64, 3), weights = Random({T, K}, DType::kF64, 4);
   const Tensor dout = Random({T, D}, DType::kF64, 5), out = Empty({T, D}, DType::kF64);

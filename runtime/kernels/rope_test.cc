@@ -36,7 +36,8 @@ void ExpectRopeMatches(int64_t T, int64_t seq, int heads, int dim, DType act, Ro
   SweepLevels(run, [&](const std::vector<Tensor>& got) {
     ExpectNear(got[0], want, Roundoff(act), 3 * 0x1p-24 * MaxAbs(x), "x");
     for (int64_t t = 0; t < T; ++t) {
-      for (int64_t i = heads * dim; i < width; ++i) EXPECT_EQ(Get(got[0], t * width + i), Get(x, t * width + i));
+      for (int64_t i = heads * dim; i < width; ++i)
+        EXPECT_EQ(Get(got[0], t * width + i), Get(x, t * width + i));
     }
   });
 }

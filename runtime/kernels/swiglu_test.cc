@@ -45,7 +45,8 @@ void ExpectSwiGluBackwardMatches(int64_t R, int64_t F, DType act, bool in_place)
   ref::SwiGluBackward(dh, gate_up, want_dgate_up, want_h, stream);
   const auto run = [&]() -> std::vector<Tensor> {
     const Tensor input = Copy(gate_up), grad = Copy(dh);
-    const Tensor dgate_up = in_place ? input : Empty({R, 2 * F}, act), h = in_place ? grad : Empty({R, F}, act);
+    const Tensor dgate_up = in_place ? input : Empty({R, 2 * F}, act),
+                 h = in_place ? grad : Empty({R, F}, act);
     SwiGluBackward(grad, input, dgate_up, h, stream);
     return {dgate_up, h};
   };
@@ -72,29 +73,34 @@ TEST(SwiGluBackward, ReferenceMatchesFiniteDifferences) {
   const Tensor gate_up = Random({3, 10}, DType::kF64, 1, 2), dh = Random({3, 5}, DType::kF64, 2);
   const Tensor h = Empty({3, 5}, DType::kF64), dgate_up = Empty({3, 10}, DType::kF64);
   ref::SwiGluBackward(dh, gate_up, dgate_up, h, stream);
-  CheckGradient(gate_up, dgate_up, [&] {
-    ref::SwiGlu(gate_up, h, stream);
-    return Dot(h, dh);
-  }, "dgate_up");
+  CheckGradient(
+      gate_up, dgate_up,
+      [&] {
+        ref::SwiGlu(gate_up, h, stream);
+        return Dot(h, dh);
+      },
+      "dgate_up");
 }
 
 TEST(SwiGlu, KeepsNaNAndSaturates) {
   Stream stream;
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  SweepLevels([&]() -> std::vector<Tensor> {
-    const Tensor gate_up = Zeros({1, 64}, DType::kF32), h = Empty({1, 32}, DType::kF32);
-    for (float& value : gate_up.span<float>().subspan(32)) value = 1;
-    gate_up.data<float>()[3] = nan;
-    gate_up.data<float>()[4] = 1e30f;
-    gate_up.data<float>()[5] = -1000;
-    SwiGlu(gate_up, h, stream);
-    return {h};
-  }, [](const std::vector<Tensor>& got) {
-    EXPECT_TRUE(std::isnan(Get(got[0], 3)));
-    EXPECT_EQ(got[0].data<float>()[4], 1e30f);
-    EXPECT_NEAR(Get(got[0], 5), 0, 1e-34);
-    EXPECT_EQ(Get(got[0], 6), 0);
-  });
+  SweepLevels(
+      [&]() -> std::vector<Tensor> {
+        const Tensor gate_up = Zeros({1, 64}, DType::kF32), h = Empty({1, 32}, DType::kF32);
+        for (float& value : gate_up.span<float>().subspan(32)) value = 1;
+        gate_up.data<float>()[3] = nan;
+        gate_up.data<float>()[4] = 1e30f;
+        gate_up.data<float>()[5] = -1000;
+        SwiGlu(gate_up, h, stream);
+        return {h};
+      },
+      [](const std::vector<Tensor>& got) {
+        EXPECT_TRUE(std::isnan(Get(got[0], 3)));
+        EXPECT_EQ(got[0].data<float>()[4], 1e30f);
+        EXPECT_NEAR(Get(got[0], 5), 0, 1e-34);
+        EXPECT_EQ(Get(got[0], 6), 0);
+      });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// For the tests of kernels: random tensors, comparison within computed bounds, finite differences, and the sweep over
-// instruction sets and thread counts.
+// For the tests of kernels: random tensors, comparison within computed bounds, finite differences, and the
+// sweep over instruction sets and thread counts.
 #pragma once
 
 #include <cmath>
@@ -55,7 +55,8 @@ inline double MaxAbs(const Tensor& tensor) {
 }
 
 // |got - want| <= relative * |want| + absolute, for each element.
-inline void ExpectNear(const Tensor& got, const Tensor& want, double relative, double absolute, std::string_view name) {
+inline void ExpectNear(const Tensor& got, const Tensor& want, double relative, double absolute,
+                       std::string_view name) {
   ASSERT_EQ(got.shape(), want.shape()) << name;
   for (int64_t i = 0; i < got.elements(); ++i) {
     const double g = Get(got, i), w = Get(want, i);
@@ -74,8 +75,8 @@ inline void ExpectSameBits(const Tensor& got, const Tensor& want, std::string_vi
   FAIL() << name << ": equal values, different bits";
 }
 
-// Calls `run`, which returns its outputs, at every instruction set with 1 thread and hands the outputs to `check`; then
-// with 2 and 3 threads, which must give the same bits.
+// Calls `run`, which returns its outputs, at every instruction set with 1 thread and hands the outputs to
+// `check`; then with 2 and 3 threads, which must give the same bits.
 inline void SweepLevels(const std::function<std::vector<Tensor>()>& run,
                         const std::function<void(const std::vector<Tensor>&)>& check) {
   const int threads_before = Threads();
@@ -89,7 +90,8 @@ inline void SweepLevels(const std::function<std::vector<Tensor>()>& run,
       SetThreads(threads);
       const std::vector<Tensor> shared = run();
       for (size_t i = 0; i < alone.size(); ++i) {
-        ExpectSameBits(shared[i], alone[i], "output " + std::to_string(i) + ", threads " + std::to_string(threads));
+        ExpectSameBits(shared[i], alone[i],
+                       "output " + std::to_string(i) + ", threads " + std::to_string(threads));
       }
     }
   }

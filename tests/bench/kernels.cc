@@ -1,7 +1,8 @@
-// Bandwidth of the memory-bound kernels: bench_kernels [threads [seconds per case [substring of the cases]]]. Each case is
-// verified against its reference on a few rows first, then timed at the size of a training step: GB/s of the best and
-// the median run, counting every byte that must be read or written once, and the best's share of a triad's
-// (a = b + s * c, arrays of 64 MiB) in the same run. A share above 100 % means that the data stayed in a cache.
+// Bandwidth of the memory-bound kernels: bench_kernels [threads [seconds per case [substring of the cases]]].
+// Each case is verified against its reference on a few rows first, then timed at the size of a training step:
+// GB/s of the best and the median run, counting every byte that must be read or written once, and the best's
+// share of a triad's (a = b + s * c, arrays of 64 MiB) in the same run. A share above 100 % means that the
+// data stayed in a cache.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -59,8 +60,8 @@ Tensor Random(Shape shape, DType dtype, uint64_t seed, double stddev = 1) {
 Tensor RandomIds(Shape shape, int64_t limit) {
   Tensor ids = Empty(std::move(shape), DType::kI32);
   for (int64_t i = 0; i < ids.elements(); ++i) {
-    ids.data<int32_t>()[i] = static_cast<int32_t>(RandomBits({.seed = 9, .stream = 9}, static_cast<uint64_t>(i)) %
-                                                  static_cast<uint64_t>(limit));
+    ids.data<int32_t>()[i] = static_cast<int32_t>(
+        RandomBits({.seed = 9, .stream = 9}, static_cast<uint64_t>(i)) % static_cast<uint64_t>(limit));
   }
   return ids;
 }
@@ -76,7 +77,8 @@ Call NormCall(Impl impl, int64_t T, DType act) {
   const Tensor weight = Random({kWidth}, DType::kF32, 3), sum = Empty({T, kWidth}, DType::kF32);
   const Tensor y = Empty({T, kWidth}, act), rstd = Empty({T}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? RmsNorm : ref::RmsNorm;
-  return {[=] { kernel(x, delta, weight, 1e-5f, sum, y, rstd, TheStream()); }, {sum, y, rstd},
+  return {[=] { kernel(x, delta, weight, 1e-5f, sum, y, rstd, TheStream()); },
+          {sum, y, rstd},
           BytesOf({x, delta, sum, y})};
 }
 
@@ -85,7 +87,9 @@ Call NormBackwardCall(Impl impl, int64_t T, DType act) {
   const Tensor weight = Random({kWidth}, DType::kF32, 3), rstd = Random({T}, DType::kF32, 4);
   const Tensor dx = Zeros({T, kWidth}, DType::kF32), dweight = Zeros({kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? RmsNormBackward : ref::RmsNormBackward;
-  return {[=] { kernel(dy, x, weight, rstd, dx, dweight, TheStream()); }, {dx, dweight}, BytesOf({x, dy, dx, dx})};
+  return {[=] { kernel(dy, x, weight, rstd, dx, dweight, TheStream()); },
+          {dx, dweight},
+          BytesOf({x, dy, dx, dx})};
 }
 
 Call RopeCall(Impl impl, int64_t T, DType act) {
@@ -93,7 +97,9 @@ Call RopeCall(Impl impl, int64_t T, DType act) {
   const Tensor x = Random({T, kHeads * kHeadWidth}, act, 1);
   const RopeTable table = MakeRopeTable(seq, kHeadWidth, 10000);
   const auto kernel = impl == Impl::kCpu ? Rope : ref::Rope;
-  return {[=] { kernel(x, kHeads, kHeadWidth, table, RopeDirection::kForward, TheStream()); }, {x}, BytesOf({x, x})};
+  return {[=] { kernel(x, kHeads, kHeadWidth, table, RopeDirection::kForward, TheStream()); },
+          {x},
+          BytesOf({x, x})};
 }
 
 Call SwiGluCall(Impl impl, int64_t T, DType act) {
@@ -103,18 +109,21 @@ Call SwiGluCall(Impl impl, int64_t T, DType act) {
 }
 
 Call SwiGluBackwardCall(Impl impl, int64_t T, DType act) {
-  const Tensor gate_up = Random({T * kChoices, 2 * kHidden}, act, 1), dh = Random({T * kChoices, kHidden}, act, 2);
+  const Tensor gate_up = Random({T * kChoices, 2 * kHidden}, act, 1),
+               dh = Random({T * kChoices, kHidden}, act, 2);
   const Tensor dgate_up = Empty({T * kChoices, 2 * kHidden}, act), h = Empty({T * kChoices, kHidden}, act);
   const auto kernel = impl == Impl::kCpu ? SwiGluBackward : ref::SwiGluBackward;
-  return {[=] { kernel(dh, gate_up, dgate_up, h, TheStream()); }, {dgate_up, h}, BytesOf({dh, gate_up, dgate_up, h})};
+  return {[=] { kernel(dh, gate_up, dgate_up, h, TheStream()); },
+          {dgate_up, h},
+          BytesOf({dh, gate_up, dgate_up, h})};
 }
 
 struct Routing {
   Tensor probs, chosen, weights, logz;
 };
 Routing MakeRouting(int64_t T) {
-  return {Empty({T, kExperts}, DType::kF32), Empty({T, kChoices}, DType::kI32), Empty({T, kChoices}, DType::kF32),
-          Empty({T}, DType::kF32)};
+  return {Empty({T, kExperts}, DType::kF32), Empty({T, kChoices}, DType::kI32),
+          Empty({T, kChoices}, DType::kF32), Empty({T}, DType::kF32)};
 }
 
 Call RouterCall(Impl impl, int64_t T, DType) {
@@ -128,12 +137,14 @@ Call RouterCall(Impl impl, int64_t T, DType) {
 
 Call RouterBackwardCall(Impl impl, int64_t T, DType) {
   const Routing r = MakeRouting(T);
-  TopKSoftmax(Random({T, kExperts}, DType::kF32, 1), Renormalize::kYes, r.probs, r.chosen, r.weights, r.logz, TheStream());
+  TopKSoftmax(Random({T, kExperts}, DType::kF32, 1), Renormalize::kYes, r.probs, r.chosen, r.weights, r.logz,
+              TheStream());
   const Tensor dweights = Random({T, kChoices}, DType::kF32, 2), dprob = Random({kExperts}, DType::kF32, 3);
   const Tensor dlogits = Empty({T, kExperts}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? TopKSoftmaxBackward : ref::TopKSoftmaxBackward;
   return {[=] {
-            kernel(r.probs, r.chosen, r.weights, r.logz, Renormalize::kYes, dweights, dprob, 0.01f, dlogits, TheStream());
+            kernel(r.probs, r.chosen, r.weights, r.logz, Renormalize::kYes, dweights, dprob, 0.01f, dlogits,
+                   TheStream());
           },
           {dlogits},
           BytesOf({r.probs, r.chosen, r.weights, r.logz, dweights, dlogits})};
@@ -143,7 +154,8 @@ struct Slots {
   Tensor counts, slot, token;
 };
 Slots MakeSlots(int64_t T) {
-  Slots slots = {Empty({kExperts}, DType::kI64), Empty({T, kChoices}, DType::kI32), Empty({T * kChoices}, DType::kI32)};
+  Slots slots = {Empty({kExperts}, DType::kI64), Empty({T, kChoices}, DType::kI32),
+                 Empty({T * kChoices}, DType::kI32)};
   SortByExpert(RandomIds({T, kChoices}, kExperts), slots.counts, slots.slot, slots.token, TheStream());
   return slots;
 }
@@ -152,7 +164,8 @@ Call SortCall(Impl impl, int64_t T, DType) {
   const Tensor chosen = RandomIds({T, kChoices}, kExperts);
   const Slots s = MakeSlots(T);
   const auto kernel = impl == Impl::kCpu ? SortByExpert : ref::SortByExpert;
-  return {[=] { kernel(chosen, s.counts, s.slot, s.token, TheStream()); }, {s.counts, s.slot, s.token},
+  return {[=] { kernel(chosen, s.counts, s.slot, s.token, TheStream()); },
+          {s.counts, s.slot, s.token},
           BytesOf({chosen, s.slot, s.token})};
 }
 
@@ -175,7 +188,8 @@ Call CombineCall(Impl impl, int64_t T, DType act) {
   const Tensor residual = Random({T, kWidth}, DType::kF32, 1), y = Random({T * kChoices, kWidth}, act, 2);
   const Tensor weights = Random({T, kChoices}, DType::kF32, 3), out = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlots : ref::CombineSlots;
-  return {[=] { kernel(residual, y, s.slot, weights, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
+  return {
+      [=] { kernel(residual, y, s.slot, weights, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
 }
 
 Call CombineBackwardCall(Impl impl, int64_t T, DType act) {
@@ -184,7 +198,9 @@ Call CombineBackwardCall(Impl impl, int64_t T, DType act) {
   const Tensor weights = Random({T, kChoices}, DType::kF32, 3), dy = Empty({T * kChoices, kWidth}, act);
   const Tensor dweights = Empty({T, kChoices}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlotsBackward : ref::CombineSlotsBackward;
-  return {[=] { kernel(dout, y, s.slot, weights, dy, dweights, TheStream()); }, {dy, dweights}, BytesOf({dout, y, dy})};
+  return {[=] { kernel(dout, y, s.slot, weights, dy, dweights, TheStream()); },
+          {dy, dweights},
+          BytesOf({dout, y, dy})};
 }
 
 // A chunk of an eighth of the tokens, as the loss calls it.
@@ -193,14 +209,17 @@ Call CrossEntropyCall(Impl impl, int64_t T, DType act) {
   const Tensor logits = Random({C, kVocab}, DType::kF32, 1), targets = RandomIds({C}, kVocab);
   const Tensor loss = Empty({C}, DType::kF32), dlogits = Empty({C, kVocab}, act);
   const auto kernel = impl == Impl::kCpu ? CrossEntropy : ref::CrossEntropy;
-  return {[=] { kernel(logits, targets, 1, loss, dlogits, TheStream()); }, {loss, dlogits}, BytesOf({logits, dlogits})};
+  return {[=] { kernel(logits, targets, 1, loss, dlogits, TheStream()); },
+          {loss, dlogits},
+          BytesOf({logits, dlogits})};
 }
 
 Call EmbeddingCall(Impl impl, int64_t T, DType act) {
   const Tensor table = Random({kVocab, kWidth}, act, 1), ids = RandomIds({T}, kVocab);
   const Tensor out = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? Embedding : ref::Embedding;
-  return {[=] { kernel(table, ids, out, TheStream()); }, {out},
+  return {[=] { kernel(table, ids, out, TheStream()); },
+          {out},
           BytesOf({out}) * (1 + static_cast<double>(SizeOf(act)) / 4)};
 }
 
@@ -214,16 +233,19 @@ Call EmbeddingBackwardCall(Impl impl, int64_t T, DType) {
 // As many parameters as 16 experts of this size.
 Call AdamWCall(Impl impl, int64_t T, DType act) {
   const int64_t N = T < kTokens ? 1000 : 16 * 3 * kWidth * kHidden;
-  const Tensor grad = Random({N}, DType::kF32, 1), master = Random({N}, DType::kF32, 2), copy = Empty({N}, act);
+  const Tensor grad = Random({N}, DType::kF32, 1), master = Random({N}, DType::kF32, 2),
+               copy = Empty({N}, act);
   const Tensor m = Zeros({N}, DType::kF32), v = Zeros({N}, DType::kF32);
   const AdamWStep step = {.learning_rate = 1e-4, .weight_decay = 0.1, .grad_scale = 0.5f};
   const auto kernel = impl == Impl::kCpu ? AdamW : ref::AdamW;
-  return {[=] { kernel(step, grad, master, m, v, copy, TheStream()); }, {master, m, v, copy},
+  return {[=] { kernel(step, grad, master, m, v, copy, TheStream()); },
+          {master, m, v, copy},
           BytesOf({grad, master, master, m, m, v, v, copy})};
 }
 
 Call SumOfSquaresCall(Impl impl, int64_t T, DType) {
-  const Tensor x = Random({T < kTokens ? 1000 : 16 * 3 * kWidth * kHidden}, DType::kF32, 1), sum = Empty({1}, DType::kF64);
+  const Tensor x = Random({T < kTokens ? 1000 : 16 * 3 * kWidth * kHidden}, DType::kF32, 1),
+               sum = Empty({1}, DType::kF64);
   const auto kernel = impl == Impl::kCpu ? SumOfSquares : ref::SumOfSquares;
   return {[=] { sum.data<double>()[0] = kernel(x, TheStream()); }, {sum}, BytesOf({x})};
 }
@@ -261,7 +283,8 @@ const Case kCases[] = {{"RmsNorm + residual", NormCall},
                        {"AddTo", AddToCall}};
 
 void Verify(const Case& test, DType act) {
-  const Call cpu = test.make(Impl::kCpu, kTokensToVerify, act), ref = test.make(Impl::kRef, kTokensToVerify, act);
+  const Call cpu = test.make(Impl::kCpu, kTokensToVerify, act),
+             ref = test.make(Impl::kRef, kTokensToVerify, act);
   cpu.run();
   ref.run();
   for (size_t i = 0; i < cpu.outputs.size(); ++i) {
@@ -311,8 +334,8 @@ int Main(int argc, char** argv) {
   const double seconds = argc > 2 ? std::atof(argv[2]) : 0.2;
   const std::string filter = argc > 3 ? argv[3] : "";
   const Rate triad = MeasureTriad(seconds);
-  std::printf("%d threads, %s; triad %.1f GB/s (median %.1f)\n", Threads(), std::string(Name(ActiveIsa())).c_str(),
-              triad.best, triad.median);
+  std::printf("%d threads, %s; triad %.1f GB/s (median %.1f)\n", Threads(),
+              std::string(Name(ActiveIsa())).c_str(), triad.best, triad.median);
   std::printf("%-22s %5s %9s %9s %9s %7s\n", "kernel", "act", "MB", "GB/s", "median", "triad");
   for (const Case& test : kCases) {
     if (test.name.find(filter) == std::string::npos) continue;

@@ -18,8 +18,8 @@ void SetAct(const Tensor& tensor, int64_t index, float value) {
 
 }  // namespace
 
-void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, const Tensor& loss, const Tensor& dlogits,
-                  Stream&) {
+void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, const Tensor& loss,
+                  const Tensor& dlogits, Stream&) {
   const int64_t C = logits.dim(0), V = logits.dim(1);
   SHOAL_CHECK(C == 0 || V > 0) << "no vocabulary";
   CheckTensor(logits, DType::kF32, {C, V}, "logits");
@@ -36,7 +36,8 @@ void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, cons
     const Tensor exps = wanted && act == kInnerBF16 ? Empty({V}, DType::kF32) : Tensor();
     for (int64_t row = begin; row < end; ++row) {
       const int64_t target = row * V + targets.data<int32_t>()[row];
-      const float target_logit = logits.data<float>()[target];  // Before dlogits, which may be logits, is written.
+      const float target_logit =
+          logits.data<float>()[target];  // Before dlogits, which may be logits, is written.
       CrossEntropyRow args = {.logits = logits.data<float>() + row * V,
                               .vocab = V,
                               .exps = nullptr,

@@ -21,19 +21,26 @@ void CheckShape(const Tensor& tensor, std::initializer_list<int64_t> shape, std:
 
 InnerLevel BestInnerLevel() {
   switch (ActiveIsa()) {
-    case Isa::kAvx512: return HasBf16Dot() ? InnerLevel::kAvx512Bf16 : InnerLevel::kAvx512;
-    case Isa::kAvx2: return InnerLevel::kAvx2;
-    case Isa::kPlain: break;
+    case Isa::kAvx512:
+      return HasBf16Dot() ? InnerLevel::kAvx512Bf16 : InnerLevel::kAvx512;
+    case Isa::kAvx2:
+      return InnerLevel::kAvx2;
+    case Isa::kPlain:
+      break;
   }
   return InnerLevel::kPlain;
 }
 
 const InnerKernels& Inner() {
   switch (CurrentLevel()) {
-    case InnerLevel::kAvx512Bf16: return kInnerAvx512Bf16;
-    case InnerLevel::kAvx512: return kInnerAvx512;
-    case InnerLevel::kAvx2: return kInnerAvx2;
-    case InnerLevel::kPlain: break;
+    case InnerLevel::kAvx512Bf16:
+      return kInnerAvx512Bf16;
+    case InnerLevel::kAvx512:
+      return kInnerAvx512;
+    case InnerLevel::kAvx2:
+      return kInnerAvx2;
+    case InnerLevel::kPlain:
+      break;
   }
   return kInnerPlain;
 }
@@ -43,7 +50,8 @@ void SetInnerLevelForTest(InnerLevel level) {
   CurrentLevel() = level;
 }
 
-void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape, std::string_view name) {
+void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape,
+                 std::string_view name) {
   SHOAL_CHECK(tensor.dtype() == dtype) << name << " is " << Name(tensor.dtype()) << ", want " << Name(dtype);
   CheckShape(tensor, shape, name);
 }
@@ -57,7 +65,8 @@ InnerAct CheckAct(const Tensor& tensor, std::initializer_list<int64_t> shape, st
 
 void CheckIds(absl::Span<const int32_t> ids, int64_t limit, std::string_view name) {
   for (size_t i = 0; i < ids.size(); ++i) {
-    SHOAL_CHECK(ids[i] >= 0 && ids[i] < limit) << name << "[" << i << "] is " << ids[i] << ", want [0, " << limit << ")";
+    SHOAL_CHECK(ids[i] >= 0 && ids[i] < limit)
+        << name << "[" << i << "] is " << ids[i] << ", want [0, " << limit << ")";
   }
 }
 

@@ -21,7 +21,8 @@ const InnerKernels& Inner();
 void SetInnerLevelForTest(InnerLevel level);
 
 // CHECKs that `tensor` has this type and shape.
-void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape, std::string_view name);
+void CheckTensor(const Tensor& tensor, DType dtype, std::initializer_list<int64_t> shape,
+                 std::string_view name);
 // The same for activations, f32 or bf16. Returns which.
 InnerAct CheckAct(const Tensor& tensor, std::initializer_list<int64_t> shape, std::string_view name);
 // CHECKs that every id is in [0, limit).

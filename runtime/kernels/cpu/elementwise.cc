@@ -13,7 +13,7 @@ namespace shoal::kernels {
 namespace {
 
 // One normal number costs about as much as this many elements of a memory-bound loop.
-constexpr int64_t kNormalCost = 32;
+constexpr int64_t kNormalCost = 100;
 
 uint32_t Low(uint64_t value) { return static_cast<uint32_t>(value); }
 uint32_t High(uint64_t value) { return static_cast<uint32_t>(value >> 32); }
@@ -21,7 +21,8 @@ uint64_t Join(uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(
 
 // Elements 2 * block and 2 * block + 1 of a stream, in halves.
 std::array<uint32_t, 4> RandomBlock(RandomKey key, uint64_t block) {
-  return Philox({Low(block), High(block), Low(key.stream), High(key.stream)}, {Low(key.seed), High(key.seed)});
+  return Philox({Low(block), High(block), Low(key.stream), High(key.stream)},
+                {Low(key.seed), High(key.seed)});
 }
 
 // Elements 2 * pair and 2 * pair + 1 of the stream of normal numbers.
@@ -71,13 +72,15 @@ void AddTo(const Tensor& x, const Tensor& sum, Stream&) {
   const InnerAct act = CheckAct(x.Reshape({N}), {N}, "x");
   const auto add_to = Inner().add_to[act];
   ParallelFor(N, kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
-    add_to(static_cast<const char*>(x.raw()) + begin * SizeOf(x.dtype()), sum.data<float>() + begin, end - begin);
+    add_to(static_cast<const char*>(x.raw()) + begin * SizeOf(x.dtype()), sum.data<float>() + begin,
+           end - begin);
   });
 }
 
 uint64_t MakeStream(uint64_t step, uint64_t slice, uint64_t layer, uint64_t op) {
   uint64_t hash = 0;
-  for (uint64_t part : {step, slice, layer, op}) hash = Mix((hash ^ Mix(part + 0x9E3779B97F4A7C15)) + 0x9E3779B97F4A7C15);
+  for (uint64_t part : {step, slice, layer, op})
+    hash = Mix((hash ^ Mix(part + 0x9E3779B97F4A7C15)) + 0x9E3779B97F4A7C15);
   return hash;
 }
 

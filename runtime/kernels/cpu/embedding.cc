@@ -42,7 +42,8 @@ void EmbeddingBackward(const Tensor& dout, const Tensor& ids, const Tensor& dtab
   ParallelFor(lines, GrainOfRows(T * kFloatsPerCacheLine), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kFloatsPerCacheLine, count = std::min(end * kFloatsPerCacheLine, D) - first;
     for (int64_t t = 0; t < T; ++t) {
-      add_to(dout.data<float>() + t * D + first, dtable.data<float>() + ids.data<int32_t>()[t] * D + first, count);
+      add_to(dout.data<float>() + t * D + first, dtable.data<float>() + ids.data<int32_t>()[t] * D + first,
+             count);
     }
   });
 }

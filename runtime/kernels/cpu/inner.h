@@ -1,7 +1,8 @@
-// The inner loops of the kernels, each compiled four times (plain, AVX2, AVX-512, AVX-512 with bf16 conversions) and
-// reached through a table of function pointers. Raw pointers only, rows contiguous; the kernels around them check shapes, split the work over
-// threads and allocate. bf16 is passed as uint16_t; `act` pointers are float or bf16 as the table's index says. Included
-// by files compiled for AVX-512: declarations only.
+// The inner loops of the kernels, each compiled four times (plain, AVX2, AVX-512, AVX-512 with bf16
+// conversions) and reached through a table of function pointers. Raw pointers only, rows contiguous; the
+// kernels around them check shapes, split the work over threads and allocate. bf16 is passed as uint16_t;
+// `act` pointers are float or bf16 as the table's index says. Included by files compiled for AVX-512:
+// declarations only.
 #pragma once
 
 #include <cstdint>
@@ -92,8 +93,8 @@ struct AdamWCoefficients {
   float grad_scale;
   float beta1, one_minus_beta1;
   float beta2, one_minus_beta2;
-  float decay;      // Learning rate * weight decay.
-  float step_size;  // Learning rate / (1 - beta1^n).
+  float decay;       // Learning rate * weight decay.
+  float step_size;   // Learning rate / (1 - beta1^n).
   float root_scale;  // 1 / sqrt(1 - beta2^n).
   float epsilon;
 };
@@ -106,8 +107,8 @@ struct InnerKernels {
   void (*rope[2])(const RopeArgs& args, int64_t begin, int64_t end);
   // gate_up[rows, 2 width] -> h[rows, width].
   void (*swiglu[2])(const void* gate_up, void* h, int64_t width, int64_t begin, int64_t end);
-  void (*swiglu_backward[2])(const void* dh, const void* gate_up, void* dgate_up, void* h, int64_t width, int64_t begin,
-                             int64_t end);
+  void (*swiglu_backward[2])(const void* dh, const void* gate_up, void* dgate_up, void* h, int64_t width,
+                             int64_t begin, int64_t end);
   void (*softmax)(const SoftmaxArgs& args, int64_t begin, int64_t end);
   // One row: dlogits = probs * (dprob + shift).
   void (*softmax_backward)(const SoftmaxBackwardArgs& args, float shift, int64_t row);
@@ -122,8 +123,8 @@ struct InnerKernels {
   // dlogits = exps * scale * e^(block_max - max).
   void (*cross_entropy_scale[2])(const CrossEntropyRow& row, float max, float scale);
   // [type of copy]; copy may be null.
-  void (*adamw[2])(const AdamWCoefficients& c, const float* grad, float* master, float* m, float* v, void* copy,
-                   int64_t n);
+  void (*adamw[2])(const AdamWCoefficients& c, const float* grad, float* master, float* m, float* v,
+                   void* copy, int64_t n);
   double (*sum_of_squares)(const float* x, int64_t n);
   void (*add_to[2])(const void* x, float* sum, int64_t n);
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);

@@ -32,8 +32,8 @@ void RmsNorm(const Tensor& x, const Tensor& delta, const Tensor& weight, float e
   ParallelFor(T, GrainOfRows(D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
-void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& dx,
-                     const Tensor& dweight, Stream&) {
+void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                     const Tensor& dx, const Tensor& dweight, Stream&) {
   const int64_t T = x.dim(0), D = x.dim(1);
   CheckTensor(x, DType::kF32, {T, D}, "x");
   CheckTensor(weight, DType::kF32, {D}, "weight");

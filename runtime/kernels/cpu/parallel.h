@@ -1,5 +1,6 @@
-// Splits a loop over the process's OpenMP team. Results of kernels must not depend on the number of threads, so bodies
-// either write disjoint outputs or fill one partial sum per fixed block, which the caller adds in block order.
+// Splits a loop over the process's OpenMP team. Results of kernels must not depend on the number of threads,
+// so bodies either write disjoint outputs or fill one partial sum per fixed block, which the caller adds in
+// block order.
 #pragma once
 
 #include <omp.h>
@@ -13,8 +14,8 @@
 
 namespace shoal::kernels {
 
-// A thread of its own must save more than the fork and join of a team costs (about 5 us): this many elements of a
-// memory-bound loop take longer.
+// A thread of its own must save more than the fork and join of a team costs (about 5 us): this many elements
+// of a memory-bound loop take longer.
 constexpr int64_t kElementsPerThreadMin = 16384;
 
 // How many rows of `width` elements a thread must have to be worth its start.
@@ -22,8 +23,8 @@ inline int64_t GrainOfRows(int64_t width) {
   return std::max<int64_t>(1, kElementsPerThreadMin / std::max<int64_t>(1, width));
 }
 
-// Calls body(begin, end) on ranges that partition [0, count), one range per thread, at least `grain` long each (but
-// for the last); body is called for no empty range. Blocks until all have returned.
+// Calls body(begin, end) on ranges that partition [0, count), one range per thread, at least `grain` long
+// each (but for the last); body is called for no empty range. Blocks until all have returned.
 template <class Body>
 void ParallelFor(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
@@ -39,11 +40,12 @@ void ParallelFor(int64_t count, int64_t grain, const Body& body) {
 #if defined(__SANITIZE_THREAD__)
   // libgomp is not instrumented: ThreadSanitizer would not see its barriers and report every kernel.
   std::vector<std::thread> threads;
-  for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back([&work, worker] { work(worker); });
+  for (int64_t worker = 1; worker < workers; ++worker)
+    threads.emplace_back([&work, worker] { work(worker); });
   work(0);
   for (std::thread& thread : threads) thread.join();
 #else
-#pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(workers))
+#pragma omp parallel for schedule(static, 1) num_threads(static_cast <int>(workers))
   for (int64_t worker = 0; worker < workers; ++worker) work(worker);
 #endif
 }

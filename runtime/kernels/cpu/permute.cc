@@ -9,7 +9,8 @@
 namespace shoal::kernels {
 
 // A counting sort on one thread: 4096 slots take about 10 us.
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token, Stream&) {
+void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token,
+                  Stream&) {
   const int64_t T = chosen.dim(0), K = chosen.dim(1), E = counts.dim(0);
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
   CheckTensor(counts, DType::kI64, {E}, "counts");

@@ -14,7 +14,8 @@ RopeTable MakeRopeTable(int64_t seq, int dim, double theta) {
   float* cos = table.cos.data<float>();
   float* sin = table.sin.data<float>();
   for (int64_t i = 0; i < half; ++i) {
-    // Each step rounds to f32 as Hugging Face's does; at position 4000 its angles differ from exact ones by 1e-4.
+    // Each step rounds to f32 as Hugging Face's does; at position 4000 its angles differ from exact ones by
+    // 1e-4.
     const float exponent = static_cast<float>(2 * i) / static_cast<float>(dim);
     const float frequency = 1.0f / static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
     for (int64_t position = 0; position < seq; ++position) {

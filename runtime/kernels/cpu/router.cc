@@ -13,22 +13,24 @@ namespace {
 // Tokens of one partial sum, whatever the number of threads.
 constexpr int64_t kTokensPerBlock = 256;
 
-// Orders floats as integers, so that NaN has a place too and a choice is always K different experts. -0 equals 0.
+// Orders floats as integers, so that NaN has a place too and a choice is always K different experts. -0
+// equals 0.
 int32_t OrderOf(float value) {
   const int32_t bits = std::bit_cast<int32_t>(value + 0.0f);
   return bits < 0 ? bits ^ 0x7fffffff : bits;
 }
 
-// The K greatest of E logits, greatest first, ties to the lower index. By logits, not by probabilities: softmax is
-// monotonic, but its rounding and underflow tie what differs. Insertion into a sorted list: after a few dozen
-// experts nearly all others fail its one comparison with the last.
+// The K greatest of E logits, greatest first, ties to the lower index. By logits, not by probabilities:
+// softmax is monotonic, but its rounding and underflow tie what differs. Insertion into a sorted list: after
+// a few dozen experts nearly all others fail its one comparison with the last.
 void ChooseTopK(const float* logits, int64_t E, int64_t K, int32_t* chosen) {
   int64_t held = 0;
   for (int64_t expert = 0; expert < E; ++expert) {
     const int32_t order = OrderOf(logits[expert]);
     if (held == K && order <= OrderOf(logits[chosen[K - 1]])) continue;
     int64_t place = held < K ? held++ : K - 1;
-    for (; place > 0 && order > OrderOf(logits[chosen[place - 1]]); --place) chosen[place] = chosen[place - 1];
+    for (; place > 0 && order > OrderOf(logits[chosen[place - 1]]); --place)
+      chosen[place] = chosen[place - 1];
     chosen[place] = static_cast<int32_t>(expert);
   }
 }

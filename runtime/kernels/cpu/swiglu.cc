@@ -14,7 +14,8 @@ void SwiGlu(const Tensor& gate_up, const Tensor& h, Stream&) {
               [&](int64_t begin, int64_t end) { rows(gate_up.raw(), h.raw(), F, begin, end); });
 }
 
-void SwiGluBackward(const Tensor& dh, const Tensor& gate_up, const Tensor& dgate_up, const Tensor& h, Stream&) {
+void SwiGluBackward(const Tensor& dh, const Tensor& gate_up, const Tensor& dgate_up, const Tensor& h,
+                    Stream&) {
   const int64_t R = dh.dim(0), F = dh.dim(1);
   const InnerAct act = CheckAct(dh, {R, F}, "dh");
   SHOAL_CHECK_EQ(CheckAct(gate_up, {R, 2 * F}, "gate_up"), act);

@@ -1,7 +1,8 @@
-// One float vector as wide as the instruction set this file is compiled for (AVX-512, AVX2 with FMA, or plain), with bf16
-// loads and stores, exp and horizontal sums. All in an anonymous namespace and with no other header of our own or of the
-// C++ library: a source file compiled for AVX-512 must not emit inline functions that the linker could pick for a plain
-// processor. Only cpu/inner_*.cc and files built like them include this.
+// One float vector as wide as the instruction set this file is compiled for (AVX-512, AVX2 with FMA, or
+// plain), with bf16 loads and stores, exp and horizontal sums. All in an anonymous namespace and with no
+// other header of our own or of the C++ library: a source file compiled for AVX-512 must not emit inline
+// functions that the linker could pick for a plain processor. Only cpu/inner_*.cc and files built like them
+// include this.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +23,6 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float F32 __attribute__((vector_size(kLanes * 4)));
-typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t U32 __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t U16 __attribute__((vector_size(kLanes * 2)));
 typedef float HalfF32 __attribute__((vector_size(kLanes * 2)));  // Half as many lanes: what fills one F64.
@@ -60,7 +60,9 @@ inline F32 Load(const uint16_t* p, Whole) {
 #if defined(__AVX512F__)
 inline __mmask16 MaskOf(Part part) { return (__mmask16)((1u << part.lanes) - 1); }
 inline F32 Load(const float* p, Part part) { return (F32)_mm512_maskz_loadu_ps(MaskOf(part), p); }
-inline F32 Load(const uint16_t* p, Part part) { return Widen((U16)_mm256_maskz_loadu_epi16(MaskOf(part), p)); }
+inline F32 Load(const uint16_t* p, Part part) {
+  return Widen((U16)_mm256_maskz_loadu_epi16(MaskOf(part), p));
+}
 #else
 template <class T>
 inline F32 Load(const T* p, Part part) {
@@ -71,7 +73,8 @@ inline F32 Load(const T* p, Part part) {
 #endif
 
 inline void Store(float* p, F32 v, Whole) { __builtin_memcpy(p, &v, sizeof(v)); }
-// To nearest, ties to even; NaN stays NaN: as BFloat16(float), but the processor's own instruction takes denormals for 0.
+// To nearest, ties to even; NaN stays NaN: as BFloat16(float), but the processor's own instruction takes
+// denormals for 0.
 inline U16 Narrow(F32 v) {
 #if defined(__AVX512BF16__)
   return (U16)_mm512_cvtneps_pbh((__m512)v);
@@ -96,7 +99,9 @@ inline void Store(uint16_t* p, F32 v, Whole) {
 }
 #if defined(__AVX512F__)
 inline void Store(float* p, F32 v, Part part) { _mm512_mask_storeu_ps(p, MaskOf(part), (__m512)v); }
-inline void Store(uint16_t* p, F32 v, Part part) { _mm256_mask_storeu_epi16(p, MaskOf(part), (__m256i)Narrow(v)); }
+inline void Store(uint16_t* p, F32 v, Part part) {
+  _mm256_mask_storeu_epi16(p, MaskOf(part), (__m256i)Narrow(v));
+}
 #else
 template <class T>
 inline void Store(T* p, F32 v, Part part) {
@@ -122,8 +127,8 @@ SHOAL_INLINE inline void ForEachVector(int64_t n, const Body& body) {
   if (i < n) body(i, Part{n - i});
 }
 
-// The same with four vectors a turn for sums, whose additions would wait for one another: body(i, u, lanes), where u in
-// [0, kSums) names the accumulator.
+// The same with four vectors a turn for sums, whose additions would wait for one another: body(i, u, lanes),
+// where u in [0, kSums) names the accumulator.
 constexpr int kSums = 4;
 template <class Body>
 SHOAL_INLINE inline void ForEachVectorSum(int64_t n, const Body& body) {
@@ -162,8 +167,9 @@ inline F32 Sqrt(F32 v) {
 // Pairwise, so in the same order every time.
 inline float HorizontalSum(F32 v) {
 #if defined(__AVX512F__)
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
-                                     _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256((__m512)v),
+                    _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1)));
 #elif defined(__AVX2__)
   const __m256 eight = (__m256)v;
 #endif
@@ -189,8 +195,8 @@ inline float HorizontalMax(F32 v) {
   return max;
 }
 
-// e^x for x <= 88, within 1.5 ulp; 0 below ln of the least normal number. NaN stays NaN. The range reduction and the
-// polynomial are those of Cephes' expf.
+// e^x for x <= 88, within 1.5 ulp; 0 below ln of the least normal number. NaN stays NaN. The range reduction
+// and the polynomial are those of Cephes' expf.
 inline F32 Exp(F32 x) {
   constexpr float kLog2E = 1.44269504088896341f;
   constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
@@ -213,7 +219,7 @@ inline F32 Exp(F32 x) {
 inline F32 Sigmoid(F32 x) {
   const F32 denominator = 1.0f + Exp(-Max(Splat(-87.0f), x));
 #if defined(__AVX512F__)
-  // 14 bits and one step of Newton's, within 1 ulp: a third of the time of a division.
+  // 14 bits and one step of Newton's, within 1 ulp: a division would take longer than the rest of a SwiGLU.
   const F32 guess = (F32)_mm512_rcp14_ps((__m512)denominator);
   return guess * (2.0f - denominator * guess);
 #else

@@ -8,8 +8,8 @@
 
 namespace shoal::kernels::ref {
 
-void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, const Tensor& loss, const Tensor& dlogits,
-                  Stream&) {
+void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, const Tensor& loss,
+                  const Tensor& dlogits, Stream&) {
   const int64_t C = logits.dim(0), V = logits.dim(1);
   for (int64_t c = 0; c < C; ++c) {
     std::vector<double> logit(static_cast<size_t>(V));

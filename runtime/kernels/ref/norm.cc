@@ -28,8 +28,8 @@ void RmsNorm(const Tensor& x, const Tensor& delta, const Tensor& weight, float e
   }
 }
 
-void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd, const Tensor& dx,
-                     const Tensor& dweight, Stream&) {
+void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                     const Tensor& dx, const Tensor& dweight, Stream&) {
   const int64_t T = x.dim(0), D = x.dim(1);
   std::vector<double> dweights(static_cast<size_t>(D));
   for (int64_t t = 0; t < T; ++t) {

@@ -4,7 +4,8 @@
 
 namespace shoal::kernels::ref {
 
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token, Stream&) {
+void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token,
+                  Stream&) {
   const int64_t T = chosen.dim(0), K = chosen.dim(1), E = counts.dim(0);
   int64_t next = 0;
   for (int64_t e = 0; e < E; ++e) {
@@ -44,7 +45,8 @@ void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& slot, c
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t d = 0; d < D; ++d) {
       double sum = Get(residual, t * D + d);
-      for (int64_t k = 0; k < K; ++k) sum += Get(weights, t * K + k) * Get(y, GetIndex(slot, t * K + k) * D + d);
+      for (int64_t k = 0; k < K; ++k)
+        sum += Get(weights, t * K + k) * Get(y, GetIndex(slot, t * K + k) * D + d);
       Set(out, t * D + d, sum);
     }
   }

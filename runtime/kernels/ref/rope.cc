@@ -11,7 +11,8 @@ void Rope(const Tensor& x, int heads, int dim, const RopeTable& table, RopeDirec
       for (int64_t i = 0; i < half; ++i) {
         const int64_t low = t * width + head * dim + i, high = low + half;
         const double cos = Get(table.cos, t % seq * half + i);
-        const double sin = Get(table.sin, t % seq * half + i) * (direction == RopeDirection::kForward ? 1 : -1);
+        const double sin =
+            Get(table.sin, t % seq * half + i) * (direction == RopeDirection::kForward ? 1 : -1);
         const double a = Get(x, low), b = Get(x, high);
         Set(x, low, a * cos - b * sin);
         Set(x, high, b * cos + a * sin);
