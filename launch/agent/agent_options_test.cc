@@ -131,7 +131,5 @@ TEST(LaunchFlagsHelp, NamesTheFlags) {
   EXPECT_THAT(LaunchFlagsHelp(), HasSubstr("--rdzv-endpoint HOST[:PORT]"));
 }
 
-TEST(UsableCores, AtLeastOne) { EXPECT_GE(UsableCores(), 1); }
-
 }  // namespace
 }  // namespace shoal

@@ -28,6 +28,7 @@
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 #include "runtime/device/cpu.h"
+#include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {

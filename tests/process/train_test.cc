@@ -1,0 +1,352 @@
+// `shoal train` and its relatives as a user runs them: real processes, real files, real failures.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <csignal>
+#include <filesystem>
+#include <regex>
+
+#include "absl/strings/str_split.h"
+#include "absl/time/clock.h"
+#include "launch/agent/exit_codes.h"
+#include "nlohmann/json.hpp"
+#include "runtime/base/status.h"
+#include "tests/harness/http.h"
+#include "tests/harness/prometheus.h"
+#include "tests/harness/subprocess.h"
+#include "tests/harness/temp_dir.h"
+#include "tests/process/processes.h"
+
+namespace shoal {
+namespace {
+
+using nlohmann::json;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+using testing::ProcessResult;
+using testing::ReadFile;
+using testing::RunProcess;
+using testing::Subprocess;
+using testing::SubprocessOptions;
+using testing::TempDir;
+using testing::WaitAllGone;
+using testing::WaitForRanks;
+using testing::WriteFile;
+
+using Words = std::vector<std::string>;
+
+constexpr absl::Duration kLong = absl::Seconds(90);
+constexpr absl::Duration kEndMax = absl::Seconds(10);  // From a rank's failure to the end of the job.
+
+constexpr char kConfig[] = R"(
+model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 8,
+        intermediate_size: 32, rope_theta: 10000}
+data: {kind: text}
+optimizer: {lr: 3e-3}
+scheduler: {warmup_steps: 4}
+train: {steps: 12, global_batch_size: 8, seq_length: 32, threads: 1}
+telemetry: {log_interval: 1}
+)";
+
+class TrainTest : public ::testing::Test {
+ protected:
+  TrainTest() {
+    signal(SIGINT, SIG_DFL);
+    std::string text;
+    for (int i = 0; i < 3000; ++i) absl::StrAppend(&text, "the number ", i, " follows ", i - 1, "\n");
+    WriteFile(folder_ / "text.txt", text);
+    WriteFile(folder_ / "tiny.yaml", kConfig);
+  }
+
+  SubprocessOptions Options(Words command, const Words& more, const Words& sets) const {
+    command.insert(command.begin(), SHOAL_PROGRAM);
+    command.insert(command.end(), more.begin(), more.end());
+    for (const std::string& set : sets) {
+      command.push_back("--set");
+      command.push_back(set);
+    }
+    SubprocessOptions options;
+    options.args = std::move(command);
+    options.env = {{"OMP_NUM_THREADS", "1"}, {"OMP_WAIT_POLICY", "passive"}};
+    options.unset_env = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"};
+    options.cwd = folder_.path();
+    return options;
+  }
+
+  SubprocessOptions Train(int ranks, Words sets, const Words& flags = {}) const {
+    sets.push_back("data.path=text.txt");
+    Words more = {"--nproc-per-node", std::to_string(ranks)};
+    more.insert(more.end(), flags.begin(), flags.end());
+    return Options({"train", "tiny.yaml"}, more, sets);
+  }
+
+  ProcessResult Run(const SubprocessOptions& options) const {
+    const absl::StatusOr<ProcessResult> result = RunProcess(options, kLong);
+    EXPECT_TRUE(result.ok()) << result.status();
+    return result.value_or(ProcessResult());
+  }
+
+  std::string Path(const std::string& name) const { return folder_ / name; }
+
+  std::vector<json> Metrics(const std::string& run) const {
+    std::vector<json> records;
+    for (absl::string_view line : absl::StrSplit(ReadFile(Path("runs/" + run + "/metrics.jsonl")), '\n', absl::SkipEmpty())) {
+      records.push_back(json::parse(line));
+    }
+    return records;
+  }
+
+  std::vector<double> Losses(const std::string& run) const {
+    std::vector<double> losses;
+    for (const json& record : Metrics(run)) {
+      if (record.contains("loss")) losses.push_back(record["loss"]);
+    }
+    return losses;
+  }
+
+  // Hashes of all tensors of a checkpoint: equal hashes are equal bits.
+  json Tensors(const std::string& run, const std::string& step) const {
+    return json::parse(ReadFile(Path("runs/" + run + "/checkpoints/step-" + step + "/manifest.json")))["tensors"];
+  }
+
+  TempDir folder_;
+};
+
+TEST_F(TrainTest, WritesEverythingItPromises) {
+  const ProcessResult result = Run(Train(2, {"train.eval_interval=6", "telemetry.sample_prompt=the ", "checkpoint.interval=6",
+                                             "telemetry.expert_counts_interval=4"}));
+  ASSERT_TRUE(result.ok()) << result.ToString();
+  EXPECT_THAT(result.out, AllOf(HasSubstr("step 12/12"), HasSubstr("validation"), HasSubstr("sample of generated text"),
+                                HasSubstr("runs/tiny/loss.svg"), HasSubstr("% peak"), HasSubstr("http://127.0.0.1:")));
+  int steps = 0, validations = 0, counted = 0;
+  for (const json& record : Metrics("tiny")) {
+    if (record.contains("validation_loss")) {
+      ++validations;
+      continue;
+    }
+    EXPECT_EQ(record["step"], steps++);
+    for (const char* key : {"loss", "ce_loss", "aux_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "seconds"}) {
+      EXPECT_TRUE(record[key].is_number()) << key;
+    }
+    if (!record.contains("expert_counts")) continue;
+    ++counted;
+    ASSERT_EQ(record["expert_counts"].size(), 2u);
+    int64_t slots = 0;
+    for (const json& count : record["expert_counts"][1]) slots += count.get<int64_t>();
+    EXPECT_EQ(slots, 8 * 32 * 2);  // Tokens of all ranks, two experts each.
+  }
+  EXPECT_EQ(steps, 12);
+  EXPECT_EQ(validations, 2);
+  EXPECT_EQ(counted, 3);
+  EXPECT_LT(Losses("tiny").back(), Losses("tiny").front() - 1);
+  EXPECT_THAT(ReadFile(Path("runs/tiny/loss.svg")), HasSubstr("<svg"));
+  EXPECT_THAT(ReadFile(Path("runs/tiny/config.yaml")), HasSubstr("global_batch_size: 8"));
+  EXPECT_TRUE(std::filesystem::exists(Path("runs/tiny/checkpoints/step-00000012/manifest.json")));
+}
+
+TEST_F(TrainTest, EveryLayoutComputesTheSameLosses) {
+  const Words sets = {"checkpoint.save_last=false", "train.gradient_accumulation_steps=2"};
+  const auto losses = [&](int ranks, const std::string& name, Words more) {
+    more.insert(more.end(), sets.begin(), sets.end());
+    more.push_back("run.name=" + name);
+    const ProcessResult result = Run(Train(ranks, more));
+    EXPECT_TRUE(result.ok()) << result.ToString();
+    return Losses(name);
+  };
+  const std::vector<double> one = losses(1, "one", {});
+  ASSERT_EQ(one.size(), 12u);
+  const std::vector<std::vector<double>> others = {
+      losses(3, "three", {}), losses(3, "experts", {"parallel.expert=-1"}), losses(4, "both", {"parallel.expert=2"}),
+      losses(2, "tcp", {"parallel.expert=2", "comm.transport=tcp"}), losses(2, "recompute", {"train.recompute=true"})};
+  for (const std::vector<double>& other : others) {
+    ASSERT_EQ(other.size(), one.size());
+    for (size_t step = 0; step < one.size(); ++step) EXPECT_NEAR(other[step], one[step], 2e-5 * one[step]) << step;
+  }
+}
+
+TEST_F(TrainTest, ResumedRunIsBitIdentical) {
+  for (const char* precision : {"fp32", "bf16"}) {
+    const Words sets = {absl::StrCat("train.precision=", precision), "parallel.expert=2"};
+    const auto with = [&](Words more) {
+      more.insert(more.end(), sets.begin(), sets.end());
+      return more;
+    };
+    ASSERT_TRUE(Run(Train(2, with({"run.name=whole"}))).ok());
+    // The schedule must be that of the whole run.
+    ASSERT_TRUE(Run(Train(2, with({"run.name=halves", "train.steps=5", "scheduler.decay_steps=12"}))).ok());
+    const ProcessResult rest = Run(Train(2, with({"run.name=halves"}), {"--resume"}));
+    ASSERT_TRUE(rest.ok()) << rest.ToString();
+    EXPECT_EQ(Losses("halves"), Losses("whole"));
+    EXPECT_EQ(Tensors("halves", "00000012"), Tensors("whole", "00000012"));
+    std::filesystem::remove_all(Path("runs"));
+  }
+}
+
+TEST_F(TrainTest, ResumesAtAnyNumberOfRanks) {
+  ASSERT_TRUE(Run(Train(1, {"run.name=whole"})).ok());
+  ASSERT_TRUE(Run(Train(2, {"run.name=moved", "train.steps=6", "scheduler.decay_steps=12", "parallel.expert=2"})).ok());
+  const ProcessResult rest = Run(Train(3, {"run.name=moved"}, {"--resume"}));
+  ASSERT_TRUE(rest.ok()) << rest.ToString();
+  const std::vector<double> whole = Losses("whole"), moved = Losses("moved");
+  ASSERT_EQ(moved.size(), whole.size());
+  for (size_t step = 0; step < whole.size(); ++step) EXPECT_NEAR(moved[step], whole[step], 2e-5 * whole[step]) << step;
+}
+
+TEST_F(TrainTest, DamagedCheckpointIsNamedAndPassedOverOnlyOnRequest) {
+  ASSERT_TRUE(Run(Train(2, {"checkpoint.interval=6"})).ok());
+  const std::string file = Path("runs/tiny/checkpoints/step-00000012/rank-00001-of-00002.safetensors");
+  std::string bytes = ReadFile(file);
+  bytes[bytes.size() - 5] ^= 1;
+  WriteFile(file, bytes);
+  const ProcessResult refused = Run(Train(2, {"train.steps=14"}, {"--resume"}));
+  EXPECT_EQ(refused.exit_code, kExitFailure);
+  EXPECT_THAT(refused.err, AllOf(HasSubstr("rank-00001-of-00002.safetensors"), HasSubstr("checkpoint.allow_fallback")));
+  const ProcessResult allowed = Run(Train(2, {"train.steps=14", "checkpoint.allow_fallback=true"}, {"--resume"}));
+  ASSERT_TRUE(allowed.ok()) << allowed.ToString();
+  EXPECT_EQ(Losses("tiny").size(), 14u);
+}
+
+TEST_F(TrainTest, KilledAndStoppedRanksEndTheJobWithOneVerdict) {
+  struct Failure {
+    int signal;
+    std::string name;
+  };
+  for (const Failure& failure : {Failure{SIGKILL, "SIGKILL"}, Failure{SIGSTOP, "SIGSTOP"}}) {
+    auto job = *Subprocess::Start(Train(3, {"train.steps=1000000"}));
+    ASSERT_TRUE(job->WaitForOutput("step      5/", kLong).ok() || job->WaitForOutput("step", kLong).ok());
+    const auto ranks = WaitForRanks(job->pid(), 3, kLong);
+    ASSERT_TRUE(ranks.ok()) << ranks.status();
+    const absl::Time begin = absl::Now();
+    (*ranks)[2].Signal(failure.signal);
+    const auto result = job->Wait(kLong);
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_LE(absl::Now() - begin, kEndMax);
+    EXPECT_EQ(result->exit_code, kExitFailure);
+    EXPECT_THAT(result->err, AllOf(HasSubstr("rank 2"), HasSubstr(failure.name)));
+    EXPECT_TRUE(WaitAllGone(*ranks, kEndMax).ok());
+  }
+}
+
+TEST_F(TrainTest, NothingOutlivesTheLauncherOrCtrlC) {
+  for (int signal : {SIGKILL, SIGINT}) {
+    auto job = *Subprocess::Start(Train(2, {"train.steps=1000000"}));
+    ASSERT_TRUE(job->WaitForOutput("step", kLong).ok());
+    const auto ranks = WaitForRanks(job->pid(), 2, kLong);
+    ASSERT_TRUE(ranks.ok()) << ranks.status();
+    if (signal == SIGINT) {
+      job->SignalGroup(signal);  // As a terminal does.
+      const auto result = job->Wait(kEndMax);
+      ASSERT_TRUE(result.ok()) << result.status();
+      EXPECT_EQ(result->exit_code, kExitSignalBase + SIGINT);
+    } else {
+      job->Signal(signal);
+    }
+    EXPECT_TRUE(WaitAllGone(*ranks, kEndMax).ok());
+  }
+}
+
+TEST_F(TrainTest, LossThatIsNotFiniteEndsTheRunAndSavesNothingWrong) {
+  const ProcessResult result =
+      Run(Train(2, {"optimizer.lr=1e30", "optimizer.clip_grad=0", "checkpoint.interval=1", "scheduler.warmup_steps=0"}));
+  EXPECT_EQ(result.exit_code, kExitFailure);
+  EXPECT_THAT(result.err, AllOf(HasSubstr("not finite"), HasSubstr("step ")));
+  EXPECT_FALSE(std::filesystem::exists(Path("runs/tiny/checkpoints/step-00000012")));
+}
+
+TEST_F(TrainTest, FullDiskIsSaidAndTheCheckpointBeforeStaysWhole) {
+  const std::string small = Path("small");
+  std::filesystem::create_directory(small);
+  if (mount("tmpfs", small.c_str(), "tmpfs", 0, "size=1600k") != 0) GTEST_SKIP() << "cannot mount a tmpfs here";
+  // One checkpoint of about 0.8 MB fits; the next does not, as the one before it is kept until then.
+  const ProcessResult result =
+      Run(Train(2, {"checkpoint.interval=4", "checkpoint.keep=3"}, {"--output-dir", "small"}));
+  EXPECT_EQ(result.exit_code, kExitFailure);
+  EXPECT_THAT(result.err, HasSubstr("No space left on device"));
+  EXPECT_THAT(result.err, HasSubstr("small/tiny/"));
+  const ProcessResult generated =
+      Run(Options({"generate", "--checkpoint", "small/tiny", "--prompt", "the ", "--length", "5"}, {}, {}));
+  EXPECT_TRUE(generated.ok()) << generated.ToString();
+  umount2(small.c_str(), MNT_DETACH);
+}
+
+TEST_F(TrainTest, BadInputsAreNamed) {
+  struct Case {
+    Words sets;
+    Words expect;
+  };
+  WriteFile(Path("short.txt"), "too short");
+  for (const Case& c : std::vector<Case>{
+           {{"model.hiden_size=8"}, {"--set model.hiden_size=8", "did you mean hidden_size"}},
+           {{"train.steps=many"}, {"train.steps"}},
+           {{"parallel.expert=2"}, {"parallel.expert", "1, 3"}},
+           {{"data.path=nowhere.txt"}, {"nowhere.txt"}},
+           {{"data.path=short.txt"}, {"short.txt", "tokens"}}}) {
+    SubprocessOptions options = Train(3, {});
+    for (const std::string& set : c.sets) {
+      options.args.push_back("--set");
+      options.args.push_back(set);
+    }
+    const ProcessResult result = Run(options);
+    EXPECT_THAT(result.exit_code, ::testing::AnyOf(kExitUsage, kExitFailure)) << c.sets[0];
+    for (const std::string& expect : c.expect) EXPECT_THAT(result.err, HasSubstr(expect));
+  }
+}
+
+TEST_F(TrainTest, PortInUseIsNamed) {
+  auto first = *Subprocess::Start(Train(1, {"train.steps=1000000", "run.name=first"}));
+  ASSERT_TRUE(first->WaitForOutput("step", kLong).ok());
+  std::smatch match;
+  const std::string out = first->out();
+  ASSERT_TRUE(std::regex_search(out, match, std::regex("http://127.0.0.1:([0-9]+)/metrics"))) << out;
+  const ProcessResult second = Run(Train(1, {"telemetry.metrics_port=" + match[1].str()}));
+  EXPECT_EQ(second.exit_code, kExitFailure);
+  EXPECT_THAT(second.err, AllOf(HasSubstr(match[1].str()), HasSubstr("telemetry.metrics_port")));
+}
+
+TEST_F(TrainTest, ExportedModelContinuesWhereItWas) {
+  ASSERT_TRUE(Run(Train(2, {"parallel.expert=2"})).ok());
+  const ProcessResult exported = Run(Options({"export", "--checkpoint", "runs/tiny", "--out", "hf"}, {}, {}));
+  ASSERT_TRUE(exported.ok()) << exported.ToString();
+  EXPECT_EQ(json::parse(ReadFile(Path("hf/config.json")))["model_type"], "mixtral");
+  const ProcessResult again = Run(Train(1, {"run.name=again", "run.init_from=hf", "train.steps=1"}));
+  ASSERT_TRUE(again.ok()) << again.ToString();
+  EXPECT_LT(Losses("again").front(), Losses("tiny").front() - 1);
+  const ProcessResult from_run = Run(Options({"generate", "--checkpoint", "runs/tiny", "--prompt", "the ", "--length", "20"}, {}, {}));
+  const ProcessResult from_folder = Run(Options({"generate", "--checkpoint", "hf", "--prompt", "the ", "--length", "20"}, {}, {}));
+  ASSERT_TRUE(from_run.ok()) << from_run.ToString();
+  EXPECT_EQ(from_run.out, from_folder.out);
+  const ProcessResult wrong = Run(Train(1, {"run.init_from=hf", "model.num_local_experts=4"}));
+  EXPECT_EQ(wrong.exit_code, kExitFailure);
+  EXPECT_THAT(wrong.err, AllOf(HasSubstr("num_local_experts"), HasSubstr("hf")));
+}
+
+TEST_F(TrainTest, PrometheusScrapesARunningJob) {
+  if (!testing::PrometheusServer::Installed()) GTEST_SKIP() << "Debian package prometheus is not installed";
+  auto job = *Subprocess::Start(Train(2, {"train.steps=1000000"}));
+  ASSERT_TRUE(job->WaitForOutput("metrics of the other ranks", kLong).ok());
+  ASSERT_TRUE(job->WaitForOutput("step", kLong).ok());
+  const std::string out = job->out();
+  std::smatch first, second;
+  ASSERT_TRUE(std::regex_search(out, first, std::regex("http://(127.0.0.1:[0-9]+)/metrics"))) << out;
+  ASSERT_TRUE(std::regex_search(out, second, std::regex("port ([0-9]+) \\(rank 1\\)"))) << out;
+  auto server = testing::PrometheusServer::Start({first[1].str(), "127.0.0.1:" + second[1].str()});
+  ASSERT_TRUE(server.ok()) << server.status();
+  const auto steps = (*server)->WaitFor("shoal_train_step > 3", kLong);
+  ASSERT_TRUE(steps.ok()) << steps.status();
+  const auto ranks = (*server)->WaitFor("count(shoal_rank_info) == 2", kLong);
+  ASSERT_TRUE(ranks.ok()) << ranks.status();
+  const auto rate = (*server)->WaitFor("rate(shoal_train_tokens_total[5s]) > 0", kLong);
+  EXPECT_TRUE(rate.ok()) << rate.status();
+  const std::string address = first[1].str();
+  const auto text = testing::HttpGet("127.0.0.1", std::stoi(address.substr(address.find(':') + 1)), "/metrics");
+  ASSERT_TRUE(text.ok()) << text.status();
+  EXPECT_TRUE(testing::CheckMetricsText(text->body).ok()) << testing::CheckMetricsText(text->body);
+}
+
+}  // namespace
+}  // namespace shoal
