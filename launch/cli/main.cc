@@ -1,4 +1,5 @@
 // The program `shoal`.
+#include <csignal>
 #include <string>
 #include <vector>
 
@@ -36,7 +37,7 @@ The script ./shoal also knows
   ./shoal test                build and run all tests
 
 Start with
-  ./shoal train configs/quickstart.yaml --nproc-per-node 2
+  ./shoal train configs/quickstart.yaml
 
 Exit codes: 0 done; 1 the job failed; 2 wrong flag, configuration or environment; 75 another rank of the job
 went away, starting again can help; 128 + N ended by signal N.
@@ -57,6 +58,9 @@ int RunHelp(absl::Span<const std::string> args) {
 }  // namespace shoal
 
 int main(int argc, char** argv) {
+  // A closed pipe and a file-size limit are errors of the call that meets them.
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);
   const std::vector<std::string> args(argv + 1, argv + argc);
   return shoal::Dispatch("shoal", shoal::Help(), shoal::Commands(), args);
 }

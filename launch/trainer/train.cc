@@ -83,6 +83,7 @@ class TrainingRun {
     SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, /*training=*/true), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
     SHOAL_RETURN_IF_ERROR(StartReporter());
+    if (first_step_ == 0 && is_rank0()) SHOAL_RETURN_IF_ERROR(PutOldCheckpointsAside());
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group, world_->Split(AllRanks()));
     SHOAL_ASSIGN_OR_RETURN(checkpointer_,
                            Checkpointer::Create({.run_dir = run_dir_,
@@ -144,6 +145,17 @@ class TrainingRun {
       batches_.push_back(std::make_unique<Prefetcher>(
           data_.train, PrefetchOptions{part * part_rows + mine.begin, mine.count, first_step_}));
     }
+    return absl::OkStatus();
+  }
+
+  // A run that starts anew must not be mistaken for the one before it, nor destroy it.
+  absl::Status PutOldCheckpointsAside() {
+    SHOAL_ASSIGN_OR_RETURN(const std::vector<CheckpointFolder> old, ListCheckpoints(run_dir_));
+    if (old.empty()) return absl::OkStatus();
+    const std::string aside = run_dir_ + "/checkpoints.previous";
+    SHOAL_RETURN_IF_ERROR(RemoveTree(aside));
+    SHOAL_RETURN_IF_ERROR(RenameDurably(run_dir_ + "/checkpoints", aside));
+    reporter_->Note(absl::StrCat("checkpoints of an earlier run are now in ", aside, "; --resume would have gone on"));
     return absl::OkStatus();
   }
 
