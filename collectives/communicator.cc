@@ -204,12 +204,13 @@ absl::Status Group::CheckAllToAll(const Op& op) const {
 
 Work Group::Issue(Op op, const absl::Status& valid, const OpOptions& options) {
   op.label = std::string(options.label);
-  if (!valid.ok()) {
+  absl::Status refused = valid;
+  if (refused.ok()) refused = status();
+  if (!refused.ok()) {
     std::string name = KindName(op.kind);
     if (!op.label.empty()) absl::StrAppend(&name, " \"", op.label, "\"");
-    return EndedWork(Annotate(valid, name));
+    return EndedWork(Annotate(refused, name));
   }
-  if (const absl::Status over = status(); !over.ok()) return EndedWork(over);
   if (queue_ == nullptr) return EndedWork(RunAlone(op));
   const absl::Time deadline =
       options.deadline == absl::InfiniteFuture() ? absl::Now() + timeout_ : options.deadline;

@@ -262,6 +262,10 @@ void World::ReadPeer(int rank) {
   for (ControlMessage& message : messages) HandleMessage(rank, std::move(message));
   if (status.ok()) return;
   peer.open = false;
+  // It may be waiting for our end of the link.
+  (void)peer.control->Flush();
+  peer.control->ShutdownWrite();
+  peer.finished = true;
   if (!peer.said_last) (void)End(absl::StrCat(RankName(rank), ": ", status.message()));
 }
 

@@ -1,0 +1,222 @@
+// How an epoch ends: dead, stopped, leaving and late peers, and aborts. Every survivor learns the same cause, at once.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "collectives/communicator.h"
+#include "runtime/base/mutex.h"
+#include "tests/harness/ranks.h"
+
+namespace shoal {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+class Failures : public ::testing::TestWithParam<std::string> {
+ protected:
+  WorldOptions Options(int size) const {
+    return RankOptions(0, size, GetParam(), UniqueRendezvous());
+  }
+};
+INSTANTIATE_TEST_SUITE_P(All, Failures, ::testing::Values("auto", "tcp"), [](const auto& info) { return info.param; });
+
+// Reduces until the epoch ends; says "running" when heartbeats have told the peers what it does, and the cause in the end.
+void ReduceForEver(Communicator& group, const RankProcesses::Say& say) {
+  const Tensor grads = *group.Allocate({1 << 20}, DType::kF32);
+  absl::Status status;
+  const absl::Time told = absl::Now() + absl::Milliseconds(200);
+  for (bool said = false; status.ok();) {
+    if (!said && absl::Now() > told) {
+      say("running");
+      said = true;
+    }
+    status = group.AllReduce(grads, ReduceOp::kSum, {.label = "grads"}).Await();
+  }
+  say(status.ToString());
+}
+
+TEST_P(Failures, KilledPeerMidAllReduceAbortsEverySurvivorAtOnce) {
+  RankProcesses ranks(Options(4), ReduceForEver);
+  for (int rank = 0; rank < 4; ++rank) ASSERT_EQ(ranks.Line(rank), "running");
+  ranks.Signal(2, SIGKILL);
+  const absl::Time killed = absl::Now();
+  for (int rank : {0, 1, 3}) {
+    EXPECT_THAT(ranks.Line(rank), AllOf(HasSubstr("ABORTED: all_reduce \"grads\""),
+                                        HasSubstr(absl::StrCat("rank 2 (pid ", ranks.pid(2), ", host ")),
+                                        HasSubstr("connection closed")));
+  }
+  // Far below any time-out (a heartbeat's is 30 s here); it takes milliseconds on an idle machine.
+  EXPECT_LT(absl::Now() - killed, absl::Seconds(5));
+}
+
+TEST_P(Failures, StoppedPeerIsNoticedByItsSilenceAndFindsItsEpochOver) {
+  WorldOptions options = Options(3);
+  options.heartbeat_timeout = absl::Milliseconds(300);
+  RankProcesses ranks(options, ReduceForEver);
+  for (int rank = 0; rank < 3; ++rank) ASSERT_EQ(ranks.Line(rank), "running");
+  ranks.Signal(1, SIGSTOP);
+  const absl::Time stopped = absl::Now();
+  for (int rank : {0, 2}) {
+    EXPECT_THAT(ranks.Line(rank), AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 (pid "), HasSubstr("silent for 0."),
+                                        HasSubstr("(last: all_reduce \"grads\" #")));
+  }
+  EXPECT_LT(absl::Now() - stopped, absl::Seconds(5));
+  ranks.Signal(1, SIGCONT);
+  EXPECT_THAT(ranks.Line(1), HasSubstr("ABORTED"));
+}
+
+TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
+  std::atomic<int> called{0};
+  RunRanks(3, GetParam(), [&](Communicator& group) {
+    Mutex mutex;
+    CondVar changed;
+    bool aborted = false;
+    group.OnAbort([&](const absl::Status& cause) {
+      EXPECT_EQ(cause.ToString(), "ABORTED: rank 1 aborted: disk full");
+      MutexLock lock(&mutex);
+      ++called;
+      aborted = true;
+      changed.NotifyAll();
+    });
+    const Tensor data = *group.Allocate({100'000}, DType::kF32);
+    if (group.index() == 1) {
+      group.Abort(absl::DataLossError("disk full"));
+    } else {
+      EXPECT_THAT(group.AllReduce(data, ReduceOp::kSum, {}).Await().ToString(),
+                  AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 aborted: disk full")));
+    }
+    EXPECT_EQ(group.status().ToString(), "ABORTED: rank 1 aborted: disk full");
+    EXPECT_TRUE(absl::IsAborted(group.Barrier({}).Await()));
+    EXPECT_TRUE(absl::IsAborted(group.Split({0, 1, 2}).status()));
+    MutexLock lock(&mutex);
+    while (!aborted) changed.Wait(&mutex);
+  });
+  EXPECT_EQ(called, 3);
+}
+
+TEST_P(Failures, AbortEndsOperationsOfAllGroupsAndAllThatAreQueued) {
+  RunRanks(3, GetParam(), [](Communicator& world) {
+    absl::StatusOr<std::unique_ptr<Communicator>> split = world.Split({0, 1, 2});
+    std::vector<Work> works;
+    if (world.index() != 2) {
+      // Rank 2 may be through with it, and abort, before this rank is.
+      if (!split.ok()) {
+        EXPECT_TRUE(absl::IsAborted(split.status()));
+        return;
+      }
+      std::unique_ptr<Communicator>& group = *split;
+      for (int i = 0; i < 20; ++i) {
+        works.push_back(world.Barrier({}));
+        works.push_back(group->Barrier({}));
+      }
+    } else {
+      world.Abort(absl::CancelledError("enough"));
+    }
+    for (const Work& work : works) EXPECT_TRUE(absl::IsAborted(work.Await()));
+  });
+}
+
+TEST_P(Failures, MissedDeadlineNamesTheOperationAndWhoHadNotArrived) {
+  RunRanks(3, GetParam(), [](Communicator& group) {
+    const Tensor data = Zeros({5}, DType::kF32);
+    if (group.index() != 1) {
+      const OpOptions options = {.deadline = absl::Now() + absl::Milliseconds(200), .label = "norm"};
+      const absl::Status status = group.AllReduce(data, ReduceOp::kSum, options).Await();
+      EXPECT_TRUE(absl::IsAborted(status)) << status;
+    }
+    while (group.status().ok()) std::this_thread::yield();
+    EXPECT_THAT(group.status().ToString(),
+                AllOf(HasSubstr("all_reduce \"norm\" #1: deadline passed: rank 1 (pid "), HasSubstr("had not arrived"),
+                      Not(HasSubstr("rank 0 (")), Not(HasSubstr("rank 2 ("))));
+  });
+}
+
+TEST_P(Failures, ADeadlineBehindAnotherOperationCountsAsWell) {
+  RunRanks(2, GetParam(), [](Communicator& group) {
+    if (group.index() == 1) {
+      while (group.status().ok()) std::this_thread::yield();
+      return;
+    }
+    const Work first = group.Barrier({});
+    const Work second = group.Barrier({.deadline = absl::Now() + absl::Milliseconds(100)});
+    EXPECT_TRUE(absl::IsAborted(second.Await()));
+    EXPECT_TRUE(absl::IsAborted(first.Await()));
+  });
+}
+
+TEST_P(Failures, TheDefaultTimeoutBoundsEveryOperation) {
+  WorldOptions options = Options(2);
+  options.timeout = absl::Milliseconds(200);
+  RankProcesses ranks(options, [](Communicator& group, const RankProcesses::Say& say) {
+    if (group.index() == 0) {
+      say(group.Barrier({}).Await().ToString());
+    } else {
+      while (group.status().ok()) std::this_thread::yield();
+    }
+  });
+  EXPECT_THAT(ranks.Line(0), AllOf(HasSubstr("ABORTED: barrier #1: "), HasSubstr("rank 1 (pid ")));
+}
+
+TEST_P(Failures, LeavingAfterTheLastOperationDisturbsNobody) {
+  RunRanks(4, GetParam(), [](Communicator& world) {
+    std::unique_ptr<Communicator> rest;
+    if (world.index() != 0) rest = *world.Split({1, 2, 3});
+    const Tensor data = Zeros({100'000}, DType::kF32);
+    EXPECT_EQ(world.Broadcast(data, 0, {}).Await().ToString(), "OK");
+    if (world.index() == 0) return;
+    for (int i = 0; i < 200; ++i) ASSERT_EQ(rest->AllReduce(data, ReduceOp::kSum, {}).Await().ToString(), "OK");
+  });
+}
+
+TEST_P(Failures, WaitingForARankThatLeftEndsTheEpoch) {
+  RunRanks(3, GetParam(), [](Communicator& group) {
+    if (group.index() == 1) return;
+    const Tensor data = Zeros({100'000}, DType::kF32);
+    EXPECT_THAT(group.AllReduce(data, ReduceOp::kSum, {}).Await().ToString(),
+                AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 (pid "), HasSubstr("left")));
+  });
+}
+
+TEST_P(Failures, ClosingWithOperationsPendingAbortsThem) {
+  RunRanks(2, GetParam(), [](Communicator& group) {
+    if (group.index() == 0) {
+      (void)group.Barrier({});  // Dropping the handle does not stop it; the end of the communicator does.
+      return;
+    }
+    while (group.status().ok()) std::this_thread::yield();
+    EXPECT_THAT(group.status().ToString(), HasSubstr("rank 0 aborted: closed with operations pending"));
+  });
+}
+
+TEST_P(Failures, HandlesOutliveTheCommunicator) {
+  std::vector<Work> works(2);
+  RunRanks(2, GetParam(), [&](Communicator& group) {
+    if (group.index() == 0) works[0] = group.Barrier({});
+    if (group.index() == 1) works[1] = group.Broadcast(Tensor(), 0, {});
+  });
+  for (const Work& work : works) EXPECT_TRUE(absl::IsAborted(work.Await()));
+}
+
+TEST(OneRank, NeedsNoNetworkAndCanAbort) {
+  WorldOptions options;
+  options.master_host = "nowhere.invalid";
+  std::unique_ptr<Communicator> world = *ConnectWorld(options);
+  const Tensor data = *world->Allocate({100}, DType::kF32);
+  std::string cause;
+  world->OnAbort([&](const absl::Status& status) { cause = status.ToString(); });
+  EXPECT_TRUE(world->AllReduce(data, ReduceOp::kSum, {}).Done());
+  world->Abort(absl::CancelledError("enough"));
+  EXPECT_EQ(cause, "ABORTED: rank 0 aborted: enough");
+  EXPECT_TRUE(absl::IsAborted(world->Barrier({}).Await()));
+}
+
+}  // namespace
+}  // namespace shoal
