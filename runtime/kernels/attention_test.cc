@@ -27,7 +27,8 @@ void FillNormal(const Tensor& tensor, double stddev, uint64_t seed) {
 }
 
 double At(const Tensor& tensor, int64_t i) {
-  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i]) : tensor.data<float>()[i];
+  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i])
+                                        : tensor.data<float>()[i];
 }
 
 struct Tensors {
@@ -46,10 +47,11 @@ struct Tensors {
   }
 };
 
-// Errors in units of the largest magnitude of the tensor. f32: sums of up to max(seq * group, dim) terms in some
-// order, each term from a score whose own error (dim terms) the exponential turns into a relative one: (dim + terms) *
-// 2^-24 bounds it for random data with room to spare. bf16: inputs are exact, so storing the result adds 2^-8 of its
-// value; the backward pass reads `out` rounded to bf16, which enters every gradient through delta with 2^-8 more.
+// Errors in units of the largest magnitude of the tensor. f32: sums of up to max(seq * group, dim) terms in
+// some order, each term from a score whose own error (dim terms) the exponential turns into a relative one:
+// (dim + terms) * 2^-24 bounds it for random data with room to spare. bf16: inputs are exact, so storing the
+// result adds 2^-8 of its value; the backward pass reads `out` rounded to bf16, which enters every gradient
+// through delta with 2^-8 more.
 double Tolerance(const AttentionShape& s, DType dtype, int bf16_roundings) {
   const double terms = static_cast<double>(s.dim + s.seq * (s.heads / s.kv_heads));
   return 8 * terms * 0x1p-24 + (dtype == DType::kBF16 ? bf16_roundings * 0x1p-8 : 0.0);
@@ -61,8 +63,8 @@ void ExpectClose(const char* what, const Tensor& actual, const Tensor& expected,
   for (int64_t i = 0; i < actual.elements(); ++i) {
     // Written so that NaN fails.
     ASSERT_TRUE(std::abs(At(actual, i) - At(expected, i)) <= tolerance * largest)
-        << what << " element " << i << ": " << At(actual, i) << " against " << At(expected, i) << ", tolerance "
-        << tolerance * largest;
+        << what << " element " << i << ": " << At(actual, i) << " against " << At(expected, i)
+        << ", tolerance " << tolerance * largest;
   }
 }
 
@@ -79,19 +81,21 @@ class AttentionTest : public testing::TestWithParam<Isa> {
 INSTANTIATE_TEST_SUITE_P(Isa, AttentionTest, testing::Values(Isa::kPlain, Isa::kAvx2, Isa::kAvx512),
                          [](const auto& info) { return std::string(Name(info.param)); });
 
-// {rows, seq, heads, kv_heads, dim}: one token, odd sizes, both sides of the block sizes 48 and 64, grouped heads, heads
-// wider than a tile, and one the tests' models have.
+// {rows, seq, heads, kv_heads, dim}: one token, odd sizes, both sides of the block sizes 48 and 64, grouped
+// heads, heads wider than a tile, and one the tests' models have.
 const AttentionShape kShapes[] = {
-    {1, 1, 1, 1, 1},  {1, 1, 4, 2, 8},    {2, 5, 3, 1, 3},    {3, 47, 2, 2, 16},   {1, 48, 2, 1, 17}, {1, 49, 1, 1, 64},
-    {2, 64, 4, 2, 32}, {1, 65, 6, 2, 20}, {1, 130, 2, 1, 80}, {1, 193, 2, 2, 100}, {1, 300, 8, 4, 32}, {1, 97, 1, 1, 160},
+    {1, 1, 1, 1, 1},    {1, 1, 4, 2, 8},     {2, 5, 3, 1, 3},    {3, 47, 2, 2, 16},
+    {1, 48, 2, 1, 17},  {1, 49, 1, 1, 64},   {2, 64, 4, 2, 32},  {1, 65, 6, 2, 20},
+    {1, 130, 2, 1, 80}, {1, 193, 2, 2, 100}, {1, 300, 8, 4, 32}, {1, 97, 1, 1, 160},
 };
 
 TEST_P(AttentionTest, ForwardAndBackwardMatchTheReference) {
   for (const AttentionShape& shape : kShapes) {
     for (const DType dtype : {DType::kF32, DType::kBF16}) {
       for (const int threads : {1, 2}) {
-        SCOPED_TRACE(testing::Message() << Name(dtype) << " rows " << shape.rows << " seq " << shape.seq << " heads "
-                                        << shape.heads << "/" << shape.kv_heads << " dim " << shape.dim);
+        SCOPED_TRACE(testing::Message()
+                     << Name(dtype) << " rows " << shape.rows << " seq " << shape.seq << " heads "
+                     << shape.heads << "/" << shape.kv_heads << " dim " << shape.dim);
         SetThreads(threads);
         const Tensors actual(shape, dtype, 7);
         const Tensors expected(shape, dtype, 7);
@@ -99,8 +103,10 @@ TEST_P(AttentionTest, ForwardAndBackwardMatchTheReference) {
         ref::Attention(shape, expected.qkv, expected.out, expected.lse, stream_);
         ExpectClose("out", actual.out, expected.out, Tolerance(shape, dtype, 2));
         ExpectClose("lse", actual.lse, expected.lse, Tolerance(shape, DType::kF32, 0));
-        cpu::AttentionBackward(GetParam(), shape, actual.qkv, actual.out, actual.lse, actual.dout, actual.dqkv);
-        ref::AttentionBackward(shape, expected.qkv, expected.out, expected.lse, expected.dout, expected.dqkv, stream_);
+        cpu::AttentionBackward(GetParam(), shape, actual.qkv, actual.out, actual.lse, actual.dout,
+                               actual.dqkv);
+        ref::AttentionBackward(shape, expected.qkv, expected.out, expected.lse, expected.dout, expected.dqkv,
+                               stream_);
         ExpectClose("dqkv", actual.dqkv, expected.dqkv, Tolerance(shape, dtype, 3));
       }
     }
@@ -108,14 +114,15 @@ TEST_P(AttentionTest, ForwardAndBackwardMatchTheReference) {
 }
 
 TEST_P(AttentionTest, BitsDoNotDependOnThreadsNorOnHowASequenceIsCutUp) {
-  const AttentionShape shape = {1, 333, 4, 2, 24};  // Two (row, KV head) pairs: with more threads, sequences are cut.
+  const AttentionShape shape = {1, 333, 4, 2,
+                                24};  // Two (row, KV head) pairs: with more threads, sequences are cut.
   std::vector<Tensors> runs;
   for (const int threads : {1, 2, 3, 5, 2}) {
     SetThreads(threads);
     runs.emplace_back(shape, DType::kF32, 3);
     cpu::Attention(GetParam(), shape, runs.back().qkv, runs.back().out, runs.back().lse);
-    cpu::AttentionBackward(GetParam(), shape, runs.back().qkv, runs.back().out, runs.back().lse, runs.back().dout,
-                           runs.back().dqkv);
+    cpu::AttentionBackward(GetParam(), shape, runs.back().qkv, runs.back().out, runs.back().lse,
+                           runs.back().dout, runs.back().dqkv);
   }
   for (const Tensors& run : runs) {
     const auto same = [](const Tensor& a, const Tensor& b) {

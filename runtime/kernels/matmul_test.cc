@@ -38,12 +38,13 @@ Tensor Copy(const Tensor& from) {
 }
 
 double At(const Tensor& tensor, int64_t i) {
-  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i]) : tensor.data<float>()[i];
+  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i])
+                                        : tensor.data<float>()[i];
 }
 
-// A sum of K terms of magnitude <= 1 in f32, in any order, errs by at most (K + 1) * K * 2^-24 in the worst case and by
-// about sqrt(K) * sqrt(K) * 2^-24 for random terms; 4 * (K + 4) * 2^-24 leaves room for the largest of many
-// elements. Storing bf16 adds 2^-8 of the value; both sides round to bf16, hence twice.
+// A sum of K terms of magnitude <= 1 in f32, in any order, errs by at most (K + 1) * K * 2^-24 in the worst
+// case and by about sqrt(K) * sqrt(K) * 2^-24 for random terms; 4 * (K + 4) * 2^-24 leaves room for the
+// largest of many elements. Storing bf16 adds 2^-8 of the value; both sides round to bf16, hence twice.
 void ExpectClose(const Tensor& actual, const Tensor& expected, int64_t terms) {
   ASSERT_EQ(actual.shape(), expected.shape());
   const double tolerance = 4 * static_cast<double>(terms + 4) * kF32Epsilon;
@@ -51,7 +52,8 @@ void ExpectClose(const Tensor& actual, const Tensor& expected, int64_t terms) {
   for (int64_t i = 0; i < actual.elements(); ++i) {
     const double want = At(expected, i);
     ASSERT_LE(std::abs(At(actual, i) - want), tolerance + relative * std::abs(want))
-        << "element " << i << " of " << ShapeString(actual.shape()) << ": " << At(actual, i) << " against " << want;
+        << "element " << i << " of " << ShapeString(actual.shape()) << ": " << At(actual, i) << " against "
+        << want;
   }
 }
 
@@ -71,8 +73,9 @@ class Products : public testing::TestWithParam<int> {
 INSTANTIATE_TEST_SUITE_P(Threads, Products, testing::Values(1, 2, 3), testing::PrintToStringParamName());
 
 TEST_P(Products, MatMulMatchesReferenceForAllShapesTypesAndTransposes) {
-  const int64_t shapes[][3] = {{1, 1, 1},   {1, 7, 3},    {5, 1, 9},     {3, 5, 7},      {17, 33, 65},
-                               {64, 64, 64}, {31, 128, 96}, {128, 48, 31}, {129, 257, 100}, {70, 40, 1500}, {67, 600, 530}};
+  const int64_t shapes[][3] = {{1, 1, 1},       {1, 7, 3},      {5, 1, 9},     {3, 5, 7},
+                               {17, 33, 65},    {64, 64, 64},   {31, 128, 96}, {128, 48, 31},
+                               {129, 257, 100}, {70, 40, 1500}, {67, 600, 530}};
   for (const auto& [m, n, k] : shapes) {
     for (const Types& types : kTypes) {
       for (int flags = 0; flags < 8; ++flags) {
@@ -81,7 +84,8 @@ TEST_P(Products, MatMulMatchesReferenceForAllShapesTypesAndTransposes) {
         const auto ta = static_cast<Transpose>(flags & 1);
         const auto tb = static_cast<Transpose>((flags >> 1) & 1);
         const Accumulate accumulate = add ? Accumulate::kAdd : Accumulate::kOverwrite;
-        SCOPED_TRACE(testing::Message() << m << "x" << n << "x" << k << " " << Name(types.in) << " flags " << flags);
+        SCOPED_TRACE(testing::Message()
+                     << m << "x" << n << "x" << k << " " << Name(types.in) << " flags " << flags);
         const Tensor a = ta == Transpose::kYes ? Random(k, m, types.in, 1) : Random(m, k, types.in, 1);
         const Tensor b = tb == Transpose::kYes ? Random(n, k, types.in, 2) : Random(k, n, types.in, 2);
         const Tensor c = Random(m, n, types.out, 3);
@@ -113,8 +117,9 @@ TEST_P(Products, EmptySidesAreAllowed) {
   }
 }
 
-// Uneven experts: none, one row, several segments of one expert, gaps between segments, more rows than a work unit.
-const std::vector<Segment> kSegments = {{0, 0, 33}, {2, 33, 1},    {3, 40, 700},  {1, 740, 0},
+// Uneven experts: none, one row, several segments of one expert, gaps between segments, more rows than a work
+// unit.
+const std::vector<Segment> kSegments = {{0, 0, 33},   {2, 33, 1},    {3, 40, 700}, {1, 740, 0},
                                         {0, 741, 70}, {5, 811, 129}, {4, 941, 257}};
 constexpr int64_t kRows = 1200;
 constexpr int kExperts = 7;
@@ -135,7 +140,8 @@ TEST_P(Products, GroupedForwardAndInputGradientMatchReferenceAndLeaveOtherRowsAl
     for (const Types& types : kTypes) {
       const std::vector<Tensor> weights = Weights(n, k, types.in, 10);
       for (const bool forward : {true, false}) {
-        SCOPED_TRACE(testing::Message() << n << "x" << k << " " << Name(types.in) << (forward ? " y" : " dx"));
+        SCOPED_TRACE(testing::Message()
+                     << n << "x" << k << " " << Name(types.in) << (forward ? " y" : " dx"));
         const Tensor in = Random(kRows, forward ? k : n, types.in, 1);
         const Tensor out = Random(kRows, forward ? n : k, types.out, 2);
         const Tensor expected = Copy(out);
@@ -197,7 +203,8 @@ TEST_P(Products, RepeatsBitForBit) {
     }
     for (size_t i = 0; i < results[0].size(); ++i) {
       for (const auto& result : results) {
-        ASSERT_EQ(0, std::memcmp(result[i].raw(), results[0][i].raw(), static_cast<size_t>(result[i].bytes())))
+        ASSERT_EQ(0,
+                  std::memcmp(result[i].raw(), results[0][i].raw(), static_cast<size_t>(result[i].bytes())))
             << "result " << i;
       }
     }
@@ -212,7 +219,8 @@ TEST(MatMulDeathTest, RefusesShapesThatDoNotFit) {
   };
   EXPECT_DEATH(multiply(Zeros({2, 3}, DType::kF32), Zeros({4, 5}, DType::kF32), Zeros({2, 5}, DType::kF32)),
                "\\[2, 3\\] times \\[4, 5\\]");
-  EXPECT_DEATH(multiply(Zeros({2, 3}, DType::kF32), Zeros({3, 5}, DType::kBF16), Zeros({2, 5}, DType::kF32)), "bf16");
+  EXPECT_DEATH(multiply(Zeros({2, 3}, DType::kF32), Zeros({3, 5}, DType::kBF16), Zeros({2, 5}, DType::kF32)),
+               "bf16");
 }
 
 TEST(MeasureMatMulPeak, IsPositive) {

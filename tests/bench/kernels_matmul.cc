@@ -1,6 +1,6 @@
-// Rates of matrix products and attention: bench_kernels_matmul [threads [seconds per case [substring of the cases]]].
-// Each case is verified against the reference on a few rows first, then timed: GFLOP/s of the median and the best run, and
-// the best's share of the peak that MeasureMatMulPeak finds in the same run.
+// Rates of matrix products and attention: bench_kernels_matmul [threads [seconds per case [substring of the
+// cases]]]. Each case is verified against the reference on a few rows first, then timed: GFLOP/s of the
+// median and the best run, and the best's share of the peak that MeasureMatMulPeak finds in the same run.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -41,7 +41,8 @@ Tensor Random(Shape shape, DType dtype) {
 }
 
 double At(const Tensor& tensor, int64_t i) {
-  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i]) : tensor.data<float>()[i];
+  return tensor.dtype() == DType::kBF16 ? static_cast<float>(tensor.data<BFloat16>()[i])
+                                        : tensor.data<float>()[i];
 }
 
 void CheckClose(const Tensor& actual, const Tensor& expected, double tolerance) {
@@ -77,8 +78,8 @@ class Bench {
     }
     std::sort(seconds.begin(), seconds.end());
     const double best = flops / seconds.front() * 1e-9;
-    std::printf("%-44s %10.0f %10.0f %7.0f%%\n", name.c_str(), flops / seconds[seconds.size() / 2] * 1e-9, best,
-                100 * best / peak_[dtype == DType::kBF16 ? 1 : 0]);
+    std::printf("%-44s %10.0f %10.0f %7.0f%%\n", name.c_str(), flops / seconds[seconds.size() / 2] * 1e-9,
+                best, 100 * best / peak_[dtype == DType::kBF16 ? 1 : 0]);
     std::fflush(stdout);
   }
 
@@ -89,7 +90,8 @@ class Bench {
 
 // Operands are at most 1: each of the K products and its share of the rounding errors, too.
 double ProductTolerance(int64_t terms, DType out) {
-  return 4 * static_cast<double>(terms + 4) * 0x1p-24 + (out == DType::kBF16 ? static_cast<double>(terms) * 0x1p-8 : 0);
+  return 4 * static_cast<double>(terms + 4) * 0x1p-24 +
+         (out == DType::kBF16 ? static_cast<double>(terms) * 0x1p-8 : 0);
 }
 
 // A layer of `out` outputs on `tokens` tokens: forward, and the gradients by its input and by its weights.
@@ -108,7 +110,8 @@ void BenchLayer(Bench& bench, int64_t tokens, int64_t out, int64_t in, DType dty
   };
   for (const Pass& pass : passes) {
     if (dtype == DType::kF32 && std::string(pass.name) == "fwd->f32") continue;
-    const std::string name = absl::StrFormat("%s %dx%dx%d %s", std::string(Name(dtype)), tokens, out, in, pass.name);
+    const std::string name =
+        absl::StrFormat("%s %dx%dx%d %s", std::string(Name(dtype)), tokens, out, in, pass.name);
     if (!bench.Wants(name)) continue;
     Stream stream;
     const Tensor a = Random(pass.a, dtype);
@@ -119,7 +122,8 @@ void BenchLayer(Bench& bench, int64_t tokens, int64_t out, int64_t in, DType dty
     if (pass.ta == Transpose::kNo) {
       const int64_t rows = std::min<int64_t>(4, a.dim(0));
       const Tensor expected = Zeros({rows, c.dim(1)}, pass.out_type);
-      ref::MatMul(a.Rows(a.dim(0) - rows, rows), pass.ta, b, pass.tb, Accumulate::kOverwrite, expected, stream);
+      ref::MatMul(a.Rows(a.dim(0) - rows, rows), pass.ta, b, pass.tb, Accumulate::kOverwrite, expected,
+                  stream);
       CheckClose(c.Rows(a.dim(0) - rows, rows), expected, ProductTolerance(a.dim(1), pass.out_type));
     }
     bench.Report(name, dtype, 2.0 * static_cast<double>(tokens * out * in), run);
@@ -128,8 +132,8 @@ void BenchLayer(Bench& bench, int64_t tokens, int64_t out, int64_t in, DType dty
 
 // `experts` experts of `out` outputs; their rows are uneven, `rows` on average.
 void BenchGrouped(Bench& bench, int experts, int64_t rows, int64_t out, int64_t in, DType dtype) {
-  const std::string shape = absl::StrFormat("%s grouped %d x ~%d x (%dx%d)", std::string(Name(dtype)), experts, rows,
-                                            out, in);
+  const std::string shape =
+      absl::StrFormat("%s grouped %d x ~%d x (%dx%d)", std::string(Name(dtype)), experts, rows, out, in);
   if (!bench.Wants(shape)) return;
   std::vector<std::vector<Segment>> steps;  // Counts change from step to step, as in training.
   std::mt19937 random(3);
@@ -160,9 +164,11 @@ void BenchGrouped(Bench& bench, int experts, int64_t rows, int64_t out, int64_t 
   bench.Report(shape + " fwd", dtype, flops, [&] { GroupedMatMul(x, weights, next(), y, stream); });
   GroupedMatMul(x, weights, steps[0], y, stream);
   const Tensor expected = Zeros({2, out}, dtype);
-  ref::MatMul(x.Rows(0, 2), Transpose::kNo, weights[0], Transpose::kYes, Accumulate::kOverwrite, expected, stream);
+  ref::MatMul(x.Rows(0, 2), Transpose::kNo, weights[0], Transpose::kYes, Accumulate::kOverwrite, expected,
+              stream);
   CheckClose(y.Rows(0, 2), expected, ProductTolerance(in, dtype));
-  bench.Report(shape + " dgrad", dtype, flops, [&] { GroupedMatMulGradInput(y, weights, next(), dx, stream); });
+  bench.Report(shape + " dgrad", dtype, flops,
+               [&] { GroupedMatMulGradInput(y, weights, next(), dx, stream); });
   bench.Report(shape + " wgrad", dtype, flops,
                [&] { GroupedMatMulGradWeight(y, x, next(), Accumulate::kOverwrite, grads, stream); });
 }
@@ -184,7 +190,8 @@ void BenchAttention(Bench& bench, const AttentionShape& shape, DType dtype) {
   ref::Attention(one, qkv.Rows(0, shape.seq), expected, Zeros({shape.seq, shape.heads}, DType::kF32), stream);
   CheckClose(out.Rows(0, shape.seq), expected, dtype == DType::kBF16 ? 0x1p-7 : 0x1p-16);
   // Two products over the keys that the causal mask leaves; backward has five.
-  const double forward = 4.0 * shape.dim * static_cast<double>(shape.seq * (shape.seq + 1) / 2 * shape.heads * shape.rows);
+  const double forward =
+      4.0 * shape.dim * static_cast<double>(shape.seq * (shape.seq + 1) / 2 * shape.heads * shape.rows);
   bench.Report(name + " fwd", dtype, forward, [&] { Attention(shape, qkv, out, lse, stream); });
   bench.Report(name + " bwd", dtype, 2.5 * forward,
                [&] { AttentionBackward(shape, qkv, out, lse, dout, dqkv, stream); });

@@ -16,16 +16,17 @@ const AttentionInner& InnerOf(Isa isa, DType dtype) {
 }
 
 void CheckMatrix(const char* name, const Tensor& tensor, int64_t tokens, int64_t width, DType dtype) {
-  SHOAL_CHECK(tensor.rank() == 2 && tensor.dim(0) == tokens && tensor.dim(1) == width && tensor.dtype() == dtype)
-      << name << " is " << Name(tensor.dtype()) << ShapeString(tensor.shape()) << ", wanted " << Name(dtype) << "["
-      << tokens << ", " << width << "]";
+  SHOAL_CHECK(tensor.rank() == 2 && tensor.dim(0) == tokens && tensor.dim(1) == width &&
+              tensor.dtype() == dtype)
+      << name << " is " << Name(tensor.dtype()) << ShapeString(tensor.shape()) << ", wanted " << Name(dtype)
+      << "[" << tokens << ", " << width << "]";
 }
 
 AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
   SHOAL_CHECK(shape.rows >= 0 && shape.seq >= 0 && shape.dim >= 1 && shape.kv_heads >= 1 &&
               shape.heads >= shape.kv_heads && shape.heads % shape.kv_heads == 0)
-      << shape.rows << " rows of " << shape.seq << " tokens, " << shape.heads << " heads on " << shape.kv_heads
-      << " of " << shape.dim;
+      << shape.rows << " rows of " << shape.seq << " tokens, " << shape.heads << " heads on "
+      << shape.kv_heads << " of " << shape.dim;
   SHOAL_CHECK(qkv.dtype() == DType::kF32 || qkv.dtype() == DType::kBF16) << Name(qkv.dtype());
   const int64_t tokens = shape.rows * shape.seq;
   CheckMatrix("qkv", qkv, tokens, shape.qkv_width(), qkv.dtype());
@@ -43,8 +44,8 @@ AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor
   return args;
 }
 
-// Into how many parts to cut a sequence of `blocks` blocks so that every thread finds work; 1 when there are enough (row,
-// KV head) pairs, because each part packs the keys anew.
+// Into how many parts to cut a sequence of `blocks` blocks so that every thread finds work; 1 when there are
+// enough (row, KV head) pairs, because each part packs the keys anew.
 int64_t Parts(const AttentionShape& shape, int64_t blocks) {
   const int64_t pairs = shape.rows * shape.kv_heads;
   const int64_t wanted = Threads() == 1 ? 1 : 4 * Threads();
@@ -64,7 +65,8 @@ float* AttentionScratch(int64_t floats) {
 
 namespace cpu {
 
-void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
+void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out,
+               const Tensor& lse) {
   const AttentionArgs args = Check(shape, qkv, out, lse);
   if (shape.rows == 0 || shape.seq == 0) return;
   const AttentionInner& inner = InnerOf(isa, qkv.dtype());
@@ -80,8 +82,8 @@ void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Te
   });
 }
 
-void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                       const Tensor& dout, const Tensor& dqkv) {
+void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out,
+                       const Tensor& lse, const Tensor& dout, const Tensor& dqkv) {
   AttentionArgs args = Check(shape, qkv, out, lse);
   CheckMatrix("dout", dout, out.dim(0), out.dim(1), qkv.dtype());
   CheckMatrix("dqkv", dqkv, qkv.dim(0), qkv.dim(1), qkv.dtype());
@@ -91,7 +93,8 @@ void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, 
   const AttentionInner& inner = InnerOf(isa, qkv.dtype());
   const int64_t pairs = shape.rows * shape.kv_heads;
   const int64_t parts = Parts(shape, (shape.seq + kAttentionKeyBlock - 1) / kAttentionKeyBlock);
-  // Cut up, gradients of queries and of keys are separate tasks (7 products instead of 5, but no two write the same).
+  // Cut up, gradients of queries and of keys are separate tasks (7 products instead of 5, but no two write
+  // the same).
   const int64_t kinds = parts == 1 ? 1 : 2;
   RunTasks(pairs * parts * kinds, [&](int64_t task) {
     const int64_t pair = task % pairs;
@@ -100,9 +103,12 @@ void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, 
     const TokenRange all = {0, shape.seq};
     const TokenRange none = {0, 0};
     // The heaviest first: the first keys are seen by all queries, the last queries see all keys.
-    const TokenRange keys = kinds == 1 ? all : kind == 1 ? none : Part(part, parts, kAttentionKeyBlock, shape.seq);
-    const TokenRange queries =
-        kinds == 1 ? all : kind == 0 ? none : Part(parts - 1 - part, parts, kAttentionQueryBlock, shape.seq);
+    const TokenRange keys = kinds == 1  ? all
+                            : kind == 1 ? none
+                                        : Part(part, parts, kAttentionKeyBlock, shape.seq);
+    const TokenRange queries = kinds == 1  ? all
+                               : kind == 0 ? none
+                                           : Part(parts - 1 - part, parts, kAttentionQueryBlock, shape.seq);
     if (keys.begin == keys.end && queries.begin == queries.end) return;
     inner.backward(args, pair / shape.kv_heads, static_cast<int>(pair % shape.kv_heads), queries, keys,
                    AttentionScratch(inner.backward_scratch(shape.seq, shape.dim)));
@@ -111,7 +117,8 @@ void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, 
 
 }  // namespace cpu
 
-void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse, Stream&) {
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+               Stream&) {
   cpu::Attention(ActiveIsa(), shape, qkv, out, lse);
 }
 

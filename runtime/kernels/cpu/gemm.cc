@@ -22,8 +22,8 @@
 namespace shoal::kernels::cpu {
 namespace {
 
-// oneDNN of this process. Created at the first product, when SHOAL_ISA is known to all; never destroyed, because
-// threads may still multiply while the process exits.
+// oneDNN of this process. Created at the first product, when SHOAL_ISA is known to all; never destroyed,
+// because threads may still multiply while the process exits.
 struct OneDnn {
   dnnl::engine engine;
 
@@ -38,6 +38,9 @@ struct OneDnn {
     return *one_dnn;
   }
 };
+
+// How many blocks cover `extent`.
+int64_t Blocks(int64_t extent, int64_t block) { return (extent + block - 1) / block; }
 
 dnnl::memory::data_type DataType(DType dtype) {
   return dtype == DType::kF32 ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
@@ -62,9 +65,15 @@ dnnl::memory::desc Matrix(int64_t rows, int64_t columns, int64_t ld, bool transp
   const dnnl::memory::dims strides = transposed ? dnnl::memory::dims{1, ld} : dnnl::memory::dims{ld, 1};
   return dnnl::memory::desc({rows, columns}, DataType(dtype), strides);
 }
-dnnl::memory::desc MatrixA(const Gemm& gemm) { return Matrix(gemm.m, gemm.k, gemm.lda, gemm.transpose_a, gemm.in); }
-dnnl::memory::desc MatrixB(const Gemm& gemm) { return Matrix(gemm.k, gemm.n, gemm.ldb, gemm.transpose_b, gemm.in); }
-dnnl::memory::desc MatrixC(const Gemm& gemm) { return Matrix(gemm.m, gemm.n, gemm.ldc, /*transposed=*/false, gemm.out); }
+dnnl::memory::desc MatrixA(const Gemm& gemm) {
+  return Matrix(gemm.m, gemm.k, gemm.lda, gemm.transpose_a, gemm.in);
+}
+dnnl::memory::desc MatrixB(const Gemm& gemm) {
+  return Matrix(gemm.k, gemm.n, gemm.ldb, gemm.transpose_b, gemm.in);
+}
+dnnl::memory::desc MatrixC(const Gemm& gemm) {
+  return Matrix(gemm.m, gemm.n, gemm.ldc, /*transposed=*/false, gemm.out);
+}
 
 // Made for one thread: oneDNN fixes the partition then, and tasks are how work is shared here.
 struct Primitive {
@@ -82,8 +91,8 @@ struct Primitive {
     }
     const int threads = omp_get_max_threads();
     omp_set_num_threads(1);  // Of this thread.
-    const dnnl::matmul::primitive_desc descriptor(dnnl::matmul::desc(MatrixA(gemm), MatrixB(gemm), MatrixC(gemm)),
-                                                  attributes, OneDnn::Get().engine);
+    const dnnl::matmul::primitive_desc descriptor(
+        dnnl::matmul::desc(MatrixA(gemm), MatrixB(gemm), MatrixC(gemm)), attributes, OneDnn::Get().engine);
     scratchpad = descriptor.scratchpad_desc();
     matmul = dnnl::matmul(descriptor);
     omp_set_num_threads(threads);
@@ -99,10 +108,12 @@ class PrimitiveCache {
       const auto found = primitives_.find(key);
       if (found != primitives_.end()) return found->second;
     }
-    // Not under the lock: other threads go on meanwhile. Two may create the same one; the first to insert wins.
+    // Not under the lock: other threads go on meanwhile. Two may create the same one; the first to insert
+    // wins.
     auto created = std::make_shared<const Primitive>(key.gemm);
     MutexLock lock(&mutex_);
-    // A model has a few dozen shapes; who exceeds the bound does not repeat its shapes, and any eviction order will do.
+    // A model has a few dozen shapes; who exceeds the bound does not repeat its shapes, and any eviction
+    // order will do.
     if (primitives_.size() >= kPrimitivesMax) primitives_.clear();
     return primitives_.emplace(key, std::move(created)).first->second;
   }
@@ -156,32 +167,38 @@ Gemm Block(const Gemm& gemm, int64_t row, int64_t rows, int64_t column, int64_t 
 }
 
 void RunAmx(const Gemm& gemm) {
-  const AmxGemm amx = {gemm.m,   gemm.n,
-                       gemm.k,   static_cast<const uint16_t*>(gemm.a),
-                       static_cast<const uint16_t*>(gemm.b), gemm.c,
-                       gemm.lda, gemm.ldb,
-                       gemm.ldc, gemm.transpose_a,
-                       gemm.transpose_b, gemm.accumulate,
+  const AmxGemm amx = {gemm.m,
+                       gemm.n,
+                       gemm.k,
+                       static_cast<const uint16_t*>(gemm.a),
+                       static_cast<const uint16_t*>(gemm.b),
+                       gemm.c,
+                       gemm.lda,
+                       gemm.ldb,
+                       gemm.ldc,
+                       gemm.transpose_a,
+                       gemm.transpose_b,
+                       gemm.accumulate,
                        gemm.out == DType::kBF16};
   AmxMultiply(amx, Scratch(ScratchSlot::kPacked, AmxScratchBytes(amx)));
 }
 
-int64_t Blocks(int64_t extent, int64_t block) { return (extent + block - 1) / block; }
-
-// bf16 on a processor that multiplies it: blocks of c, each a task of one thread. Blocks are large, because each packs its
-// operands anew, and no more than a few per thread.
+// bf16 on a processor that multiplies it: blocks of c, each a task of one thread. Blocks are large, because
+// each packs its operands anew, and no more than a few per thread.
 void RunNativeBf16(const Gemm& gemm) {
   constexpr int64_t kColumns = 512;
   constexpr int64_t kRowsMin = 256;
   const int64_t tasks = Threads() == 1 ? 1 : 4 * Threads();
-  const int64_t row_blocks = std::clamp<int64_t>(Blocks(tasks, Blocks(gemm.n, kColumns)), 1, Blocks(gemm.m, kRowsMin));
+  const int64_t row_blocks =
+      std::clamp<int64_t>(Blocks(tasks, Blocks(gemm.n, kColumns)), 1, Blocks(gemm.m, kRowsMin));
   const int64_t rows = Blocks(Blocks(gemm.m, row_blocks), 32) * 32;
   // Few rows: narrower blocks, so that no thread is without.
   const int64_t columns = std::min(kColumns, Blocks(Blocks(gemm.n * row_blocks, tasks), 32) * 32);
   const int64_t row_count = Blocks(gemm.m, rows);
   RunTasks(row_count * Blocks(gemm.n, columns), [&](int64_t task) {
     const int64_t row = task % row_count * rows, column = task / row_count * columns;
-    const Gemm block = Block(gemm, row, std::min(rows, gemm.m - row), column, std::min(columns, gemm.n - column));
+    const Gemm block =
+        Block(gemm, row, std::min(rows, gemm.m - row), column, std::min(columns, gemm.n - column));
     if (ActiveBf16Path() == Bf16Path::kAmx) {
       RunAmx(block);
     } else {
@@ -190,7 +207,8 @@ void RunNativeBf16(const Gemm& gemm) {
   });
 }
 
-// The f32 product takes any size without a primitive, at the speed of the primitives or better (docs/performance.md).
+// The f32 product takes any size without a primitive, and is as fast: on a Sapphire Rapids core 194 GFLOP/s
+// at 1024^3, where the primitive for that very shape has 184.
 void RunSgemm(const Gemm& gemm) {
   OneDnn::Get();
   const dnnl_status_t status =
@@ -208,14 +226,16 @@ void ConvertBlock(const void* from, int64_t ld, bool transposed, int64_t row, in
     std::swap(rows, columns);
   }
   const BFloat16* source = static_cast<const BFloat16*>(from) + row * ld + column;
-#pragma omp parallel for schedule(static) if (rows * columns > 65536)
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = static_cast<float>(source[i * ld + j]);
-  }
+  constexpr int64_t kRowsOfTask = 128;
+  RunTasks(Blocks(rows, kRowsOfTask), [&](int64_t task) {
+    for (int64_t i = task * kRowsOfTask; i < std::min(rows, (task + 1) * kRowsOfTask); ++i) {
+      for (int64_t j = 0; j < columns; ++j) to[i * columns + j] = static_cast<float>(source[i * ld + j]);
+    }
+  });
 }
 
-// bf16 operands on a processor that cannot multiply them: f32 products of blocks small enough to stay in cache and large
-// enough that converting (once per kBlock products of an element) costs little.
+// bf16 operands on a processor that cannot multiply them: f32 products of blocks small enough to stay in
+// cache and large enough that converting (once per kBlock products of an element) costs little.
 void RunConverted(const Gemm& gemm) {
   constexpr int64_t kBlock = 512;
   constexpr int64_t kDepth = 1024;
@@ -286,7 +306,8 @@ void RunGemm(const Gemm& gemm) {
     if (gemm.accumulate) return;
     const int64_t width = SizeOf(gemm.out);
     for (int64_t row = 0; row < gemm.m; ++row) {
-      std::memset(static_cast<char*>(gemm.c) + row * gemm.ldc * width, 0, static_cast<size_t>(gemm.n * width));
+      std::memset(static_cast<char*>(gemm.c) + row * gemm.ldc * width, 0,
+                  static_cast<size_t>(gemm.n * width));
     }
     return;
   }

@@ -11,13 +11,14 @@
 namespace shoal::kernels::cpu {
 namespace {
 
-// A tile is 16 rows of 64 bytes: 16 x 32 of A, 32 x 16 of B (16 rows of pairs, which TDPBF16PS multiplies and adds), or
-// 16 x 16 floats of C. Two by two tiles of C are computed at once.
+// A tile is 16 rows of 64 bytes: 16 x 32 of A, 32 x 16 of B (16 rows of pairs, which TDPBF16PS multiplies and
+// adds), or 16 x 16 floats of C. Two by two tiles of C are computed at once.
 constexpr int64_t kTile = 16;
 constexpr int64_t kTileDepth = 32;
 constexpr int64_t kTileElements = kTile * kTileDepth;
 constexpr int64_t kBlock = 32;
-// 32 rows of A at this depth are 32 KiB and stay in L1, while this many columns of B pass by from L2 (512 KiB).
+// 32 rows of A at this depth are 32 KiB and stay in L1, while this many columns of B pass by from L2 (512
+// KiB).
 constexpr int64_t kDepthMax = 512;
 constexpr int64_t kColumnsMax = 512;
 // Rows of A that are packed at once: when A is stored transposed, each of its rows gives two lines' worth.
@@ -73,12 +74,13 @@ inline void LoadRows(const uint16_t* from, int64_t ld, int64_t rows, int64_t dep
   }
 }
 
-// Two tiles of B, or of A stored transposed, side by side: row q has the pairs of elements of rows 2q and 2q + 1 of
-// `from`, for 32 columns of it.
+// Two tiles of B, or of A stored transposed, side by side: row q has the pairs of elements of rows 2q and 2q
+// + 1 of `from`, for 32 columns of it.
 inline void LoadPairs(const uint16_t* from, int64_t ld, int64_t depth, int64_t columns, __m512i (&left)[16],
                       __m512i (&right)[16]) {
-  alignas(64) static constexpr uint16_t kLeft[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  alignas(64) static constexpr uint16_t kLeft[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                     37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                     11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i to_left = _mm512_load_si512(kLeft);
   const __m512i to_right = _mm512_add_epi16(to_left, _mm512_set1_epi16(16));
   const __mmask32 mask = Mask(columns);
@@ -108,11 +110,12 @@ struct Source {
 
 enum class Operand { kA, kB };
 
-// Rows of A or columns of B from `outer`, `blocks` times 32 of them (those from outer_count on are zeros), each block as two
-// rows of tiles, each `depth` long. Blocks inside, so that lines next to each other are read one after the other.
+// Rows of A or columns of B from `outer`, `blocks` times 32 of them (those from outer_count on are zeros),
+// each block as two rows of tiles, each `depth` long. Blocks inside, so that lines next to each other are
+// read one after the other.
 template <Operand kOperand>
-void Pack(const Source& source, int64_t outer, int64_t outer_count, int64_t blocks, int64_t begin, int64_t depth,
-          uint16_t* to) {
+void Pack(const Source& source, int64_t outer, int64_t outer_count, int64_t blocks, int64_t begin,
+          int64_t depth, uint16_t* to) {
   const int64_t tiles = (depth + kTileDepth - 1) / kTileDepth;
   for (int64_t p = 0; p < tiles; ++p) {
     const int64_t left = depth - p * kTileDepth;
@@ -195,7 +198,8 @@ void LoadEdge(const float* from, int64_t ld, int64_t rows, int64_t columns, floa
     const __mmask32 mask = i < rows ? Mask(columns) : 0;
     const float* row = from + i * ld;
     _mm512_store_ps(block + i * kBlock, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), row));
-    _mm512_store_ps(block + i * kBlock + 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), row + 16));
+    _mm512_store_ps(block + i * kBlock + 16,
+                    _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), row + 16));
   }
 }
 
@@ -217,7 +221,8 @@ void StoreBf16(const float* block, int64_t rows, int64_t columns, uint16_t* to, 
   }
 }
 
-// Where sums wait between passes over the depth when C is bf16, the packed operands, and a block for C's edges.
+// Where sums wait between passes over the depth when C is bf16, the packed operands, and a block for C's
+// edges.
 struct Scratch {
   float* sums;
   uint16_t* a;
@@ -291,7 +296,8 @@ void RunPass(const AmxGemm& g, const Pass& pass, const Scratch& s) {
   const int64_t blocks = (pass.columns + kBlock - 1) / kBlock;
   Pack<Operand::kB>(b, pass.column, pass.columns, blocks, pass.k_begin, pass.depth, s.b);
   const int64_t whole = g.m / kBlock * kBlock;
-  for (int64_t row = 0; row < whole; row += kPackedRows) RunRows(g, pass, row, Min(kPackedRows, whole - row), s);
+  for (int64_t row = 0; row < whole; row += kPackedRows)
+    RunRows(g, pass, row, Min(kPackedRows, whole - row), s);
   if (whole < g.m) RunRows(g, pass, whole, g.m - whole, s);
 }
 
@@ -306,7 +312,8 @@ struct alignas(64) TileConfig {
 bool AskForAmx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0)
+    return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA.
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -1,6 +1,6 @@
-// bf16 products by Advanced Matrix Extensions (Intel Xeon from Sapphire Rapids on). oneDNN 2.6 has them too, but generates
-// code for each shape, for 0.3 ms, and does not reuse what it packs: this takes any shape at one speed. Raw pointers only.
-// Included by a file compiled for AMX: declarations only.
+// bf16 products by Advanced Matrix Extensions (Intel Xeon from Sapphire Rapids on). oneDNN 2.6 has them too,
+// but generates code for each shape, for 0.3 ms, and does not reuse what it packs: this takes any shape at
+// one speed. Raw pointers only. Included by a file compiled for AMX: declarations only.
 #pragma once
 
 #include <cstdint>

@@ -26,15 +26,15 @@ bool IsOperand(const Tensor& tensor) {
 void CheckTypes(const Tensor& a, const Tensor& b, const Tensor& c) {
   SHOAL_CHECK(IsOperand(a) && IsOperand(b) && IsOperand(c) && a.dtype() == b.dtype() &&
               (c.dtype() == DType::kF32 || c.dtype() == a.dtype()))
-      << Name(a.dtype()) << ShapeString(a.shape()) << " times " << Name(b.dtype()) << ShapeString(b.shape()) << " to "
-      << Name(c.dtype()) << ShapeString(c.shape());
+      << Name(a.dtype()) << ShapeString(a.shape()) << " times " << Name(b.dtype()) << ShapeString(b.shape())
+      << " to " << Name(c.dtype()) << ShapeString(c.shape());
 }
 
 void CheckSegment(const Segment& segment, size_t experts, int64_t rows) {
   SHOAL_CHECK(segment.expert >= 0 && segment.expert < static_cast<int>(experts) && segment.begin >= 0 &&
               segment.count >= 0 && segment.begin + segment.count <= rows)
-      << "rows " << segment.begin << "+" << segment.count << " of " << rows << ", expert " << segment.expert << " of "
-      << experts;
+      << "rows " << segment.begin << "+" << segment.count << " of " << rows << ", expert " << segment.expert
+      << " of " << experts;
 }
 
 // Of a weight gradient, in one unit of work.
@@ -53,8 +53,8 @@ void Cut(int64_t extent, int64_t piece, const Add& add) {
   for (int64_t begin = 0; begin < extent; begin += piece) add(begin, std::min(piece, extent - begin));
 }
 
-// Row blocks of all segments, the largest first, so that no thread works long after the others. Not smaller than needed,
-// because each packs its expert's weights anew.
+// Row blocks of all segments, the largest first, so that no thread works long after the others. Not smaller
+// than needed, because each packs its expert's weights anew.
 std::vector<Unit> RowUnits(absl::Span<const Segment> segments) {
   constexpr int64_t kRowsMin = 256;
   int64_t rows = 0;
@@ -64,12 +64,14 @@ std::vector<Unit> RowUnits(absl::Span<const Segment> segments) {
   for (const Segment& segment : segments) {
     const int64_t pieces = (segment.count + rows_max - 1) / rows_max;
     if (pieces == 0) continue;
-    const int64_t piece = (segment.count / pieces + 32) / 32 * 32;  // Alike, rather than a small one at the end.
+    const int64_t piece =
+        (segment.count / pieces + 32) / 32 * 32;  // Alike, rather than a small one at the end.
     Cut(segment.count, piece, [&](int64_t begin, int64_t count) {
       units.push_back({segment.expert, segment.begin + begin, count});
     });
   }
-  std::stable_sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) { return a.count > b.count; });
+  std::stable_sort(units.begin(), units.end(),
+                   [](const Unit& a, const Unit& b) { return a.count > b.count; });
   return units;
 }
 
@@ -107,8 +109,8 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
 
 }  // namespace
 
-void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,
-            const Tensor& c, Stream&) {
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b,
+            Accumulate accumulate, const Tensor& c, Stream&) {
   CheckTypes(a, b, c);
   SHOAL_CHECK(accumulate == Accumulate::kOverwrite || c.dtype() == DType::kF32);
   Gemm gemm;
@@ -137,8 +139,8 @@ void GroupedMatMul(const Tensor& x, absl::Span<const Tensor> weights, absl::Span
   GroupedRows(x, weights, /*transpose_weights=*/true, segments, y);
 }
 
-void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
-                            const Tensor& dx, Stream&) {
+void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights,
+                            absl::Span<const Segment> segments, const Tensor& dx, Stream&) {
   GroupedRows(dy, weights, /*transpose_weights=*/false, segments, dx);
 }
 
@@ -161,7 +163,8 @@ void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const
   std::vector<Unit> units;
   for (int e = 0; e < static_cast<int>(experts.size()); ++e) {
     CheckTypes(dy, x, weight_grads[e]);
-    SHOAL_CHECK(weight_grads[e].dtype() == DType::kF32 && weight_grads[e].dim(0) == n && weight_grads[e].dim(1) == k)
+    SHOAL_CHECK(weight_grads[e].dtype() == DType::kF32 && weight_grads[e].dim(0) == n &&
+                weight_grads[e].dim(1) == k)
         << ShapeString(weight_grads[e].shape()) << " for " << n << " x " << k;
     Cut(n, kGradRows, [&](int64_t begin, int64_t count) { units.push_back({e, begin, count}); });
   }
@@ -172,7 +175,8 @@ void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const
     const Unit& unit = units[i];
     bool add = accumulate == Accumulate::kAdd;
     float* out = weight_grads[unit.expert].data<float>() + unit.begin * k;
-    if (!add && experts[unit.expert].segments.empty()) std::memset(out, 0, static_cast<size_t>(unit.count * k) * 4);
+    if (!add && experts[unit.expert].segments.empty())
+      std::memset(out, 0, static_cast<size_t>(unit.count * k) * 4);
     for (const Segment& segment : experts[unit.expert].segments) {
       Gemm gemm;
       gemm.m = unit.count;
@@ -194,8 +198,11 @@ void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const
 
 double MeasureMatMulPeak(DType dtype, double seconds) {
   constexpr int64_t kSize = 1024;
-  const Tensor a = Zeros({kSize, kSize}, dtype);
-  const Tensor b = Zeros({kSize, kSize}, dtype);
+  const Tensor a = Empty({kSize, kSize}, dtype);
+  const Tensor b = Empty({kSize, kSize}, dtype);
+  // 0.75 in both types: a processor may multiply zeros with less power, and so faster.
+  for (const Tensor* operand : {&a, &b})
+    std::memset(operand->raw(), 0x3f, static_cast<size_t>(operand->bytes()));
   const Tensor c = Empty({kSize, kSize}, DType::kF32);
   Stream stream;
   using Clock = std::chrono::steady_clock;

@@ -13,8 +13,8 @@
 
 namespace shoal::kernels::cpu {
 
-// Calls task(i) for each i of [0, count), in that order of starting, each once; blocks until all have returned. Products
-// inside a task run on its thread alone.
+// Calls task(i) for each i of [0, count), in that order of starting, each once; blocks until all have
+// returned. Products inside a task run on its thread alone.
 template <class Task>
 void RunTasks(int64_t count, const Task& task) {
   const int workers = static_cast<int>(std::min<int64_t>(count, Threads()));

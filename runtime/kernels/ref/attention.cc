@@ -119,7 +119,8 @@ std::vector<double> AttentionBackwardF64(const AttentionShape& shape, const std:
   return dqkv;
 }
 
-void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse, Stream&) {
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
+               Stream&) {
   const AttentionF64 result = AttentionForwardF64(shape, ToF64(qkv));
   FromF64(result.out, out);
   FromF64(result.lse, lse);

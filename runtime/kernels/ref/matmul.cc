@@ -20,8 +20,8 @@ void Store(const Tensor& x, int64_t index, double value) {
 
 }  // namespace
 
-void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,
-            const Tensor& c, Stream&) {
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b,
+            Accumulate accumulate, const Tensor& c, Stream&) {
   const bool ta = transpose_a == Transpose::kYes;
   const bool tb = transpose_b == Transpose::kYes;
   const int64_t m = a.dim(ta ? 1 : 0);
@@ -32,7 +32,8 @@ void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose t
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       double sum = accumulate == Accumulate::kAdd ? Load(c, i * n + j) : 0;
-      for (int64_t p = 0; p < k; ++p) sum += Load(a, ta ? p * m + i : i * k + p) * Load(b, tb ? j * k + p : p * n + j);
+      for (int64_t p = 0; p < k; ++p)
+        sum += Load(a, ta ? p * m + i : i * k + p) * Load(b, tb ? j * k + p : p * n + j);
       Store(c, i * n + j, sum);
     }
   }
