@@ -55,6 +55,7 @@ int RunBenchTrain(absl::Span<const std::string> args) {
   flags.Add({.name = "warmup", .value = "N", .help = "Steps before the measured ones.", .min = 0},
             &values.warmup);
   flags.Add({.name = "steps", .value = "N", .help = "Measured steps.", .min = 1}, &values.steps);
+  flags.Add({.name = "json", .help = "Prints one line of JSON instead of a table."}, &values.json);
   flags.Examples(
       {"./shoal bench train configs/bench-tiny.yaml --nproc-per-node 2 --set train.precision=bf16"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
