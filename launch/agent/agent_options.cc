@@ -1,11 +1,13 @@
 #include "launch/agent/agent_options.h"
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
+#include <string_view>
 
-#include "absl/strings/ascii.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_format.h"
+#include "launch/agent/environment.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -14,54 +16,10 @@ namespace {
 constexpr int kProcessesMax = 1 << 16;
 constexpr int kDefaultPort = 29500;  // torchrun's static backend.
 
-enum class Use : uint8_t { kTaken, kIgnored };
-enum class Takes : uint8_t { kValue, kNothing };
-
-struct FlagInfo {
-  std::string_view name;
-  Use use;
-  Takes takes;
-  std::string_view value;
-  std::string_view help;
-};
-
-constexpr FlagInfo kFlags[] = {
-    {"nproc-per-node", Use::kTaken, Takes::kValue, "N",
-     "ranks on this host: a number, or auto (usable cores)"},
-    {"nnodes", Use::kTaken, Takes::kValue, "N", "hosts of the job; run the same command on each (default 1)"},
-    {"node-rank", Use::kTaken, Takes::kValue, "R", "which of them this is, from 0 (default 0)"},
-    {"rdzv-endpoint", Use::kTaken, Takes::kValue, "HOST[:PORT]",
-     "where host 0 is reached (default 127.0.0.1:29500 with several hosts, no port at all with one)"},
-    {"rdzv-backend", Use::kTaken, Takes::kValue, "static", "static is what there is"},
-    {"rdzv-id", Use::kTaken, Takes::kValue, "ID", "name of the job; ranks of another job are refused"},
-    {"master-addr", Use::kTaken, Takes::kValue, "HOST",
-     "the host of --rdzv-endpoint, where that is not given"},
-    {"master-port", Use::kTaken, Takes::kValue, "PORT",
-     "the port of --rdzv-endpoint, where that is not given"},
-    {"standalone", Use::kTaken, Takes::kNothing, "", "one host, no port"},
-    {"log-dir", Use::kTaken, Takes::kValue, "DIR", "rank-N.log of every rank of this host"},
-    {"max-restarts", Use::kIgnored, Takes::kValue, "", ""},
-    {"monitor-interval", Use::kIgnored, Takes::kValue, "", ""},
-    {"rdzv-conf", Use::kIgnored, Takes::kValue, "", ""},
-    {"start-method", Use::kIgnored, Takes::kValue, "", ""},
-    {"role", Use::kIgnored, Takes::kValue, "", ""},
-    {"redirects", Use::kIgnored, Takes::kValue, "", ""},
-    {"tee", Use::kIgnored, Takes::kValue, "", ""},
-    {"local-ranks-filter", Use::kIgnored, Takes::kValue, "", ""},
-    {"local-addr", Use::kIgnored, Takes::kValue, "", ""},
-    {"logs-specs", Use::kIgnored, Takes::kValue, "", ""},
-    {"event-log-handler", Use::kIgnored, Takes::kValue, "", ""},
-    {"numa-binding", Use::kIgnored, Takes::kValue, "", ""},
-    {"signals-to-handle", Use::kIgnored, Takes::kValue, "", ""},
-    {"no-python", Use::kIgnored, Takes::kNothing, "", ""},
-};
-
-const FlagInfo* FindFlag(std::string_view name) {
-  for (const FlagInfo& flag : kFlags) {
-    if (flag.name == name) return &flag;
-  }
-  return nullptr;
-}
+// Flags that change something. launch/cli takes more of them for torchrun's sake.
+constexpr std::string_view kMeaningful[] = {"nproc-per-node", "nnodes",  "node-rank",   "rdzv-endpoint",
+                                            "rdzv-backend",   "rdzv-id", "master-addr", "master-port",
+                                            "standalone",     "log-dir"};
 
 std::optional<std::string> Value(const RawLaunchFlags& flags, const std::string& name) {
   const auto found = flags.values.find(name);
@@ -149,50 +107,6 @@ absl::Status SetEndpoint(const RawLaunchFlags& flags, AgentOptions* options) {
 
 }  // namespace
 
-absl::StatusOr<bool> TakeLaunchFlag(absl::Span<const std::string> args, size_t* index,
-                                    RawLaunchFlags* flags) {
-  const std::string& arg = args[*index];
-  if (arg.rfind("--", 0) != 0) return false;
-  const size_t equals = arg.find('=');
-  std::string name = arg.substr(2, equals == std::string::npos ? equals : equals - 2);
-  std::replace(name.begin(), name.end(), '_', '-');
-  const FlagInfo* flag = FindFlag(name);
-  if (flag == nullptr) return false;
-  std::string value = "true";
-  if (equals != std::string::npos) {
-    value = arg.substr(equals + 1);
-  } else if (flag->takes == Takes::kValue) {
-    if (*index + 1 >= args.size())
-      return absl::InvalidArgumentError(absl::StrCat("--", name, ": the value is missing"));
-    value = args[++*index];
-  }
-  ++*index;
-  flags->values[name] = value;
-  return true;
-}
-
-void AddPetVariables(const GetEnv& getenv, RawLaunchFlags* flags) {
-  for (const FlagInfo& flag : kFlags) {
-    std::string name(flag.name);
-    std::replace(name.begin(), name.end(), '-', '_');
-    const auto value = getenv(absl::StrCat("PET_", absl::AsciiStrToUpper(name)));
-    if (!value.has_value()) continue;
-    if (flag.takes == Takes::kNothing && *value != "1" && *value != "true") continue;
-    flags->values.emplace(flag.name, *value);
-  }
-}
-
-std::string LaunchFlagsHelp() {
-  std::string text;
-  for (const FlagInfo& flag : kFlags) {
-    if (flag.use == Use::kIgnored) continue;
-    const std::string left =
-        absl::StrCat("--", AbslSv(flag.name), flag.value.empty() ? "" : " ", AbslSv(flag.value));
-    absl::StrAppend(&text, absl::StrFormat("  %-28s %s\n", left, flag.help));
-  }
-  return text;
-}
-
 absl::StatusOr<AgentOptions> MakeAgentOptions(const RawLaunchFlags& flags) {
   AgentOptions options;
   SHOAL_ASSIGN_OR_RETURN(options.nproc_per_node,
@@ -215,12 +129,10 @@ absl::StatusOr<AgentOptions> MakeAgentOptions(const RawLaunchFlags& flags) {
   if (options.rdzv_id == "none" && options.rdzv_endpoint.empty()) options.rdzv_id.clear();
   options.log_dir = Value(flags, "log-dir").value_or("");
   for (const auto& [name, value] : flags.values) {
-    const FlagInfo* flag = FindFlag(name);
-    if (flag == nullptr)
-      return absl::InvalidArgumentError(absl::StrCat("--", name, ": no such launcher flag"));
-    if (flag->use == Use::kIgnored && !(name == "max-restarts" && value == "0")) {
-      options.warnings.push_back(absl::StrCat("--", name, " means nothing here and is ignored"));
-    }
+    const bool meaningful =
+        std::find(std::begin(kMeaningful), std::end(kMeaningful), name) != std::end(kMeaningful);
+    if (meaningful || (name == "max-restarts" && value == "0")) continue;
+    options.warnings.push_back(absl::StrCat("--", name, " means nothing here and is ignored"));
   }
   return options;
 }

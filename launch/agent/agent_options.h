@@ -1,16 +1,13 @@
-// The launcher's flags: torchrun's names and defaults, so that known command lines work, and what they mean
-// here. Pure.
+// What the launcher's flags (torchrun's names and defaults, so that known command lines work) mean here.
+// Pure.
 #pragma once
 
 #include <map>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
-#include "absl/types/span.h"
-#include "launch/agent/environment.h"
 
 namespace shoal {
 
@@ -20,17 +17,6 @@ struct RawLaunchFlags {
   std::map<std::string, std::string> values;
   int usable_cores = 1;  // Of this process: what `auto` and `cpu` mean. From UsableCores().
 };
-
-// Takes args[*index] (and the value after it) if it is a launcher flag: true, and *index is behind it. False:
-// it is not one. "--nnodes 2", "--nnodes=2" and "--node_rank 1" all do. INVALID_ARGUMENT: a flag without its
-// value.
-absl::StatusOr<bool> TakeLaunchFlag(absl::Span<const std::string> args, size_t* index, RawLaunchFlags* flags);
-
-// Adds PET_NNODES, PET_NPROC_PER_NODE, ... for flags that were not written, as torchrun does.
-void AddPetVariables(const GetEnv& getenv, RawLaunchFlags* flags);
-
-// One line per flag that means something here, for `shoal help train`.
-std::string LaunchFlagsHelp();
 
 struct AgentOptions {
   int nproc_per_node = 1;  // The same on every host.

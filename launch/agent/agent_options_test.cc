@@ -10,20 +10,14 @@ using testing::Contains;
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-absl::StatusOr<AgentOptions> Parse(const std::vector<std::string>& args) {
-  RawLaunchFlags flags;
-  flags.usable_cores = 6;
-  size_t index = 0;
-  while (index < args.size()) {
-    const absl::StatusOr<bool> taken = TakeLaunchFlag(args, &index, &flags);
-    if (!taken.ok()) return taken.status();
-    if (!*taken) return absl::NotFoundError(args[index]);
-  }
-  return MakeAgentOptions(flags);
+using Values = std::map<std::string, std::string>;
+
+absl::StatusOr<AgentOptions> Make(const Values& values) {
+  return MakeAgentOptions({.values = values, .usable_cores = 6});
 }
 
 TEST(MakeAgentOptions, DefaultsAreTorchruns) {
-  const auto options = Parse({});
+  const auto options = Make({});
   ASSERT_TRUE(options.ok()) << options.status();
   EXPECT_EQ(options->nproc_per_node, 1);
   EXPECT_EQ(options->nnodes, 1);
@@ -35,7 +29,7 @@ TEST(MakeAgentOptions, DefaultsAreTorchruns) {
 
 TEST(MakeAgentOptions, SeveralHosts) {
   const auto options =
-      Parse({"--nproc_per_node", "2", "--nnodes=3:3", "--node-rank", "2", "--max-restarts=0"});
+      Make({{"nproc-per-node", "2"}, {"nnodes", "3:3"}, {"node-rank", "2"}, {"max-restarts", "0"}});
   ASSERT_TRUE(options.ok()) << options.status();
   EXPECT_EQ(options->nproc_per_node, 2);
   EXPECT_EQ(options->nnodes, 3);
@@ -46,36 +40,36 @@ TEST(MakeAgentOptions, SeveralHosts) {
 }
 
 TEST(MakeAgentOptions, Endpoint) {
-  EXPECT_EQ(Parse({"--nnodes=2", "--rdzv-endpoint=a"})->rdzv_endpoint, "a:29500");
-  EXPECT_EQ(Parse({"--nnodes=2", "--rdzv-endpoint=a:1", "--master-port=5"})->rdzv_endpoint, "a:1");
-  EXPECT_EQ(Parse({"--nnodes=2", "--rdzv-endpoint=[::1]:9"})->rdzv_endpoint, "[::1]:9");
-  EXPECT_EQ(Parse({"--nnodes=2", "--master-addr=b", "--master-port=5"})->rdzv_endpoint, "b:5");
-  EXPECT_EQ(Parse({"--nnodes=2", "--master-addr=::1"})->rdzv_endpoint, "[::1]:29500");
-  EXPECT_EQ(Parse({"--rdzv-endpoint=a:1"})->rdzv_endpoint, "a:1");
-  EXPECT_EQ(Parse({"--standalone"})->rdzv_endpoint, "");
+  EXPECT_EQ(Make({{"nnodes", "2"}, {"rdzv-endpoint", "a"}})->rdzv_endpoint, "a:29500");
+  EXPECT_EQ(Make({{"nnodes", "2"}, {"rdzv-endpoint", "a:1"}, {"master-port", "5"}})->rdzv_endpoint, "a:1");
+  EXPECT_EQ(Make({{"nnodes", "2"}, {"rdzv-endpoint", "[::1]:9"}})->rdzv_endpoint, "[::1]:9");
+  EXPECT_EQ(Make({{"nnodes", "2"}, {"master-addr", "b"}, {"master-port", "5"}})->rdzv_endpoint, "b:5");
+  EXPECT_EQ(Make({{"nnodes", "2"}, {"master-addr", "::1"}})->rdzv_endpoint, "[::1]:29500");
+  EXPECT_EQ(Make({{"rdzv-endpoint", "a:1"}})->rdzv_endpoint, "a:1");
+  EXPECT_EQ(Make({{"standalone", "true"}})->rdzv_endpoint, "");
 }
 
 TEST(MakeAgentOptions, WordsForTheNumberOfRanks) {
-  EXPECT_EQ(Parse({"--nproc-per-node=auto"})->nproc_per_node, 6);
-  EXPECT_EQ(Parse({"--nproc-per-node=cpu"})->nproc_per_node, 6);
+  EXPECT_EQ(Make({{"nproc-per-node", "auto"}})->nproc_per_node, 6);
+  EXPECT_EQ(Make({{"nproc-per-node", "cpu"}})->nproc_per_node, 6);
 }
 
 TEST(MakeAgentOptions, FlagsWithoutMeaningAreWarnedAbout) {
-  EXPECT_THAT(Parse({"--tee", "3"})->warnings, Contains(HasSubstr("--tee")));
-  EXPECT_THAT(Parse({"--max-restarts=2"})->warnings, Contains(HasSubstr("--max-restarts")));
-  EXPECT_THAT(Parse({"--nnodes=2", "--node-rank=0", "--rdzv-backend=c10d"})->warnings,
+  EXPECT_THAT(Make({{"tee", "3"}})->warnings, Contains(HasSubstr("--tee")));
+  EXPECT_THAT(Make({{"max-restarts", "2"}})->warnings, Contains(HasSubstr("--max-restarts")));
+  EXPECT_THAT(Make({{"nnodes", "2"}, {"node-rank", "0"}, {"rdzv-backend", "c10d"}})->warnings,
               Contains(HasSubstr("static")));
 }
 
 struct ErrorCase {
-  std::vector<std::string> args;
+  Values values;
   std::vector<std::string> words;
 };
 
 class RefusesFlagsTest : public testing::TestWithParam<ErrorCase> {};
 
 TEST_P(RefusesFlagsTest, NamingTheFlag) {
-  const auto options = Parse(GetParam().args);
+  const auto options = Make(GetParam().values);
   ASSERT_FALSE(options.ok());
   for (const std::string& word : GetParam().words) {
     EXPECT_THAT(std::string(options.status().message()), HasSubstr(word));
@@ -84,52 +78,21 @@ TEST_P(RefusesFlagsTest, NamingTheFlag) {
 
 INSTANTIATE_TEST_SUITE_P(
     Flags, RefusesFlagsTest,
-    testing::Values(ErrorCase{{"--nproc-per-node=0"}, {"--nproc-per-node=0", "auto"}},
-                    ErrorCase{{"--nproc-per-node=many"}, {"--nproc-per-node=many"}},
-                    ErrorCase{{"--nproc-per-node=gpu"}, {"--nproc-per-node=gpu", "CPU"}},
-                    ErrorCase{{"--nproc-per-node"}, {"--nproc-per-node", "missing"}},
-                    ErrorCase{{"--nnodes=1:2"}, {"--nnodes=1:2", "elastic jobs are not supported yet"}},
-                    ErrorCase{{"--nnodes=2:1"}, {"--nnodes=1"}}, ErrorCase{{"--nnodes=0"}, {"--nnodes=0"}},
-                    ErrorCase{{"--nnodes=2:"}, {"--nnodes="}},
-                    ErrorCase{{"--nnodes=2", "--node-rank=2"}, {"--node-rank=2", "--nnodes=2"}},
-                    ErrorCase{{"--node-rank=-1"}, {"--node-rank=-1"}},
-                    ErrorCase{{"--nnodes=60000", "--nproc-per-node=60000"}, {"--nproc-per-node=60000"}},
-                    ErrorCase{{"--rdzv-backend=etcd"}, {"--rdzv-backend=etcd", "static is supported"}},
-                    ErrorCase{{"--nnodes=2", "--rdzv-backend=c10d"}, {"--node-rank"}},
-                    ErrorCase{{"--nnodes=2", "--rdzv-endpoint=a:b"}, {"--rdzv-endpoint", "a:b"}},
-                    ErrorCase{{"--master-port=70000"}, {"--master-port=70000"}},
-                    ErrorCase{{"--nnodes=2", "--standalone"}, {"--standalone", "--nnodes=2"}}));
-
-TEST(TakeLaunchFlag, LeavesOtherWordsAlone) {
-  RawLaunchFlags flags;
-  for (const std::string word : {"train", "--set", "--nnodesx=2", "-n", "--"}) {
-    size_t index = 0;
-    const std::vector<std::string> args = {word, "x"};
-    EXPECT_FALSE(*TakeLaunchFlag(args, &index, &flags)) << word;
-    EXPECT_EQ(index, 0u);
-  }
-}
-
-TEST(AddPetVariables, TheCommandLineWins) {
-  RawLaunchFlags flags;
-  flags.values["nnodes"] = "2";
-  AddPetVariables(
-      [](std::string_view name) -> std::optional<std::string> {
-        if (name == "PET_NNODES") return "9";
-        if (name == "PET_NODE_RANK") return "1";
-        if (name == "PET_STANDALONE") return "0";
-        return std::nullopt;
-      },
-      &flags);
-  EXPECT_EQ(flags.values["nnodes"], "2");
-  EXPECT_EQ(flags.values["node-rank"], "1");
-  EXPECT_EQ(flags.values.count("standalone"), 0u);
-}
-
-TEST(LaunchFlagsHelp, NamesTheFlags) {
-  EXPECT_THAT(LaunchFlagsHelp(), HasSubstr("--nproc-per-node N "));
-  EXPECT_THAT(LaunchFlagsHelp(), HasSubstr("--rdzv-endpoint HOST[:PORT]"));
-}
+    testing::Values(ErrorCase{{{"nproc-per-node", "0"}}, {"--nproc-per-node=0", "auto"}},
+                    ErrorCase{{{"nproc-per-node", "many"}}, {"--nproc-per-node=many"}},
+                    ErrorCase{{{"nproc-per-node", "gpu"}}, {"--nproc-per-node=gpu", "CPU"}},
+                    ErrorCase{{{"nnodes", "1:2"}}, {"--nnodes=1:2", "elastic jobs are not supported yet"}},
+                    ErrorCase{{{"nnodes", "2:1"}}, {"--nnodes=1"}},
+                    ErrorCase{{{"nnodes", "0"}}, {"--nnodes=0"}},
+                    ErrorCase{{{"nnodes", "2:"}}, {"--nnodes="}},
+                    ErrorCase{{{"nnodes", "2"}, {"node-rank", "2"}}, {"--node-rank=2", "--nnodes=2"}},
+                    ErrorCase{{{"node-rank", "-1"}}, {"--node-rank=-1"}},
+                    ErrorCase{{{"nnodes", "60000"}, {"nproc-per-node", "60000"}}, {"--nproc-per-node=60000"}},
+                    ErrorCase{{{"rdzv-backend", "etcd"}}, {"--rdzv-backend=etcd", "static is supported"}},
+                    ErrorCase{{{"nnodes", "2"}, {"rdzv-backend", "c10d"}}, {"--node-rank"}},
+                    ErrorCase{{{"nnodes", "2"}, {"rdzv-endpoint", "a:b"}}, {"--rdzv-endpoint", "a:b"}},
+                    ErrorCase{{{"master-port", "70000"}}, {"--master-port=70000"}},
+                    ErrorCase{{{"nnodes", "2"}, {"standalone", "true"}}, {"--standalone", "--nnodes=2"}}));
 
 }  // namespace
 }  // namespace shoal

@@ -4,6 +4,7 @@
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
+#include "launch/cli/launch_flags.h"
 #include "launch/config/config.h"
 #include "launch/trainer/train.h"
 #include "runtime/base/log.h"
@@ -20,42 +21,6 @@ struct TrainFlags {
   bool resume = false;
   RawLaunchFlags launch;
 };
-
-// torchrun's flags, so that command lines written for it work. launch/agent judges their values.
-void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch) {
-  const auto add = [&](std::string name, std::string value, std::string help, char letter = 0) {
-    flags->Add({.name = std::move(name),
-                .value = std::move(value),
-                .help = std::move(help),
-                .letter = letter,
-                .from_environment = true},
-               &launch->values);
-  };
-  flags->Heading("Ranks (torchrun's names; each may also come from PET_<NAME> in the environment)");
-  add("nproc-per-node", "N|auto",
-      "Ranks of this host; auto: one for each core that may be used. Default: parallel.nproc_per_node.");
-  add("nnodes", "N", "Hosts of the job. Run the same command on each. Default: 1.");
-  add("node-rank", "R", "Which of the hosts this is, from 0. Default: 0.");
-  add("rdzv-endpoint", "HOST[:PORT]",
-      "Where host 0 is reached. Default with several hosts: 127.0.0.1:29500; with one, no port is used.");
-  add("rdzv-backend", "static", "How hosts find each other. Default: static.");
-  add("rdzv-id", "ID", "Name of the job; ranks of another job are refused. Default: none.");
-  add("master-addr", "HOST", "The host of --rdzv-endpoint, when that is not given. Default: 127.0.0.1.");
-  add("master-port", "PORT", "The port of --rdzv-endpoint, when that is not given. Default: 29500.");
-  add("standalone", "", "One host, no port.");
-  add("log-dir", "DIR", "Where rank-N.log of each rank goes. Default: logs in the run's folder.");
-  flags->Heading("Accepted for torchrun's sake, without effect");
-  add("max-restarts", "N", "A failed job is not restarted; --resume goes on from its last checkpoint.");
-  add("monitor-interval", "SECONDS", "The launcher hears of an ended rank at once.");
-  add("local-addr", "HOST", "Ranks use the address that reaches the endpoint.");
-  add("redirects", "WHAT", "All output of ranks but the first goes to its log.", 'r');
-  add("tee", "WHAT", "Warnings and errors of all ranks reach the terminal.", 't');
-  for (const char* name : {"rdzv-conf", "start-method", "role", "local-ranks-filter", "logs-specs",
-                           "event-log-handler", "numa-binding", "signals-to-handle"}) {
-    flags->Add({.name = name, .value = "VALUE", .from_environment = true, .hidden = true}, &launch->values);
-  }
-  flags->Add({.name = "no-python", .from_environment = true, .hidden = true}, &launch->values);
-}
 
 void AddTrainFlags(FlagSet* flags, TrainFlags* values) {
   flags->AddPositional("CONFIG", "A YAML file, for example configs/quickstart.yaml.", &values->config);

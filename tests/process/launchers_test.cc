@@ -108,6 +108,10 @@ class LaunchersTest : public ::testing::Test {
 
 TEST_F(LaunchersTest, Own) { ExpectGood(Finish(*Start(Program() + Command{"--nproc-per-node", "4"}))); }
 
+TEST_F(LaunchersTest, TorchrunsFlagsFromTheEnvironment) {
+  ExpectGood(Finish(*Start(Program(), {{"PET_NPROC_PER_NODE", "4"}, {"PET_STANDALONE", "1"}})));
+}
+
 TEST_F(LaunchersTest, TorchrunsVariables) {
   const std::string port = std::to_string(testing::ProbablyFreePort());
   const Command program = Program();

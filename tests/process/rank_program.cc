@@ -25,9 +25,10 @@
 #include "launch/agent/agent.h"
 #include "launch/agent/environment.h"
 #include "launch/agent/exit_codes.h"
+#include "launch/cli/flags.h"
+#include "launch/cli/launch_flags.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
-#include "runtime/device/cpu.h"
 #include "runtime/device/cpu.h"
 
 namespace shoal {
@@ -158,21 +159,16 @@ int Usage(const absl::Status& status) {
 }
 
 int Main(const std::vector<std::string>& args) {
-  RawLaunchFlags flags;
-  flags.usable_cores = UsableCores();
+  FlagSet flags(args[0], "Launches ranks, or is one.");
+  RawLaunchFlags launch;
+  launch.usable_cores = UsableCores();
   std::vector<std::string> words;
   bool stubborn = false;
-  for (size_t i = 1; i < args.size();) {
-    const absl::StatusOr<bool> taken = TakeLaunchFlag(args, &i, &flags);
-    if (!taken.ok()) return Usage(taken.status());
-    if (*taken) continue;
-    if (args[i] == "--stubborn") {
-      stubborn = true;
-    } else {
-      words.push_back(args[i]);
-    }
-    ++i;
-  }
+  flags.AddPositional("COMMAND", "What a rank does, see above.", &words);
+  flags.Add({.name = "stubborn", .help = "Ranks ignore SIGTERM and SIGINT."}, &stubborn);
+  AddLaunchFlags(&flags, &launch);
+  const std::vector<std::string> arguments(args.begin() + 1, args.end());
+  if (const auto code = ParseOrExit(&flags, arguments)) return *code;
   const auto self = DetectEnvironment(ProcessEnv);
   if (!self.ok()) return Usage(self.status());
   if (self->has_value()) {
@@ -182,7 +178,7 @@ int Main(const std::vector<std::string>& args) {
     }
     return BeRank(**self, words);
   }
-  const absl::StatusOr<AgentOptions> options = MakeAgentOptions(flags);
+  const absl::StatusOr<AgentOptions> options = MakeAgentOptions(launch);
   if (!options.ok()) return Usage(options.status());
   std::vector<std::string> command = args;
   command[0] = SelfExecutable();
