@@ -137,9 +137,11 @@ absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
     std::byte* base = segment->base();
     return Tensor(base, std::move(shape), dtype, std::move(segment));
   }
-  SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<void> memory, world_->memory().Allocate(bytes), "allocate ", bytes, " bytes");
-  void* base = memory.get();
-  return Tensor(base, std::move(shape), dtype, std::move(memory));
+  absl::StatusOr<std::shared_ptr<void>> memory = world_->memory().Allocate(bytes);
+  SHOAL_RETURN_IF_ERROR(status());
+  SHOAL_RETURN_IF_ERROR(memory.status(), "allocate ", bytes, " bytes");
+  void* base = memory->get();
+  return Tensor(base, std::move(shape), dtype, *std::move(memory));
 }
 
 absl::Status Group::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole, const char* name) const {

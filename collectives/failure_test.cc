@@ -86,7 +86,7 @@ TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
       aborted = true;
       changed.NotifyAll();
     });
-    const Tensor data = *group.Allocate({100'000}, DType::kF32);
+    const Tensor data = Zeros({100'000}, DType::kF32);
     if (group.index() == 1) {
       group.Abort(absl::DataLossError("disk full"));
     } else {
@@ -96,6 +96,7 @@ TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
     EXPECT_EQ(group.status().ToString(), "ABORTED: rank 1 aborted: disk full");
     EXPECT_TRUE(absl::IsAborted(group.Barrier({}).Await()));
     EXPECT_TRUE(absl::IsAborted(group.Split({0, 1, 2}).status()));
+    EXPECT_EQ(group.Allocate({8}, DType::kF32).status(), group.status());
     MutexLock lock(&mutex);
     while (!aborted) changed.Wait(&mutex);
   });

@@ -11,14 +11,16 @@ Work OpQueue::Push(Op op) {
   auto state = std::make_shared<Work::State>();
   state->queue = weak_from_this();
   op.state = state;
+  bool wake = false;
   {
     MutexLock lock(&mutex_);
     op.seq = ++issued_;
     ops_.push_back(std::move(op));
     SetDeadline();
     if (!thread_.joinable()) thread_ = std::thread([this] { RunThread(); });
+    wake = !running_;  // Who runs one looks for the next.
   }
-  changed_.NotifyAll();
+  if (wake) changed_.NotifyAll();
   return Work(std::move(state));
 }
 
@@ -50,12 +52,14 @@ void OpQueue::RunFront() {
 }
 
 void OpQueue::Help(const Work::State& state) {
+  bool wake = false;
   {
     MutexLock lock(&mutex_);
     if (running_) return;
     while (!running_ && !ops_.empty() && !state.done.load(std::memory_order_acquire)) RunFront();
+    wake = !ops_.empty() || closing_;
   }
-  changed_.NotifyAll();
+  if (wake) changed_.NotifyAll();
 }
 
 void OpQueue::RunThread() {

@@ -98,9 +98,6 @@ SHOAL_INLINE void ReduceAny(DType dtype, ReduceOp op, absl::Span<const std::byte
   }
 }
 
-using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>,
-                                absl::Span<std::byte* const>, int64_t);
-
 void ReducePlain(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
                  absl::Span<std::byte* const> outs, int64_t elements) {
   ReduceAny(dtype, op, sources, outs, elements);
@@ -120,24 +117,25 @@ __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vecto
 }
 #endif
 
-ReduceFunction Choose() {
+}  // namespace
+
+std::vector<ReduceFunction> ReduceVariants() {
+  std::vector<ReduceFunction> variants = {ReducePlain};
 #ifdef __x86_64__
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (avx2) variants.push_back(ReduceAvx2);
   if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return ReduceAvx512;
+    variants.push_back(ReduceAvx512);
   }
-  if (avx2) return ReduceAvx2;
 #endif
-  return ReducePlain;
+  return variants;
 }
-
-}  // namespace
 
 void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
             absl::Span<std::byte* const> outs, int64_t elements) {
   SHOAL_CHECK(!sources.empty());
-  static const ReduceFunction function = Choose();
+  static const ReduceFunction function = ReduceVariants().back();
   function(dtype, op, sources, outs, elements);
 }
 

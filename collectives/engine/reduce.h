@@ -3,8 +3,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
-#include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "collectives/communicator.h"
 #include "runtime/tensor/dtype.h"
@@ -16,5 +16,10 @@ namespace shoal {
 // of the sources; otherwise nothing overlaps. Single-threaded.
 void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
             absl::Span<std::byte* const> outs, int64_t elements);
+
+// Every variant that runs on this machine, the plain one first: for tests that they agree.
+using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>, absl::Span<std::byte* const>,
+                                int64_t);
+std::vector<ReduceFunction> ReduceVariants();
 
 }  // namespace shoal

@@ -85,6 +85,8 @@ ShmEngine::~ShmEngine() {
 absl::Status ShmEngine::FindPeers(uint64_t key, int64_t deadline_ns) {
   for (int member = 0; member < size_; ++member) {
     for (int round = 0; blocks_[member] == nullptr; ++round) {
+      // First: what a leaving rank did, it did before it said goodbye.
+      const bool left = world_->Left(ranks_[member]);
       SHOAL_ASSIGN_OR_RETURN(
           std::byte* memory,
           world_->memory().FindPeer(ranks_[member], {World::kControlSegment, 0}, sizeof(ControlPage)));
@@ -95,8 +97,7 @@ absl::Status ShmEngine::FindPeers(uint64_t key, int64_t deadline_ns) {
         if (blocks_[member] != nullptr) break;
       }
       if (world_->Ended()) return world_->status();
-      const bool left = world_->Left(ranks_[member]);
-      if (left && memory == nullptr) return world_->End(absl::StrCat(world_->RankName(ranks_[member]), " left"));
+      if (left) return world_->End(absl::StrCat(world_->RankName(ranks_[member]), " left"));
       if (NowNs() >= deadline_ns) {
         return world_->End(absl::StrCat("forming a group: deadline passed: ", world_->RankName(ranks_[member]),
                                         " had not arrived"));

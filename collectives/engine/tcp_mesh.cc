@@ -1,7 +1,6 @@
 #include "collectives/engine/tcp_mesh.h"
 
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -30,9 +29,8 @@ constexpr int64_t kFollowerSleepNs = 2'000'000;
 
 }  // namespace
 
-TcpMesh::TcpMesh(World* world, Epoch epoch, std::vector<Fd> sockets)
-    : world_(world), epoch_(static_cast<uint64_t>(epoch)), wake_(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
-  SHOAL_CHECK(wake_.valid()) << "eventfd: " << errno;
+TcpMesh::TcpMesh(World* world, Epoch epoch, Fd wake, std::vector<Fd> sockets)
+    : world_(world), epoch_(static_cast<uint64_t>(epoch)), wake_(std::move(wake)) {
   for (Fd& socket : sockets) {
     auto peer = std::make_unique<Peer>();
     peer->open = socket.valid();

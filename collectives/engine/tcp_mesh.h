@@ -24,8 +24,8 @@ namespace shoal {
 
 class TcpMesh final : public Sleeper {
  public:
-  // `sockets[r]` leads to rank r; this rank's own entry is invalid.
-  TcpMesh(World* world, Epoch epoch, std::vector<Fd> sockets);
+  // `sockets[r]` leads to rank r; this rank's own entry is invalid. `wake`: an eventfd(2), non-blocking.
+  TcpMesh(World* world, Epoch epoch, Fd wake, std::vector<Fd> sockets);
   ~TcpMesh() override;
 
   // Messages of one operation that are awaited together. Borrows the operation and all buffers until Wait has returned.

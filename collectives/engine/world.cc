@@ -36,7 +36,8 @@ absl::StatusOr<std::shared_ptr<World>> World::Connect(const WorldOptions& option
 
 absl::Status World::Start(std::vector<PeerLink> links) {
   wake_ = Fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  if (!wake_.valid()) return ErrnoStatus(errno, "eventfd");
+  Fd mesh_wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  if (!wake_.valid() || !mesh_wake.valid()) return ErrnoStatus(errno, "eventfd");
   std::vector<Fd> data(links.size());
   bool over_tcp = false;
   for (size_t rank = 0; rank < links.size(); ++rank) {
@@ -52,38 +53,38 @@ absl::Status World::Start(std::vector<PeerLink> links) {
     peer->link = std::move(links[rank]);
     peers_.push_back(std::move(peer));
   }
-  const auto to_host_mates = [this](const std::function<void(ControlLink*)>& push) {
-    for (const auto& peer : peers_) {
-      if (peer->control != nullptr && peer->link.host == peers_[options_.rank]->link.host) push(peer->control.get());
-    }
-    WakeMonitor();
-  };
-  memory_ = std::make_shared<SharedMemory>(
-      options_.size,
-      SharedMemory::Announcer{
-          [this, to_host_mates](const Segment& segment) {
-            to_host_mates([&segment, this](ControlLink* link) {
-              absl::StatusOr<Fd> fd = segment.Duplicate();
-              if (!fd.ok()) {
-                SHOAL_LOG(kError) << "shared memory stays unknown to a peer: " << fd.status().message();
-                return;
-              }
-              link->Push({ControlType::kSegment, WireWriter().U64(segment.id()).U64(segment.bytes()).Take(),
-                          *std::move(fd)});
-            });
-          },
-          [to_host_mates](uint32_t id) {
-            to_host_mates([id](ControlLink* link) {
-              link->Push({ControlType::kFree, WireWriter().U64(id).Take(), Fd()});
-            });
-          }});
-  if (over_tcp) mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(data));
+  memory_ = std::make_shared<SharedMemory>(options_.size, Announcer());
+  if (over_tcp) mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
   monitor_ = std::thread([this] { RunMonitor(); });
   if (RanksOnThisHost() > 1) {
     SHOAL_ASSIGN_OR_RETURN(control_segment_, memory_->NewSegment(sizeof(ControlPage)), "the control page");
     control_slots_ = std::make_unique<ControlSlots>(reinterpret_cast<ControlPage*>(control_segment_->base()));
   }
   return absl::OkStatus();
+}
+
+SharedMemory::Announcer World::Announcer() {
+  const auto to_host_mates = [this](const std::function<void(ControlLink*)>& push) {
+    for (const auto& peer : peers_) {
+      if (peer->control != nullptr && peer->link.host == peers_[options_.rank]->link.host) push(peer->control.get());
+    }
+    WakeMonitor();
+  };
+  const auto added = [to_host_mates](const Segment& segment) {
+    to_host_mates([&segment](ControlLink* link) {
+      absl::StatusOr<Fd> fd = segment.Duplicate();
+      if (!fd.ok()) {
+        SHOAL_LOG(kError) << "shared memory stays unknown to a peer: " << fd.status().message();
+        return;
+      }
+      link->Push({ControlType::kSegment, WireWriter().U64(segment.id()).U64(segment.bytes()).Take(), *std::move(fd)});
+    });
+  };
+  const auto freed = [to_host_mates](uint32_t id) {
+    to_host_mates(
+        [id](ControlLink* link) { link->Push({ControlType::kFree, WireWriter().U64(id).Take(), Fd()}); });
+  };
+  return {added, freed};
 }
 
 World::~World() {

@@ -80,6 +80,7 @@ class World {
 
   explicit World(const WorldOptions& options);
   absl::Status Start(std::vector<PeerLink> links);
+  SharedMemory::Announcer Announcer();
 
   void WakeMonitor();
   void WakeSleepers();

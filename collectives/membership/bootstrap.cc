@@ -103,10 +103,18 @@ std::string Missing(const std::vector<bool>& here) {
   return text;
 }
 
-absl::StatusOr<Doors> OpenDoors(const WorldOptions& options) {
+// A name may appear only when the machine behind it does.
+absl::StatusOr<SocketAddress> ResolveMaster(const WorldOptions& options, int64_t deadline_ns) {
+  while (true) {
+    absl::StatusOr<SocketAddress> address = ResolveAddress(options.master_host, options.master_port);
+    if (!absl::IsUnavailable(address.status()) || NowNs() + kRetryNs > deadline_ns) return address;
+    (void)poll(nullptr, 0, kRetryNs / 1'000'000);
+  }
+}
+
+absl::StatusOr<Doors> OpenDoors(const WorldOptions& options, int64_t deadline_ns) {
   Doors doors;
-  SHOAL_ASSIGN_OR_RETURN(doors.master, ResolveAddress(options.master_host, options.master_port),
-                         "the master address");
+  SHOAL_ASSIGN_OR_RETURN(doors.master, ResolveMaster(options, deadline_ns), "the master address");
   const int family = doors.master.family();
   doors.self.rank = options.rank;
   doors.self.pid = getpid();
@@ -483,7 +491,7 @@ absl::StatusOr<Fd> ListenAsMaster(const SocketAddress& master, int port) {
 absl::StatusOr<std::vector<PeerLink>> FormMesh(const WorldOptions& options) {
   if (options.size > kSizeMax) return absl::InvalidArgumentError(absl::StrCat(options.size, " ranks"));
   const int64_t deadline_ns = NowNs() + absl::ToInt64Nanoseconds(options.connect_timeout);
-  SHOAL_ASSIGN_OR_RETURN(Doors doors, OpenDoors(options));
+  SHOAL_ASSIGN_OR_RETURN(Doors doors, OpenDoors(options, deadline_ns));
   if (options.rank == 0) {
     SHOAL_ASSIGN_OR_RETURN(Fd listener, ListenAsMaster(doors.master, options.master_port));
     Leader leader(options, doors, deadline_ns);

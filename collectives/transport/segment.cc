@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <fstream>
+#include <initializer_list>
 #include <limits>
 #include <string>
+#include <string_view>
 
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
@@ -29,29 +31,35 @@ int64_t NumberIn(const char* path, int64_t fallback) {
   return file >> value ? value : fallback;
 }
 
-int64_t MachineAvailableBytes() {
-  std::ifstream file("/proc/meminfo");
-  std::string key;
-  int64_t kib = 0;
-  std::string unit;
-  while (file >> key >> kib && std::getline(file, unit)) {
-    if (key == "MemAvailable:") return kib * 1024;
+// The sum of the values of `keys` in a file of "key value" lines; `fallback` when none is there.
+int64_t SumOf(const char* path, std::initializer_list<std::string_view> keys, int64_t fallback) {
+  std::ifstream file(path);
+  std::string key, rest;
+  int64_t value = 0, sum = 0;
+  bool found = false;
+  while (file >> key >> value && std::getline(file, rest)) {
+    if (std::find(keys.begin(), keys.end(), key) == keys.end()) continue;
+    sum += value;
+    found = true;
   }
-  return std::numeric_limits<int64_t>::max();
+  return found ? sum : fallback;
 }
 
 // Pages of a memory file have no size limit of their own: past what the machine or the control group has, the kernel
-// kills a process. So ask first.
+// kills a process. So ask first. What a group uses includes file pages, which the kernel gives back.
 int64_t AvailableBytes() {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  int64_t available = MachineAvailableBytes();
+  int64_t available = SumOf("/proc/meminfo", {"MemAvailable:"}, kNone / 1024) * 1024;
   const int64_t limit_v2 = NumberIn("/sys/fs/cgroup/memory.max", kNone);
   if (limit_v2 != kNone) {
-    available = std::min(available, limit_v2 - NumberIn("/sys/fs/cgroup/memory.current", 0));
+    const int64_t files = SumOf("/sys/fs/cgroup/memory.stat", {"active_file", "inactive_file"}, 0);
+    available = std::min(available, limit_v2 - NumberIn("/sys/fs/cgroup/memory.current", 0) + files);
   }
   const int64_t limit_v1 = NumberIn("/sys/fs/cgroup/memory/memory.limit_in_bytes", kNone);
   if (limit_v1 != kNone) {
-    available = std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0));
+    const int64_t files =
+        SumOf("/sys/fs/cgroup/memory/memory.stat", {"total_active_file", "total_inactive_file"}, 0);
+    available = std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0) + files);
   }
   return available;
 }

@@ -1,0 +1,95 @@
+#include "collectives/engine/reduce.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "absl/strings/str_cat.h"
+
+namespace shoal {
+namespace {
+
+constexpr DType kTypes[] = {DType::kF32, DType::kF64, DType::kBF16, DType::kF16,
+                            DType::kI8,  DType::kU8,  DType::kI32,  DType::kI64};
+
+// `elements` values of `dtype`, any bits.
+std::vector<std::byte> RandomBytes(DType dtype, int64_t elements, std::mt19937& random) {
+  std::vector<std::byte> bytes(elements * SizeOf(dtype));
+  for (std::byte& byte : bytes) byte = static_cast<std::byte>(random());
+  return bytes;
+}
+
+TEST(Reduce, EveryInstructionSetGivesTheSameBits) {
+  std::mt19937 random(7);
+  const std::vector<ReduceFunction> variants = ReduceVariants();
+  for (DType dtype : kTypes) {
+    for (ReduceOp op : {ReduceOp::kSum, ReduceOp::kMin, ReduceOp::kMax}) {
+      for (int64_t elements : {1, 63, 2049, 10'007}) {
+        for (int ranks : {1, 2, 5}) {
+          std::vector<std::vector<std::byte>> inputs;
+          for (int rank = 0; rank < ranks; ++rank) inputs.push_back(RandomBytes(dtype, elements, random));
+          if (dtype == DType::kF32 || dtype == DType::kF64 || dtype == DType::kBF16 || dtype == DType::kF16) {
+            // Which NaN comes out of several is the processor's business: keep them out.
+            for (auto& input : inputs) {
+              for (int64_t i = 0; i < elements; ++i) {
+                auto& top = input[(i + 1) * SizeOf(dtype) - 1];
+                top &= std::byte{0xbf};  // Below 2.0: neither infinite nor NaN.
+              }
+            }
+          }
+          std::vector<const std::byte*> sources;
+          for (const auto& input : inputs) sources.push_back(input.data());
+          std::vector<std::byte> want(elements * SizeOf(dtype)), twice(want.size());
+          variants[0](dtype, op, sources, {want.data()}, elements);
+          for (ReduceFunction variant : variants) {
+            std::vector<std::byte> got(want.size());
+            variant(dtype, op, sources, {got.data(), twice.data()}, elements);
+            ASSERT_EQ(got, want) << Name(dtype) << " " << static_cast<int>(op) << " " << elements << " " << ranks;
+            ASSERT_EQ(twice, want);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Reduce, SumsInOrderAndMayWriteOverItsSources) {
+  const float big = 1e8f;
+  std::vector<float> a(5000, big), b(5000, 1.0f), c(5000, -big);
+  std::vector<std::byte*> all = {reinterpret_cast<std::byte*>(a.data()), reinterpret_cast<std::byte*>(b.data()),
+                                 reinterpret_cast<std::byte*>(c.data())};
+  const std::vector<const std::byte*> sources(all.begin(), all.end());
+  Reduce(DType::kF32, ReduceOp::kSum, sources, all, 5000);
+  for (const auto* data : {&a, &b, &c}) {
+    for (float x : *data) ASSERT_EQ(x, (big + 1.0f) - big);
+  }
+}
+
+TEST(Reduce, HalfPrecisionIsRoundedOnce) {
+  // 256 + 1 is not a bf16; 256 + 1 + 1 is.
+  std::vector<BFloat16> a(100, BFloat16(256.0f)), b(100, BFloat16(1.0f)), out(100);
+  const std::vector<const std::byte*> sources = {reinterpret_cast<const std::byte*>(a.data()),
+                                                 reinterpret_cast<const std::byte*>(b.data()),
+                                                 reinterpret_cast<const std::byte*>(b.data())};
+  Reduce(DType::kBF16, ReduceOp::kSum, sources, {reinterpret_cast<std::byte*>(out.data())}, 100);
+  for (BFloat16 x : out) ASSERT_EQ(static_cast<float>(x), 258.0f);
+}
+
+TEST(Reduce, NaNStaysInSumsAndIntegersWrap) {
+  std::vector<float> a(33, std::numeric_limits<float>::quiet_NaN()), b(33, 1.0f), out(33);
+  Reduce(DType::kF32, ReduceOp::kSum,
+         {reinterpret_cast<const std::byte*>(b.data()), reinterpret_cast<const std::byte*>(a.data())},
+         {reinterpret_cast<std::byte*>(out.data())}, 33);
+  for (float x : out) ASSERT_TRUE(std::isnan(x));
+  std::vector<int8_t> c(33, 127), d(33, 1), wrapped(33);
+  Reduce(DType::kI8, ReduceOp::kSum,
+         {reinterpret_cast<const std::byte*>(c.data()), reinterpret_cast<const std::byte*>(d.data())},
+         {reinterpret_cast<std::byte*>(wrapped.data())}, 33);
+  for (int8_t x : wrapped) ASSERT_EQ(x, -128);
+}
+
+}  // namespace
+}  // namespace shoal
