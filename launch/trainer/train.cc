@@ -322,10 +322,14 @@ class TrainingRun {
     const bool last = step + 1 == config_.train().steps();  // The figure that counts is of the whole split.
     const int64_t rows = wanted == 0 || last ? data_.ValidationRows() : std::min(wanted, data_.ValidationRows());
     double sum = 0;
-    for (int64_t row = 0; row < rows; row += batch) {
-      const Range mine = model_->RowsOf(std::min(batch, rows - row));
+    for (int64_t first = 0; first < rows; first += batch) {
+      const Range mine = model_->RowsOf(std::min(batch, rows - first));
       const Tensor tokens = Empty({mine.count, seq + 1}, DType::kI32);
-      SHOAL_RETURN_IF_ERROR(data_.validation->ReadRows(0, row + mine.begin, tokens));
+      for (int64_t i = 0; i < mine.count; ++i) {
+        // A part of the split is spread over all of it: neighbouring windows are alike.
+        const int64_t row = (first + mine.begin + i) * data_.ValidationRows() / rows;
+        SHOAL_RETURN_IF_ERROR(data_.validation->ReadRows(0, row, tokens.Rows(i, 1)));
+      }
       SHOAL_ASSIGN_OR_RETURN(const double part, model_->Evaluate(tokens));
       sum += part;
     }

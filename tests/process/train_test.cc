@@ -325,6 +325,17 @@ TEST_F(TrainTest, ExportedModelContinuesWhereItWas) {
   EXPECT_THAT(wrong.err, AllOf(HasSubstr("num_local_experts"), HasSubstr("hf")));
 }
 
+TEST_F(TrainTest, PackedTextTrainsLikeTheTextItself) {
+  const ProcessResult packed = Run(Options({"data", "pack", "text.txt", "--output-prefix", "packed"}, {}, {}));
+  ASSERT_TRUE(packed.ok()) << packed.ToString();
+  ASSERT_TRUE(Run(Train(2, {"run.name=text", "data.validation_fraction=0.1"})).ok());
+  SubprocessOptions options = Train(2, {"run.name=packed", "data.kind=megatron", "data.validation_fraction=0.1"});
+  options.args.insert(options.args.end(), {"--set", "data.path=packed"});
+  const ProcessResult result = Run(options);
+  ASSERT_TRUE(result.ok()) << result.ToString();
+  EXPECT_EQ(Losses("packed"), Losses("text"));
+}
+
 TEST_F(TrainTest, PrometheusScrapesARunningJob) {
   if (!testing::PrometheusServer::Installed()) GTEST_SKIP() << "Debian package prometheus is not installed";
   auto job = *Subprocess::Start(Train(2, {"train.steps=1000000"}));
