@@ -309,7 +309,7 @@ absl::StatusOr<std::unique_ptr<MetricsServer>> MetricsServer::Create(std::string
   for (const char* group : {"world", "dp", "ep"}) {
     // Made here so that they exist before the first event.
     impl->catalogue.AddCounter("shoal_comm_wait_seconds_total",
-                               "Time in which this rank waited for its peers.", {{"group", group}});
+                               "Time with an operation in flight on this rank; a straggler has the least.", {{"group", group}});
     impl->catalogue.AddGauge("shoal_comm_oldest_pending_timestamp_seconds",
                              "Unix time at which the oldest pending operation was issued; 0 when idle.",
                              {{"group", group}}, 0);
@@ -406,7 +406,7 @@ CommMetrics MetricsServer::Comm(std::string_view group, std::string_view op, std
 
 Counter MetricsServer::CommWait(std::string_view group) {
   return impl_->catalogue.AddCounter("shoal_comm_wait_seconds_total",
-                                     "Time in which this rank waited for its peers.",
+                                     "Time with an operation in flight on this rank; a straggler has the least.",
                                      {{"group", std::string(group)}});
 }
 

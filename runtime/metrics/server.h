@@ -148,7 +148,7 @@ class MetricsServer {
   // The series of one operation in one group, for example ("ep", "all_to_all", "shm"). Slow the first time:
   // keep it.
   CommMetrics Comm(std::string_view group, std::string_view op, std::string_view transport);
-  // Time in which this rank waited for its peers in `group`.
+  // Time in which this rank waited for its peers in `group`: with an operation in flight there.
   Counter CommWait(std::string_view group);
   // When the oldest pending operation of `group` was issued, in Unix seconds; 0 when idle.
   Gauge CommOldestPending(std::string_view group);
