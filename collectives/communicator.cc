@@ -30,9 +30,7 @@ uint64_t GroupKey(uint64_t parent, const std::vector<int>& ranks, uint64_t numbe
   return hash | 1;  // Never 0.
 }
 
-bool CanReduce(DType dtype, ReduceOp op) {
-  return SizeOf(dtype) > 0 && op <= ReduceOp::kMax;
-}
+bool CanReduce(DType dtype, ReduceOp op) { return SizeOf(dtype) > 0 && op <= ReduceOp::kMax; }
 
 bool Overlap(const std::byte* a, int64_t a_bytes, const std::byte* b, int64_t b_bytes) {
   return a_bytes > 0 && b_bytes > 0 && a < b + b_bytes && b < a + a_bytes;
@@ -51,7 +49,8 @@ class Group final : public Communicator {
                                                               std::vector<int> ranks, int index, uint64_t key,
                                                               int64_t deadline_ns);
   // The whole job is this process.
-  Group(Epoch epoch, absl::Duration timeout) : epoch_(epoch), timeout_(timeout), ranks_({0}), index_(0), key_(1) {}
+  Group(Epoch epoch, absl::Duration timeout)
+      : epoch_(epoch), timeout_(timeout), ranks_({0}), index_(0), key_(1) {}
   ~Group() override;
 
   int index() const override { return index_; }
@@ -89,7 +88,8 @@ class Group final : public Communicator {
   Work Issue(Op op, const absl::Status& valid, const OpOptions& options);
   absl::Status RunAlone(const Op& op) const;
 
-  const std::shared_ptr<World> world_;  // Shared with the other groups of the epoch; null when the job is one process.
+  const std::shared_ptr<World>
+      world_;  // Shared with the other groups of the epoch; null when the job is one process.
   const Epoch epoch_;
   const absl::Duration timeout_;
   const std::vector<int> ranks_;  // Of the job, by index in the group.
@@ -130,12 +130,11 @@ Group::~Group() {
 
 absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
   const int64_t bytes = ElementCount(shape) * SizeOf(dtype);
+  SHOAL_RETURN_IF_ERROR(status());
   if (world_ == nullptr || world_->RanksOnThisHost() == 1) {
-    // Nobody to share it with.
-    SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<Segment> segment, Segment::Create(/*id=*/0, bytes), "allocate ", bytes,
-                           " bytes");
-    std::byte* base = segment->base();
-    return Tensor(base, std::move(shape), dtype, std::move(segment));
+    // Nobody to share it with: private memory gets large pages more easily.
+    SHOAL_RETURN_IF_ERROR(CheckMemoryAvailable(bytes), "allocate ", bytes, " bytes");
+    return Zeros(std::move(shape), dtype);
   }
   absl::StatusOr<std::shared_ptr<void>> memory = world_->memory().Allocate(bytes);
   SHOAL_RETURN_IF_ERROR(status());
@@ -144,7 +143,8 @@ absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
   return Tensor(base, std::move(shape), dtype, *std::move(memory));
 }
 
-absl::Status Group::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole, const char* name) const {
+absl::Status Group::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole,
+                                const char* name) const {
   if (static_cast<int>(counts.size()) != size()) {
     return absl::InvalidArgumentError(absl::StrCat(counts.size(), " ", name, " for ", size(), " ranks"));
   }
@@ -154,8 +154,8 @@ absl::Status Group::CheckCounts(absl::Span<const int64_t> counts, const Tensor& 
     sum += count;
   }
   if (sum != whole.elements()) {
-    return absl::InvalidArgumentError(absl::StrCat(name, " have a sum of ", sum, ", the tensor has ",
-                                                   whole.elements(), " elements"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(name, " have a sum of ", sum, ", the tensor has ", whole.elements(), " elements"));
   }
   return absl::OkStatus();
 }
@@ -164,8 +164,8 @@ absl::Status Group::CheckReduceScatter(const Op& op) const {
   SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.in, "counts"));
   if (op.in.dtype() != op.out.dtype() || op.out.elements() != op.counts[index_]) {
     return absl::InvalidArgumentError(absl::StrCat("out has ", op.out.elements(), " elements of ",
-                                                   AbslSv(Name(op.out.dtype())), ", want ", op.counts[index_], " of ",
-                                                   AbslSv(Name(op.in.dtype()))));
+                                                   AbslSv(Name(op.out.dtype())), ", want ", op.counts[index_],
+                                                   " of ", AbslSv(Name(op.in.dtype()))));
   }
   if (!ApartOrAt(op.out, op.in, Displacements(op.counts)[index_])) {
     return absl::InvalidArgumentError("out overlaps in elsewhere than at this rank's part");
@@ -177,8 +177,8 @@ absl::Status Group::CheckAllGather(const Op& op) const {
   SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.out, "counts"));
   if (op.in.dtype() != op.out.dtype() || op.in.elements() != op.counts[index_]) {
     return absl::InvalidArgumentError(absl::StrCat("in has ", op.in.elements(), " elements of ",
-                                                   AbslSv(Name(op.in.dtype())), ", want ", op.counts[index_], " of ",
-                                                   AbslSv(Name(op.out.dtype()))));
+                                                   AbslSv(Name(op.in.dtype())), ", want ", op.counts[index_],
+                                                   " of ", AbslSv(Name(op.out.dtype()))));
   }
   if (!ApartOrAt(op.in, op.out, Displacements(op.counts)[index_])) {
     return absl::InvalidArgumentError("in overlaps out elsewhere than at this rank's part");
@@ -194,8 +194,8 @@ absl::Status Group::CheckAllToAll(const Op& op) const {
         absl::StrCat("in is ", AbslSv(Name(op.in.dtype())), ", out ", AbslSv(Name(op.out.dtype()))));
   }
   if (op.counts[index_] != op.recv_counts[index_]) {
-    return absl::InvalidArgumentError(absl::StrCat("sends ", op.counts[index_], " elements to itself, expects ",
-                                                   op.recv_counts[index_]));
+    return absl::InvalidArgumentError(
+        absl::StrCat("sends ", op.counts[index_], " elements to itself, expects ", op.recv_counts[index_]));
   }
   if (Overlap(static_cast<const std::byte*>(op.in.raw()), op.in.bytes(),
               static_cast<const std::byte*>(op.out.raw()), op.out.bytes())) {
@@ -221,7 +221,8 @@ Work Group::Issue(Op op, const absl::Status& valid, const OpOptions& options) {
 }
 
 absl::Status Group::RunAlone(const Op& op) const {
-  if (op.out.bytes() > 0 && op.out.raw() != op.in.raw()) std::memcpy(op.out.raw(), op.in.raw(), op.out.bytes());
+  if (op.out.bytes() > 0 && op.out.raw() != op.in.raw())
+    std::memcpy(op.out.raw(), op.in.raw(), op.out.bytes());
   return absl::OkStatus();
 }
 
@@ -231,7 +232,8 @@ Work Group::AllReduce(const Tensor& in_out, ReduceOp op, const OpOptions& option
   request.reduce = op;
   request.in = request.out = in_out;
   const bool known = CanReduce(in_out.dtype(), op);
-  return Issue(std::move(request), known ? absl::OkStatus() : absl::InvalidArgumentError("unknown reduction"), options);
+  return Issue(std::move(request), known ? absl::OkStatus() : absl::InvalidArgumentError("unknown reduction"),
+               options);
 }
 
 Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
@@ -277,14 +279,13 @@ Work Group::Broadcast(const Tensor& in_out, int root_index, const OpOptions& opt
   request.in = request.out = in_out;
   const bool known = root_index >= 0 && root_index < size();
   return Issue(std::move(request),
-               known ? absl::OkStatus()
-                     : absl::InvalidArgumentError(absl::StrCat("root ", root_index, " in a group of ", size())),
+               known
+                   ? absl::OkStatus()
+                   : absl::InvalidArgumentError(absl::StrCat("root ", root_index, " in a group of ", size())),
                options);
 }
 
-Work Group::Barrier(const OpOptions& options) {
-  return Issue(Op(), absl::OkStatus(), options);
-}
+Work Group::Barrier(const OpOptions& options) { return Issue(Op(), absl::OkStatus(), options); }
 
 absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int> members) {
   std::vector<int> ranks;

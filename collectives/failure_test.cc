@@ -1,4 +1,5 @@
-// How an epoch ends: dead, stopped, leaving and late peers, and aborts. Every survivor learns the same cause, at once.
+// How an epoch ends: dead, stopped, leaving and late peers, and aborts. Every survivor learns the same cause,
+// at once.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -22,13 +23,13 @@ using ::testing::Not;
 
 class Failures : public ::testing::TestWithParam<std::string> {
  protected:
-  WorldOptions Options(int size) const {
-    return RankOptions(0, size, GetParam(), UniqueRendezvous());
-  }
+  WorldOptions Options(int size) const { return RankOptions(0, size, GetParam(), UniqueRendezvous()); }
 };
-INSTANTIATE_TEST_SUITE_P(All, Failures, ::testing::Values("auto", "tcp"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(All, Failures, ::testing::Values("auto", "tcp"),
+                         [](const auto& info) { return info.param; });
 
-// Reduces until the epoch ends; says "running" when heartbeats have told the peers what it does, and the cause in the end.
+// Reduces until the epoch ends; says "running" when heartbeats have told the peers what it does, and the
+// cause in the end.
 void ReduceForEver(Communicator& group, const RankProcesses::Say& say) {
   const Tensor grads = *group.Allocate({1 << 20}, DType::kF32);
   absl::Status status;
@@ -65,8 +66,9 @@ TEST_P(Failures, StoppedPeerIsNoticedByItsSilenceAndFindsItsEpochOver) {
   ranks.Signal(1, SIGSTOP);
   const absl::Time stopped = absl::Now();
   for (int rank : {0, 2}) {
-    EXPECT_THAT(ranks.Line(rank), AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 (pid "), HasSubstr("silent for 0."),
-                                        HasSubstr("(last: all_reduce \"grads\" #")));
+    EXPECT_THAT(ranks.Line(rank),
+                AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 (pid "), HasSubstr("silent for 0."),
+                      HasSubstr("(last: all_reduce \"grads\" #")));
   }
   EXPECT_LT(absl::Now() - stopped, absl::Seconds(5));
   ranks.Signal(1, SIGCONT);
@@ -135,8 +137,8 @@ TEST_P(Failures, MissedDeadlineNamesTheOperationAndWhoHadNotArrived) {
     }
     while (group.status().ok()) std::this_thread::yield();
     EXPECT_THAT(group.status().ToString(),
-                AllOf(HasSubstr("all_reduce \"norm\" #1: deadline passed: rank 1 (pid "), HasSubstr("had not arrived"),
-                      Not(HasSubstr("rank 0 (")), Not(HasSubstr("rank 2 ("))));
+                AllOf(HasSubstr("all_reduce \"norm\" #1: deadline passed: rank 1 (pid "),
+                      HasSubstr("had not arrived"), Not(HasSubstr("rank 0 (")), Not(HasSubstr("rank 2 ("))));
   });
 }
 
@@ -173,7 +175,8 @@ TEST_P(Failures, LeavingAfterTheLastOperationDisturbsNobody) {
     const Tensor data = Zeros({100'000}, DType::kF32);
     EXPECT_EQ(world.Broadcast(data, 0, {}).Await().ToString(), "OK");
     if (world.index() == 0) return;
-    for (int i = 0; i < 200; ++i) ASSERT_EQ(rest->AllReduce(data, ReduceOp::kSum, {}).Await().ToString(), "OK");
+    for (int i = 0; i < 200; ++i)
+      ASSERT_EQ(rest->AllReduce(data, ReduceOp::kSum, {}).Await().ToString(), "OK");
   });
 }
 

@@ -12,7 +12,8 @@ absl::StatusOr<ControlBlock*> ControlSlots::Claim(uint64_t key) {
   const auto free = std::find_if(retired_.begin(), retired_.end(), [](const Retired& retired) {
     const uint64_t old_key = retired.block->key.load(std::memory_order_relaxed);
     return std::all_of(retired.peers.begin(), retired.peers.end(), [old_key](const ControlBlock* peer) {
-      return peer->key.load(std::memory_order_acquire) != old_key || peer->closed.load(std::memory_order_acquire) != 0;
+      return peer->key.load(std::memory_order_acquire) != old_key ||
+             peer->closed.load(std::memory_order_acquire) != 0;
     });
   });
   if (free != retired_.end()) {

@@ -1,5 +1,6 @@
-// What the ranks of one host tell each other through shared memory. Each rank has one page, which it alone writes (but for
-// `sleepers`); a group has one block in the page of each of its members, found by the group's key.
+// What the ranks of one host tell each other through shared memory. Each rank has one page, which it alone
+// writes (but for `sleepers`); a group has one block in the page of each of its members, found by the group's
+// key.
 #pragma once
 
 #include <atomic>
@@ -12,8 +13,8 @@
 
 namespace shoal {
 
-constexpr int kGroupsMax = 128;      // Alive at a time, per process.
-constexpr int kHostRanksMax = 256;   // In one group.
+constexpr int kGroupsMax = 128;     // Alive at a time, per process.
+constexpr int kHostRanksMax = 256;  // In one group.
 constexpr int64_t kInlineBytes = 4096;
 constexpr size_t kLabelBytes = 40;
 
@@ -54,8 +55,8 @@ struct ControlPage {
   ControlBlock blocks[kGroupsMax];
 };
 
-// Hands out the blocks of this rank's page. A block is used again only when every peer has closed its own, as a peer may
-// still be looking for the group. Thread-safe.
+// Hands out the blocks of this rank's page. A block is used again only when every peer has closed its own, as
+// a peer may still be looking for the group. Thread-safe.
 class ControlSlots {
  public:
   explicit ControlSlots(ControlPage* page) : page_(page) {}

@@ -19,9 +19,9 @@ struct Op {
   OpKind kind = OpKind::kBarrier;
   ReduceOp reduce = ReduceOp::kSum;
   int root = 0;
-  Tensor in;   // What peers get to read. AllReduce and Broadcast: the one tensor, in both.
-  Tensor out;  // What this rank gets.
-  std::vector<int64_t> counts;       // Elements per rank; of an all_to_all: sent to each.
+  Tensor in;                    // What peers get to read. AllReduce and Broadcast: the one tensor, in both.
+  Tensor out;                   // What this rank gets.
+  std::vector<int64_t> counts;  // Elements per rank; of an all_to_all: sent to each.
   std::vector<int64_t> recv_counts;  // Only of an all_to_all.
   std::string label;
   uint64_t seq = 0;  // 1, 2, ... in the group.
@@ -39,13 +39,13 @@ uint32_t Signature(const Op& op);
 // displacements[i]: where rank i's part begins; one more entry for the end.
 std::vector<int64_t> Displacements(const std::vector<int64_t>& counts);
 
-// Runs the operations of one group, one at a time. Blocks until this rank's buffers are no longer in use by the operation.
-// A status other than OK means that the epoch is over.
+// Runs the operations of one group, one at a time. Blocks until this rank's buffers are no longer in use by
+// the operation. A status other than OK means that the epoch is over.
 class Engine {
  public:
   virtual ~Engine() = default;
-  // `deadline_ns`: when the epoch ends because of this group. Moves closer when an operation with an earlier deadline is
-  // queued behind this one.
+  // `deadline_ns`: when the epoch ends because of this group. Moves closer when an operation with an earlier
+  // deadline is queued behind this one.
   virtual absl::Status Run(const Op& op, const std::atomic<int64_t>& deadline_ns) = 0;
 };
 

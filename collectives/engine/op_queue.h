@@ -1,6 +1,6 @@
-// The operations of one group: they run one after the other, in the order in which they were issued. They run on the queue's
-// own thread (started by the first operation), or on a thread that awaits one of them: waking a sleeping thread costs 25 us,
-// more than a small operation. Thread-safe.
+// The operations of one group: they run one after the other, in the order in which they were issued. They run
+// on the queue's own thread (started by the first operation), or on a thread that awaits one of them: waking
+// a sleeping thread costs 25 us, more than a small operation. Thread-safe.
 #pragma once
 
 #include <atomic>

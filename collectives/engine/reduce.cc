@@ -1,6 +1,7 @@
 #include "collectives/engine/reduce.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -12,24 +13,78 @@
 namespace shoal {
 namespace {
 
+// IEEE binary16, converted without branches, so that it vectorises, and without _Float16, which not every
+// compiler has.
 struct Half {
-  _Float16 value;
+  uint16_t bits;
 };
 
+SHOAL_INLINE float ToFloat(Half half) {
+  const uint32_t word = static_cast<uint32_t>(half.bits) << 16;
+  const uint32_t twice = word + word;  // Exponent and mantissa, without the sign.
+  // Normal numbers: move the exponent to its place, 112 too high, and scale down. Infinity and NaN stay what
+  // they are.
+  const float normal = std::bit_cast<float>((twice >> 4) + (0xe0u << 23)) * 0x1p-112f;
+  // Subnormal ones: the mantissa as the low bits of a number near 0.5.
+  const float subnormal = std::bit_cast<float>((twice >> 17) | (126u << 23)) - 0.5f;
+  const uint32_t magnitude = std::bit_cast<uint32_t>(twice < (1u << 27) ? subnormal : normal);
+  return std::bit_cast<float>((word & 0x80000000u) | magnitude);
+}
+
+SHOAL_INLINE Half ToHalf(float value) {
+  const uint32_t word = std::bit_cast<uint32_t>(value);
+  const uint32_t twice = word + word;
+  // Too large becomes infinite; then an addition of the right magnitude rounds to nearest, ties to even.
+  const float scaled = std::bit_cast<float>(word & 0x7fffffffu) * 0x1p+112f * 0x1p-110f;
+  const uint32_t exponent = std::max(twice & 0xff000000u, 0x71000000u);
+  const uint32_t rounded =
+      std::bit_cast<uint32_t>(std::bit_cast<float>((exponent >> 1) + 0x07800000u) + scaled);
+  const uint32_t finite = ((rounded >> 13) & 0x7c00u) + (rounded & 0x0fffu);
+  return {static_cast<uint16_t>(((word >> 16) & 0x8000u) | (twice > 0xff000000u ? 0x7e00u : finite))};
+}
+
 // What is added up: fp32 for the 16-bit floats; unsigned for integers, whose sums wrap.
-template <class T> struct AccumulatorOf { using Type = T; };
-template <> struct AccumulatorOf<BFloat16> { using Type = float; };
-template <> struct AccumulatorOf<Half> { using Type = float; };
+template <class T>
+struct AccumulatorOf {
+  using Type = T;
+};
+template <>
+struct AccumulatorOf<BFloat16> {
+  using Type = float;
+};
+template <>
+struct AccumulatorOf<Half> {
+  using Type = float;
+};
 
-template <class T> SHOAL_INLINE typename AccumulatorOf<T>::Type Load(const T& value) { return value; }
-template <> SHOAL_INLINE float Load(const BFloat16& value) { return static_cast<float>(value); }
-template <> SHOAL_INLINE float Load(const Half& value) { return static_cast<float>(value.value); }
+template <class T>
+SHOAL_INLINE typename AccumulatorOf<T>::Type Load(const T& value) {
+  return value;
+}
+template <>
+SHOAL_INLINE float Load(const BFloat16& value) {
+  return static_cast<float>(value);
+}
+template <>
+SHOAL_INLINE float Load(const Half& value) {
+  return ToFloat(value);
+}
 
-template <class T> SHOAL_INLINE T Store(typename AccumulatorOf<T>::Type value) { return value; }
-template <> SHOAL_INLINE BFloat16 Store(float value) { return BFloat16(value); }
-template <> SHOAL_INLINE Half Store(float value) { return Half{static_cast<_Float16>(value)}; }
+template <class T>
+SHOAL_INLINE T Store(typename AccumulatorOf<T>::Type value) {
+  return value;
+}
+template <>
+SHOAL_INLINE BFloat16 Store(float value) {
+  return BFloat16(value);
+}
+template <>
+SHOAL_INLINE Half Store(float value) {
+  return ToHalf(value);
+}
 
-template <ReduceOp op, class A> SHOAL_INLINE A Combine(A a, A b) {
+template <ReduceOp op, class A>
+SHOAL_INLINE A Combine(A a, A b) {
   if constexpr (op == ReduceOp::kMin) {
     return b < a ? b : a;
   } else if constexpr (op == ReduceOp::kMax) {
@@ -78,23 +133,34 @@ template <class T>
 SHOAL_INLINE void ReduceTyped(ReduceOp op, absl::Span<const std::byte* const> sources,
                               absl::Span<std::byte* const> outs, int64_t elements) {
   switch (op) {
-    case ReduceOp::kSum: return ReduceBlocks<T, ReduceOp::kSum>(sources, outs, elements);
-    case ReduceOp::kMin: return ReduceBlocks<T, ReduceOp::kMin>(sources, outs, elements);
-    case ReduceOp::kMax: return ReduceBlocks<T, ReduceOp::kMax>(sources, outs, elements);
+    case ReduceOp::kSum:
+      return ReduceBlocks<T, ReduceOp::kSum>(sources, outs, elements);
+    case ReduceOp::kMin:
+      return ReduceBlocks<T, ReduceOp::kMin>(sources, outs, elements);
+    case ReduceOp::kMax:
+      return ReduceBlocks<T, ReduceOp::kMax>(sources, outs, elements);
   }
 }
 
 SHOAL_INLINE void ReduceAny(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
                             absl::Span<std::byte* const> outs, int64_t elements) {
   switch (dtype) {
-    case DType::kF32: return ReduceTyped<float>(op, sources, outs, elements);
-    case DType::kF64: return ReduceTyped<double>(op, sources, outs, elements);
-    case DType::kBF16: return ReduceTyped<BFloat16>(op, sources, outs, elements);
-    case DType::kF16: return ReduceTyped<Half>(op, sources, outs, elements);
-    case DType::kI8: return ReduceTyped<int8_t>(op, sources, outs, elements);
-    case DType::kU8: return ReduceTyped<uint8_t>(op, sources, outs, elements);
-    case DType::kI32: return ReduceTyped<int32_t>(op, sources, outs, elements);
-    case DType::kI64: return ReduceTyped<int64_t>(op, sources, outs, elements);
+    case DType::kF32:
+      return ReduceTyped<float>(op, sources, outs, elements);
+    case DType::kF64:
+      return ReduceTyped<double>(op, sources, outs, elements);
+    case DType::kBF16:
+      return ReduceTyped<BFloat16>(op, sources, outs, elements);
+    case DType::kF16:
+      return ReduceTyped<Half>(op, sources, outs, elements);
+    case DType::kI8:
+      return ReduceTyped<int8_t>(op, sources, outs, elements);
+    case DType::kU8:
+      return ReduceTyped<uint8_t>(op, sources, outs, elements);
+    case DType::kI32:
+      return ReduceTyped<int32_t>(op, sources, outs, elements);
+    case DType::kI64:
+      return ReduceTyped<int64_t>(op, sources, outs, elements);
   }
 }
 
@@ -104,13 +170,13 @@ void ReducePlain(DType dtype, ReduceOp op, absl::Span<const std::byte* const> so
 }
 
 #ifdef __x86_64__
-__attribute__((target("avx2,f16c"))) void ReduceAvx2(DType dtype, ReduceOp op,
-                                                     absl::Span<const std::byte* const> sources,
-                                                     absl::Span<std::byte* const> outs, int64_t elements) {
+__attribute__((target("avx2"))) void ReduceAvx2(DType dtype, ReduceOp op,
+                                                absl::Span<const std::byte* const> sources,
+                                                absl::Span<std::byte* const> outs, int64_t elements) {
   ReduceAny(dtype, op, sources, outs, elements);
 }
 
-__attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512"))) void ReduceAvx512(
+__attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq"))) void ReduceAvx512(
     DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
     int64_t elements) {
   ReduceAny(dtype, op, sources, outs, elements);
@@ -122,7 +188,7 @@ __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vecto
 std::vector<ReduceFunction> ReduceVariants() {
   std::vector<ReduceFunction> variants = {ReducePlain};
 #ifdef __x86_64__
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2");
   if (avx2) variants.push_back(ReduceAvx2);
   if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {

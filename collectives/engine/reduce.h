@@ -1,4 +1,5 @@
-// The arithmetic of reductions. Vectorised for the instruction set of this machine; the result does not depend on it.
+// The arithmetic of reductions. Vectorised for the instruction set of this machine; the result does not
+// depend on it.
 #pragma once
 
 #include <cstddef>
@@ -11,15 +12,15 @@
 
 namespace shoal {
 
-// outs[*][i] = ((sources[0][i] op sources[1][i]) op sources[2][i]) ..., bf16 and f16 in fp32 with one rounding at the end,
-// integers modulo their range. A NaN in any source of a sum gives NaN; min and max give a NaN or a number. An out may be one
-// of the sources; otherwise nothing overlaps. Single-threaded.
+// outs[*][i] = ((sources[0][i] op sources[1][i]) op sources[2][i]) ..., bf16 and f16 in fp32 with one
+// rounding at the end, integers modulo their range. A NaN in any source of a sum gives NaN; min and max give
+// a NaN or a number. An out may be one of the sources; otherwise nothing overlaps. Single-threaded.
 void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
             absl::Span<std::byte* const> outs, int64_t elements);
 
 // Every variant that runs on this machine, the plain one first: for tests that they agree.
-using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>, absl::Span<std::byte* const>,
-                                int64_t);
+using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>,
+                                absl::Span<std::byte* const>, int64_t);
 std::vector<ReduceFunction> ReduceVariants();
 
 }  // namespace shoal

@@ -47,7 +47,8 @@ TEST(Reduce, EveryInstructionSetGivesTheSameBits) {
           for (ReduceFunction variant : variants) {
             std::vector<std::byte> got(want.size());
             variant(dtype, op, sources, {got.data(), twice.data()}, elements);
-            ASSERT_EQ(got, want) << Name(dtype) << " " << static_cast<int>(op) << " " << elements << " " << ranks;
+            ASSERT_EQ(got, want) << Name(dtype) << " " << static_cast<int>(op) << " " << elements << " "
+                                 << ranks;
             ASSERT_EQ(twice, want);
           }
         }
@@ -59,7 +60,8 @@ TEST(Reduce, EveryInstructionSetGivesTheSameBits) {
 TEST(Reduce, SumsInOrderAndMayWriteOverItsSources) {
   const float big = 1e8f;
   std::vector<float> a(5000, big), b(5000, 1.0f), c(5000, -big);
-  std::vector<std::byte*> all = {reinterpret_cast<std::byte*>(a.data()), reinterpret_cast<std::byte*>(b.data()),
+  std::vector<std::byte*> all = {reinterpret_cast<std::byte*>(a.data()),
+                                 reinterpret_cast<std::byte*>(b.data()),
                                  reinterpret_cast<std::byte*>(c.data())};
   const std::vector<const std::byte*> sources(all.begin(), all.end());
   Reduce(DType::kF32, ReduceOp::kSum, sources, all, 5000);
@@ -76,6 +78,35 @@ TEST(Reduce, HalfPrecisionIsRoundedOnce) {
                                                  reinterpret_cast<const std::byte*>(b.data())};
   Reduce(DType::kBF16, ReduceOp::kSum, sources, {reinterpret_cast<std::byte*>(out.data())}, 100);
   for (BFloat16 x : out) ASSERT_EQ(static_cast<float>(x), 258.0f);
+}
+
+// One source: from binary16 to fp32 and back.
+TEST(Reduce, EveryBinary16NumberSurvives) {
+  std::vector<uint16_t> in(65536), out(65536);
+  for (int i = 0; i < 65536; ++i) in[i] = static_cast<uint16_t>(i);
+  for (ReduceFunction variant : ReduceVariants()) {
+    variant(DType::kF16, ReduceOp::kSum, {reinterpret_cast<const std::byte*>(in.data())},
+            {reinterpret_cast<std::byte*>(out.data())}, 65536);
+    for (int i = 0; i < 65536; ++i) {
+      const bool nan = (i & 0x7fff) > 0x7c00;
+      if (nan) {
+        ASSERT_GT(out[i] & 0x7fff, 0x7c00) << i;
+      } else {
+        ASSERT_EQ(out[i], in[i]);
+      }
+    }
+  }
+}
+
+TEST(Reduce, Binary16RoundsToNearestEvenAndOverflowsToInfinity) {
+  // 2048 + 1 = 2049: a tie, to 2048. 2050 + 1 = 2051: a tie, to 2052. 65504 + 16: a tie, to infinity. 2^-24 +
+  // 2^-24.
+  const std::vector<uint16_t> a = {0x6800, 0x6801, 0x7bff, 0x0001}, b = {0x3c00, 0x3c00, 0x4c00, 0x0001};
+  std::vector<uint16_t> out(4);
+  Reduce(DType::kF16, ReduceOp::kSum,
+         {reinterpret_cast<const std::byte*>(a.data()), reinterpret_cast<const std::byte*>(b.data())},
+         {reinterpret_cast<std::byte*>(out.data())}, 4);
+  EXPECT_EQ(out, (std::vector<uint16_t>{0x6800, 0x6802, 0x7c00, 0x0002}));
 }
 
 TEST(Reduce, NaNStaysInSumsAndIntegersWrap) {

@@ -51,7 +51,8 @@ absl::StatusOr<std::shared_ptr<void>> SharedMemory::Allocate(int64_t bytes) {
     return std::shared_ptr<void>(std::move(segment), base);
   }
   const int64_t piece = std::max<int64_t>((bytes + kAlignment - 1) / kAlignment, 1) * kAlignment;
-  std::shared_ptr<Segment> fresh;  // Also holds the old arena until the lock is released: its end takes the lock.
+  std::shared_ptr<Segment>
+      fresh;  // Also holds the old arena until the lock is released: its end takes the lock.
   while (true) {
     {
       MutexLock lock(&mutex_);

@@ -1,5 +1,5 @@
-// The memory that this rank shares with peers on its host: its own segments, and the peers' ones as they announce them.
-// Thread-safe.
+// The memory that this rank shares with peers on its host: its own segments, and the peers' ones as they
+// announce them. Thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,8 @@ namespace shoal {
 
 class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
  public:
-  // Tells the peers about a new segment, or that one is no longer used. Called with a lock held: must not block.
+  // Tells the peers about a new segment, or that one is no longer used. Called with a lock held: must not
+  // block.
   struct Announcer {
     std::function<void(const Segment&)> added;
     std::function<void(uint32_t id)> freed;
@@ -41,13 +42,14 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
 
   absl::Status AddPeerSegment(int rank, uint32_t id, int64_t bytes, Fd fd);
   void RemovePeerSegment(int rank, uint32_t id);
-  // Null while the peer's announcement has not arrived (it was sent before the peer used the memory). OUT_OF_RANGE: the
-  // segment is smaller.
+  // Null while the peer's announcement has not arrived (it was sent before the peer used the memory).
+  // OUT_OF_RANGE: the segment is smaller.
   absl::StatusOr<std::byte*> FindPeer(int rank, Place place, int64_t bytes);
   // Returns when an announcement arrives, at the latest after a few milliseconds.
   void AwaitAnnouncement();
 
-  // The epoch ended: cuts this rank's memory off from the peers' writes, keeps theirs mapped, announces nothing any more.
+  // The epoch ended: cuts this rank's memory off from the peers' writes, keeps theirs mapped, announces
+  // nothing any more.
   void Fence();
 
  private:

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t kStagingBytes = 512 << 10;
 constexpr int64_t kLine = 64;
 
-// Waiting, in three stages. A peer on another core answers within a few hundred nanoseconds; with more ranks than cores only
-// yielding lets it run at all; a wake-up costs 25 us, so sleep only after a multiple of that.
+// Waiting, in three stages. A peer on another core answers within a few hundred nanoseconds; with more ranks
+// than cores only yielding lets it run at all; a wake-up costs 25 us, so sleep only after a multiple of that.
 constexpr int kSpins = 200;
 constexpr int kSpinsCrowded = 10;
 constexpr int64_t kYieldNs = 100'000;
@@ -64,7 +64,8 @@ ShmEngine::ShmEngine(World* world, std::vector<int> ranks, int index)
 absl::StatusOr<std::unique_ptr<Engine>> ShmEngine::Create(World* world, std::vector<int> ranks, int index,
                                                           uint64_t key, int64_t deadline_ns) {
   if (ranks.size() > kHostRanksMax) {
-    return absl::ResourceExhaustedError(absl::StrCat(ranks.size(), " ranks on one host, ", kHostRanksMax, " at most"));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(ranks.size(), " ranks on one host, ", kHostRanksMax, " at most"));
   }
   std::unique_ptr<ShmEngine> engine(new ShmEngine(world, std::move(ranks), index));
   SHOAL_ASSIGN_OR_RETURN(engine->blocks_[index], world->control_slots()->Claim(key));
@@ -88,7 +89,7 @@ absl::Status ShmEngine::FindPeers(uint64_t key, int64_t deadline_ns) {
       // First: what a leaving rank did, it did before it said goodbye.
       const bool left = world_->Left(ranks_[member]);
       SHOAL_ASSIGN_OR_RETURN(
-          std::byte* memory,
+          std::byte * memory,
           world_->memory().FindPeer(ranks_[member], {World::kControlSegment, 0}, sizeof(ControlPage)));
       if (memory != nullptr) {
         for (ControlBlock& block : reinterpret_cast<ControlPage*>(memory)->blocks) {
@@ -99,8 +100,8 @@ absl::Status ShmEngine::FindPeers(uint64_t key, int64_t deadline_ns) {
       if (world_->Ended()) return world_->status();
       if (left) return world_->End(absl::StrCat(world_->RankName(ranks_[member]), " left"));
       if (NowNs() >= deadline_ns) {
-        return world_->End(absl::StrCat("forming a group: deadline passed: ", world_->RankName(ranks_[member]),
-                                        " had not arrived"));
+        return world_->End(absl::StrCat(
+            "forming a group: deadline passed: ", world_->RankName(ranks_[member]), " had not arrived"));
       }
       if (round < kSpins) {
         sched_yield();
@@ -122,7 +123,8 @@ bool ShmEngine::Reached(int member) const {
 absl::Status ShmEngine::Meet() {
   ++phase_;
   ControlBlock& own = *blocks_[index_];
-  // Both this pair and its mirror in WaitFor must be sequentially consistent: either we see the sleeper or it sees us.
+  // Both this pair and its mirror in WaitFor must be sequentially consistent: either we see the sleeper or it
+  // sees us.
   own.arrived.store(phase_, std::memory_order_seq_cst);
   if (own.sleepers.load(std::memory_order_seq_cst) != 0) FutexWakeAll(&own.arrived);
   for (int member = 0; member < size_; ++member) {
@@ -187,7 +189,8 @@ absl::Status ShmEngine::PostOp() {
   post.bytes = is_read ? op.in.bytes() : 0;
   if (op.kind == OpKind::kAllToAll) {
     const std::vector<int64_t> begins = Displacements(op.counts);
-    for (int member = 0; member <= size_; ++member) post.displacements[member] = begins[member] * SizeOf(op.in.dtype());
+    for (int member = 0; member <= size_; ++member)
+      post.displacements[member] = begins[member] * SizeOf(op.in.dtype());
   }
   if (post.bytes <= kInlineBytes) {
     post.where = Where::kInline;
@@ -251,11 +254,13 @@ absl::Status ShmEngine::ReadPosts() {
 }
 
 bool ShmEngine::AllInline() const {
-  return std::all_of(sources_.begin(), sources_.end(), [](const Source& s) { return s.where == Where::kInline; });
+  return std::all_of(sources_.begin(), sources_.end(),
+                     [](const Source& s) { return s.where == Where::kInline; });
 }
 
 bool ShmEngine::AnyStaged() const {
-  return std::any_of(sources_.begin(), sources_.end(), [](const Source& s) { return s.where == Where::kStaged; });
+  return std::any_of(sources_.begin(), sources_.end(),
+                     [](const Source& s) { return s.where == Where::kStaged; });
 }
 
 absl::Status ShmEngine::Run(const Op& op, const std::atomic<int64_t>& deadline_ns) {
@@ -266,21 +271,25 @@ absl::Status ShmEngine::Run(const Op& op, const std::atomic<int64_t>& deadline_n
   SHOAL_RETURN_IF_ERROR(Meet());
   SHOAL_RETURN_IF_ERROR(ReadPosts());
   switch (op.kind) {
-    case OpKind::kBarrier: return absl::OkStatus();
-    case OpKind::kAllReduce: return AllReduce();
-    case OpKind::kReduceScatter: return ReduceScatter();
+    case OpKind::kBarrier:
+      return absl::OkStatus();
+    case OpKind::kAllReduce:
+      return AllReduce();
+    case OpKind::kReduceScatter:
+      return ReduceScatter();
     case OpKind::kAllGather:
     case OpKind::kAllToAll:
     case OpKind::kBroadcast: {
       const std::vector<Pull> pulls = Pulls();
       for (int member = 0; member < size_; ++member) {
-        const bool fits = op.kind != OpKind::kAllToAll ||
-                          sources_[member].post->displacements[index_ + 1] - pulls[member].begin == pulls[member].bytes;
+        const bool fits =
+            op.kind != OpKind::kAllToAll ||
+            sources_[member].post->displacements[index_ + 1] - pulls[member].begin == pulls[member].bytes;
         if (!fits) {
-          return world_->End(absl::StrCat(OpName(op), ": ", world_->RankName(ranks_[member]), " sends ",
-                                          sources_[member].post->displacements[index_ + 1] - pulls[member].begin,
-                                          " bytes to ", world_->RankName(ranks_[index_]), ", which expects ",
-                                          pulls[member].bytes));
+          return world_->End(absl::StrCat(
+              OpName(op), ": ", world_->RankName(ranks_[member]), " sends ",
+              sources_[member].post->displacements[index_ + 1] - pulls[member].begin, " bytes to ",
+              world_->RankName(ranks_[index_]), ", which expects ", pulls[member].bytes));
         }
       }
       return AnyStaged() ? PullStaged(pulls) : PullAll(pulls);
@@ -343,9 +352,11 @@ absl::Status ShmEngine::ReduceScatter() {
   const std::vector<int64_t> begins = Displacements(op_->counts);
   if (AnyStaged()) return ReduceScatterStaged(begins);
   std::vector<const std::byte*> inputs;
-  for (const Source& source : sources_) inputs.push_back(source.base + begins[index_] * SizeOf(op_->in.dtype()));
+  for (const Source& source : sources_)
+    inputs.push_back(source.base + begins[index_] * SizeOf(op_->in.dtype()));
   // In place, the own part of the input is the output: nobody else reads it.
-  Reduce(op_->in.dtype(), op_->reduce, inputs, {static_cast<std::byte*>(op_->out.raw())}, op_->counts[index_]);
+  Reduce(op_->in.dtype(), op_->reduce, inputs, {static_cast<std::byte*>(op_->out.raw())},
+         op_->counts[index_]);
   return AllInline() ? absl::OkStatus() : Meet();
 }
 
@@ -353,7 +364,8 @@ absl::Status ShmEngine::ReduceScatterStaged(const std::vector<int64_t>& begins) 
   const int64_t element_bytes = SizeOf(op_->in.dtype());
   const auto* in = static_cast<const std::byte*>(op_->in.raw());
   auto* out = static_cast<std::byte*>(op_->out.raw());
-  // Two halves in turn: whoever meets the others for chunk k has read chunk k - 1. Each half has a piece for every rank.
+  // Two halves in turn: whoever meets the others for chunk k has read chunk k - 1. Each half has a piece for
+  // every rank.
   const int64_t piece_bytes = kStagingBytes / 2 / size_ / kLine * kLine;
   const int64_t piece = piece_bytes / element_bytes;
   const int64_t longest = *std::max_element(op_->counts.begin(), op_->counts.end());
@@ -394,7 +406,8 @@ std::vector<ShmEngine::Pull> ShmEngine::Pulls() const {
   const std::vector<int64_t> begins = Displacements(to_each ? op_->recv_counts : op_->counts);
   for (int member = 0; member < size_; ++member) {
     pulls[member] = {to_each ? sources_[member].post->displacements[index_] : 0,
-                     (begins[member + 1] - begins[member]) * element_bytes, out + begins[member] * element_bytes};
+                     (begins[member + 1] - begins[member]) * element_bytes,
+                     out + begins[member] * element_bytes};
   }
   return pulls;
 }
@@ -419,7 +432,8 @@ absl::Status ShmEngine::PullStaged(const std::vector<Pull>& pulls) {
   }
   for (int64_t done = 0, k = 0; done < longest; done += kHalf, ++k) {
     if (sources_[index_].where == Where::kStaged) {
-      Copy(staging_->base() + k % 2 * kHalf, own + done, std::clamp<int64_t>(sources_[index_].bytes - done, 0, kHalf));
+      Copy(staging_->base() + k % 2 * kHalf, own + done,
+           std::clamp<int64_t>(sources_[index_].bytes - done, 0, kHalf));
     }
     SHOAL_RETURN_IF_ERROR(Meet());
     for (int step = 0; step < size_; ++step) {

@@ -1,6 +1,6 @@
-// Operations of a group whose ranks share a host. Every rank posts where its data lies, meets the others at a counter, and
-// then reads (an all_reduce also writes) the peers' memory in place. Data outside of shared memory passes through a staging
-// segment, chunk by chunk. Sums are made in index order.
+// Operations of a group whose ranks share a host. Every rank posts where its data lies, meets the others at a
+// counter, and then reads (an all_reduce also writes) the peers' memory in place. Data outside of shared
+// memory passes through a staging segment, chunk by chunk. Sums are made in index order.
 #pragma once
 
 #include <memory>
@@ -15,10 +15,10 @@ namespace shoal {
 
 class ShmEngine final : public Engine, public Sleeper {
  public:
-  // `ranks` of the job form the group `key`; this process is ranks[index]. Waits for all of them, until deadline_ns;
-  // ABORTED: the epoch is over (also because one did not come).
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(World* world, std::vector<int> ranks, int index, uint64_t key,
-                                                        int64_t deadline_ns);
+  // `ranks` of the job form the group `key`; this process is ranks[index]. Waits for all of them, until
+  // deadline_ns; ABORTED: the epoch is over (also because one did not come).
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(World* world, std::vector<int> ranks, int index,
+                                                        uint64_t key, int64_t deadline_ns);
   ~ShmEngine() override;
 
   absl::Status Run(const Op& op, const std::atomic<int64_t>& deadline_ns) override;

@@ -9,8 +9,9 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t kSmallBytes = 16 << 10;  // Up to here everybody sends everything to everybody: one step, not two.
-constexpr int64_t kChunkBytes = 1 << 20;   // Of a part: what is received while the chunk before is reduced.
+constexpr int64_t kSmallBytes =
+    16 << 10;  // Up to here everybody sends everything to everybody: one step, not two.
+constexpr int64_t kChunkBytes = 1 << 20;  // Of a part: what is received while the chunk before is reduced.
 
 std::byte* Bytes(const Tensor& tensor) { return static_cast<std::byte*>(tensor.raw()); }
 
@@ -32,12 +33,18 @@ absl::Status TcpEngine::Run(const Op& op, const std::atomic<int64_t>& deadline_n
   if (world_->Ended()) return world_->status();
   const Context context = {op, deadline_ns};
   switch (op.kind) {
-    case OpKind::kBarrier: return Barrier(context);
-    case OpKind::kBroadcast: return Broadcast(context);
-    case OpKind::kAllGather: return AllGather(context);
-    case OpKind::kAllToAll: return AllToAll(context);
-    case OpKind::kReduceScatter: return ReduceParts(context, op.counts, Bytes(op.out), /*gather=*/false);
-    case OpKind::kAllReduce: break;
+    case OpKind::kBarrier:
+      return Barrier(context);
+    case OpKind::kBroadcast:
+      return Broadcast(context);
+    case OpKind::kAllGather:
+      return AllGather(context);
+    case OpKind::kAllToAll:
+      return AllToAll(context);
+    case OpKind::kReduceScatter:
+      return ReduceParts(context, op.counts, Bytes(op.out), /*gather=*/false);
+    case OpKind::kAllReduce:
+      break;
   }
   if (op.in.bytes() <= kSmallBytes) return AllReduceSmall(context);
   std::vector<int64_t> counts;
@@ -111,18 +118,19 @@ absl::Status TcpEngine::AllToAll(const Context& context) const {
   Batch batch = NewBatch(context);
   for (int step = 1; step < size_; ++step) {
     const int to = (index_ + step) % size_, from = (index_ + size_ - step) % size_;
-    world_->mesh()->Receive(&batch, ranks_[from], /*step=*/0, Bytes(op.out) + recv_begins[from] * element_bytes,
+    world_->mesh()->Receive(&batch, ranks_[from], /*step=*/0,
+                            Bytes(op.out) + recv_begins[from] * element_bytes,
                             op.recv_counts[from] * element_bytes);
     world_->mesh()->Send(&batch, ranks_[to], /*step=*/0, Bytes(op.in) + send_begins[to] * element_bytes,
                          op.counts[to] * element_bytes);
   }
-  Copy(Bytes(op.out) + recv_begins[index_] * element_bytes, Bytes(op.in) + send_begins[index_] * element_bytes,
-       op.counts[index_] * element_bytes);
+  Copy(Bytes(op.out) + recv_begins[index_] * element_bytes,
+       Bytes(op.in) + send_begins[index_] * element_bytes, op.counts[index_] * element_bytes);
   return Wait(&batch, context);
 }
 
-absl::Status TcpEngine::ReduceParts(const Context& context, const std::vector<int64_t>& counts, std::byte* out,
-                                    bool gather) const {
+absl::Status TcpEngine::ReduceParts(const Context& context, const std::vector<int64_t>& counts,
+                                    std::byte* out, bool gather) const {
   const Op& op = context.op;
   TcpMesh& mesh = *world_->mesh();
   const int64_t element_bytes = SizeOf(op.in.dtype());
@@ -132,7 +140,9 @@ absl::Status TcpEngine::ReduceParts(const Context& context, const std::vector<in
   const auto length = [&](int member, int64_t k) {
     return std::clamp<int64_t>(counts[member] - k * chunk, 0, chunk) * element_bytes;
   };
-  const auto piece = [&](int member, int64_t k) { return Bytes(op.in) + (begins[member] + k * chunk) * element_bytes; };
+  const auto piece = [&](int member, int64_t k) {
+    return Bytes(op.in) + (begins[member] + k * chunk) * element_bytes;
+  };
   // Two chunks in turn: one is received while the other is reduced.
   std::vector<std::byte> received(2 * size_ * length(index_, 0));
   std::vector<Batch> scatters(2, NewBatch(context));
@@ -167,7 +177,8 @@ absl::Status TcpEngine::ReduceParts(const Context& context, const std::vector<in
       const int to = (index_ + step) % size_, from = (index_ + size_ - step) % size_;
       const uint32_t number = static_cast<uint32_t>(2 * k + 1);
       if (length(from, k) > 0) mesh.Receive(&gathers, ranks_[from], number, piece(from, k), length(from, k));
-      if (length(index_, k) > 0) mesh.Send(&gathers, ranks_[to], number, out + k * kChunkBytes, length(index_, k));
+      if (length(index_, k) > 0)
+        mesh.Send(&gathers, ranks_[to], number, out + k * kChunkBytes, length(index_, k));
     }
   }
   return Wait(&gathers, context);

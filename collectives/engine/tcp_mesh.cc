@@ -163,7 +163,8 @@ void TcpMesh::PumpOut(int rank) {
     iovec parts[2];
     int count = 0;
     if (peer.frame_sent < sizeof header) {
-      parts[count++] = {reinterpret_cast<char*>(&peer.out.header) + peer.frame_sent, sizeof header - peer.frame_sent};
+      parts[count++] = {reinterpret_cast<char*>(&peer.out.header) + peer.frame_sent,
+                        sizeof header - peer.frame_sent};
     }
     const size_t payload_sent = peer.frame_sent - std::min(peer.frame_sent, sizeof header);
     if (header.bytes > payload_sent) {
@@ -189,12 +190,13 @@ void TcpMesh::PumpOut(int rank) {
 
 absl::Status TcpMesh::Check(const Header& header, const Op& op, int64_t bytes) {
   if (header.signature != Signature(op)) {
-    return absl::InternalError(absl::StrCat("is in ", OpName(static_cast<OpKind>(header.kind), "", header.seq),
-                                            ", this rank in ", OpName(op),
-                                            ": not the same operation, or with other arguments"));
+    return absl::InternalError(
+        absl::StrCat("is in ", OpName(static_cast<OpKind>(header.kind), "", header.seq), ", this rank in ",
+                     OpName(op), ": not the same operation, or with other arguments"));
   }
   if (static_cast<int64_t>(header.total) != bytes) {
-    return absl::InternalError(absl::StrCat("has ", header.total, " bytes for ", OpName(op), ", this rank ", bytes));
+    return absl::InternalError(
+        absl::StrCat("has ", header.total, " bytes for ", OpName(op), ", this rank ", bytes));
   }
   return absl::OkStatus();
 }

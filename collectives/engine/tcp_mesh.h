@@ -1,7 +1,8 @@
-// Messages between this rank and its peers over one TCP connection per peer, for any number of operations at a time. Small
-// messages are sent at once and kept by the receiver until they are asked for; large ones only when the receiver has said
-// where they go, so that one group's data never blocks another's. Large messages are cut into slices which take turns.
-// There is no thread: whoever waits for a batch moves everybody's bytes meanwhile. Thread-safe.
+// Messages between this rank and its peers over one TCP connection per peer, for any number of operations at
+// a time. Small messages are sent at once and kept by the receiver until they are asked for; large ones only
+// when the receiver has said where they go, so that one group's data never blocks another's. Large messages
+// are cut into slices which take turns. There is no thread: whoever waits for a batch moves everybody's bytes
+// meanwhile. Thread-safe.
 //
 // Frame: the 64 bytes of Header, then `bytes` of payload. Bytes of another epoch end this one.
 #pragma once
@@ -28,19 +29,21 @@ class TcpMesh final : public Sleeper {
   TcpMesh(World* world, Epoch epoch, Fd wake, std::vector<Fd> sockets);
   ~TcpMesh() override;
 
-  // Messages of one operation that are awaited together. Borrows the operation and all buffers until Wait has returned.
+  // Messages of one operation that are awaited together. Borrows the operation and all buffers until Wait has
+  // returned.
   struct Batch {
     Batch(uint64_t group, const Op& op, int ranks) : group(group), op(op), pending_by_rank(ranks, 0) {}
     const uint64_t group;
     const Op& op;
-    int pending = 0;                   // Guarded by the mesh, as the next one.
+    int pending = 0;  // Guarded by the mesh, as the next one.
     std::vector<int> pending_by_rank;
   };
 
   // The message `step` of the batch's operation to or from a rank. Both sides know its size. Never block.
   void Send(Batch* batch, int rank, uint32_t step, const void* data, int64_t bytes);
   void Receive(Batch* batch, int rank, uint32_t step, void* data, int64_t bytes);
-  // Blocks until all messages of the batch are through. ABORTED: the epoch is over; buffers are no longer in use.
+  // Blocks until all messages of the batch are through. ABORTED: the epoch is over; buffers are no longer in
+  // use.
   absl::Status Wait(Batch* batch, const std::atomic<int64_t>& deadline_ns);
 
   void Wake() override;
@@ -81,10 +84,10 @@ class TcpMesh final : public Sleeper {
   struct Peer {
     Fd socket;
     bool open = true;
-    std::deque<Outgoing> ready;   // kReady frames: before all data.
+    std::deque<Outgoing> ready;  // kReady frames: before all data.
     std::deque<Outgoing> queue;
-    std::map<Key, Outgoing> held;        // Until the peer is ready.
-    std::map<Key, Header> early_ready;   // The peer was ready before us.
+    std::map<Key, Outgoing> held;       // Until the peer is ready.
+    std::map<Key, Header> early_ready;  // The peer was ready before us.
     std::map<Key, Incoming> expected;
     std::map<Key, Unexpected> unexpected;
     int64_t unexpected_bytes = 0;
@@ -106,7 +109,8 @@ class TcpMesh final : public Sleeper {
   void Finish(Batch* batch, int rank) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // A message that came before it was wanted.
-  void TakeUnexpected(int rank, const Header& wanted, const Incoming& in) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void TakeUnexpected(int rank, const Header& wanted, const Incoming& in)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void PumpOut(int rank) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool NextFrame(Peer* peer) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EndFrame(int rank) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -15,8 +15,8 @@ namespace shoal {
 class OpQueue;
 
 struct Work::State {
-  // The queue that runs the operation, so that a thread which waits for it can do so instead of waking another one. Weak: a
-  // handle may outlive the communicator.
+  // The queue that runs the operation, so that a thread which waits for it can do so instead of waking
+  // another one. Weak: a handle may outlive the communicator.
   std::weak_ptr<OpQueue> queue;
 
   std::atomic<bool> done{false};  // Set under the mutex; `status` is final once it is true.

@@ -10,8 +10,8 @@
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
 #include "collectives/engine/control_page.h"
-#include "collectives/transport/clock.h"
 #include "collectives/engine/tcp_mesh.h"
+#include "collectives/transport/clock.h"
 #include "collectives/transport/wire.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
@@ -19,7 +19,8 @@
 namespace shoal {
 namespace {
 
-// How long a closing process waits for its peers to hear its last words, before the kernel may throw them away.
+// How long a closing process waits for its peers to hear its last words, before the kernel may throw them
+// away.
 constexpr int64_t kFarewellNs = 1'000'000'000;
 constexpr int kBeatsPerTimeout = 5;
 
@@ -54,7 +55,8 @@ absl::Status World::Start(std::vector<PeerLink> links) {
     peers_.push_back(std::move(peer));
   }
   memory_ = std::make_shared<SharedMemory>(options_.size, Announcer());
-  if (over_tcp) mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
+  if (over_tcp)
+    mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
   monitor_ = std::thread([this] { RunMonitor(); });
   if (RanksOnThisHost() > 1) {
     SHOAL_ASSIGN_OR_RETURN(control_segment_, memory_->NewSegment(sizeof(ControlPage)), "the control page");
@@ -66,7 +68,8 @@ absl::Status World::Start(std::vector<PeerLink> links) {
 SharedMemory::Announcer World::Announcer() {
   const auto to_host_mates = [this](const std::function<void(ControlLink*)>& push) {
     for (const auto& peer : peers_) {
-      if (peer->control != nullptr && peer->link.host == peers_[options_.rank]->link.host) push(peer->control.get());
+      if (peer->control != nullptr && peer->link.host == peers_[options_.rank]->link.host)
+        push(peer->control.get());
     }
     WakeMonitor();
   };
@@ -77,12 +80,14 @@ SharedMemory::Announcer World::Announcer() {
         SHOAL_LOG(kError) << "shared memory stays unknown to a peer: " << fd.status().message();
         return;
       }
-      link->Push({ControlType::kSegment, WireWriter().U64(segment.id()).U64(segment.bytes()).Take(), *std::move(fd)});
+      link->Push({ControlType::kSegment, WireWriter().U64(segment.id()).U64(segment.bytes()).Take(),
+                  *std::move(fd)});
     });
   };
   const auto freed = [to_host_mates](uint32_t id) {
-    to_host_mates(
-        [id](ControlLink* link) { link->Push({ControlType::kFree, WireWriter().U64(id).Take(), Fd()}); });
+    to_host_mates([id](ControlLink* link) {
+      link->Push({ControlType::kFree, WireWriter().U64(id).Take(), Fd()});
+    });
   };
   return {added, freed};
 }
@@ -116,7 +121,8 @@ bool World::OneHost(const std::vector<int>& ranks) const {
 
 int World::RanksOnThisHost() const {
   const int host = peers_[options_.rank]->link.host;
-  return std::count_if(peers_.begin(), peers_.end(), [host](const auto& peer) { return peer->link.host == host; });
+  return std::count_if(peers_.begin(), peers_.end(),
+                       [host](const auto& peer) { return peer->link.host == host; });
 }
 
 absl::Status World::status() const {
@@ -323,7 +329,8 @@ void World::CheckSilence(int64_t now_ns) {
     if (!peer.open || peer.said_last || now_ns - peer.heard_ns < timeout_ns) continue;
     const std::string last =
         peer.last_operation.empty() ? "" : absl::StrCat(" (last: ", peer.last_operation, ")");
-    (void)End(absl::StrFormat("%s: silent for %.1f s%s", RankName(rank), (now_ns - peer.heard_ns) * 1e-9, last));
+    (void)End(
+        absl::StrFormat("%s: silent for %.1f s%s", RankName(rank), (now_ns - peer.heard_ns) * 1e-9, last));
     return;
   }
 }

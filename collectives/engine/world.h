@@ -1,6 +1,7 @@
-// One epoch of one process: the links to all peers, and the one verdict that ends it. A monitor thread reads the control
-// links, sends heartbeats and notices dead, silent and leaving peers; it never touches data. Engines (see op.h) run
-// operations on their callers' and queues' threads and ask here whether the epoch still lives. Thread-safe.
+// One epoch of one process: the links to all peers, and the one verdict that ends it. A monitor thread reads
+// the control links, sends heartbeats and notices dead, silent and leaving peers; it never touches data.
+// Engines (see op.h) run operations on their callers' and queues' threads and ask here whether the epoch
+// still lives. Thread-safe.
 #pragma once
 
 #include <atomic>
@@ -24,7 +25,8 @@ namespace shoal {
 class TcpMesh;
 class ControlSlots;
 
-// Something with threads that sleep until a peer acts: woken when the epoch ends or a peer leaves. Wake never blocks.
+// Something with threads that sleep until a peer acts: woken when the epoch ends or a peer leaves. Wake never
+// blocks.
 class Sleeper {
  public:
   virtual ~Sleeper() = default;
@@ -55,7 +57,8 @@ class World {
   void NoteOperation(const Op& op);
   void AddSleeper(Sleeper* sleeper);
   void RemoveSleeper(Sleeper* sleeper);
-  // `callback` runs on the monitor thread when the epoch ends. RemoveCallbacks waits until none of `owner` runs.
+  // `callback` runs on the monitor thread when the epoch ends. RemoveCallbacks waits until none of `owner`
+  // runs.
   void AddCallback(const void* owner, std::function<void(const absl::Status&)> callback);
   void RemoveCallbacks(const void* owner);
 
@@ -63,7 +66,7 @@ class World {
   // The groups' counters in this rank's first segment; kControlSegment is that segment's id on every rank.
   static constexpr uint32_t kControlSegment = 1;
   ControlSlots* control_slots() const { return control_slots_.get(); }  // Null without ranks on this host.
-  TcpMesh* mesh() const { return mesh_.get(); }  // Null on one host.
+  TcpMesh* mesh() const { return mesh_.get(); }                         // Null on one host.
 
  private:
   struct Peer {
@@ -71,9 +74,9 @@ class World {
     std::unique_ptr<ControlLink> control;  // Null for this process itself.
     std::atomic<bool> left{false};
     // The monitor's own.
-    bool open = true;         // It may still say something.
-    bool finished = false;    // We have said all that we will.
-    bool said_last = false;   // It has said goodbye or abort.
+    bool open = true;        // It may still say something.
+    bool finished = false;   // We have said all that we will.
+    bool said_last = false;  // It has said goodbye or abort.
     int64_t heard_ns = 0;
     std::string last_operation;
   };

@@ -125,7 +125,8 @@ absl::StatusOr<Doors> OpenDoors(const WorldOptions& options, int64_t deadline_ns
     SHOAL_ASSIGN_OR_RETURN(const SocketAddress address, ResolveAddress("unix:" + doors.self.unix_name, 0));
     SHOAL_ASSIGN_OR_RETURN(doors.unix_listener, Listen(address));
   }
-  // Ranks that meet at a name of one host, or at its loopback address, are all there: open nothing to the network.
+  // Ranks that meet at a name of one host, or at its loopback address, are all there: open nothing to the
+  // network.
   if (family != AF_UNIX || options.transport == "tcp") {
     const int tcp_family = family == AF_INET6 ? AF_INET6 : AF_INET;
     SHOAL_ASSIGN_OR_RETURN(doors.tcp_listener, Listen(AnyAddress(tcp_family, doors.master.IsLoopback())));
@@ -196,21 +197,25 @@ Leader::Verdict Leader::Judge(const Frame& frame, Identity* identity) const {
     return {Verdict::kRefuse, absl::StrCat("job '", job, "', want '", options_.job_id, "'")};
   }
   if (epoch != static_cast<uint64_t>(options_.epoch)) {
-    return {Verdict::kRefuse, absl::StrCat("epoch ", epoch, ", want ", static_cast<uint64_t>(options_.epoch))};
+    return {Verdict::kRefuse,
+            absl::StrCat("epoch ", epoch, ", want ", static_cast<uint64_t>(options_.epoch))};
   }
   const std::string name = identity->Name();
   if (size != static_cast<uint64_t>(options_.size)) {
-    return {Verdict::kFail, absl::StrCat(name, " says that the job has ", size, " ranks, rank 0 says ", options_.size)};
+    return {Verdict::kFail,
+            absl::StrCat(name, " says that the job has ", size, " ranks, rank 0 says ", options_.size)};
   }
   if (transport != options_.transport) {
-    return {Verdict::kFail, absl::StrCat(name, " wants transport ", transport, ", rank 0 ", options_.transport)};
+    return {Verdict::kFail,
+            absl::StrCat(name, " wants transport ", transport, ", rank 0 ", options_.transport)};
   }
   if (identity->rank < 0 || identity->rank >= options_.size) {
     return {Verdict::kFail, absl::StrCat(name, " of a job of ", options_.size)};
   }
   if (here_[identity->rank]) {
-    return {Verdict::kFail, absl::StrCat("two processes claim one rank: ", table_.ranks[identity->rank].Name(),
-                                         " and ", name)};
+    return {
+        Verdict::kFail,
+        absl::StrCat("two processes claim one rank: ", table_.ranks[identity->rank].Name(), " and ", name)};
   }
   return {};
 }
@@ -227,9 +232,9 @@ absl::Status Leader::Admit(Greeter::Event& event) {
   }
   if (verdict.what == Verdict::kFail) {
     const absl::Status status = absl::InvalidArgumentError(verdict.text);
-    (void)SendFrame(
-        event.socket.get(), FrameType::kFailed,
-        WireWriter().U64(static_cast<uint64_t>(status.code())).String(verdict.text).Take(), soon_ns);
+    (void)SendFrame(event.socket.get(), FrameType::kFailed,
+                    WireWriter().U64(static_cast<uint64_t>(status.code())).String(verdict.text).Take(),
+                    soon_ns);
     return status;
   }
   identity.ip = from.Ip();
@@ -363,9 +368,9 @@ absl::StatusOr<Table> Follower::Join() {
     if (table.ok()) return table;
     absl::Status status = table.status();
     if (absl::IsDeadlineExceeded(status) && !waiting_for_.empty()) {
-      return absl::DeadlineExceededError(absl::StrCat("after ", absl::FormatDuration(options_.connect_timeout),
-                                                      ": ", waiting_for_, " of ", options_.size,
-                                                      " did not come"));
+      return absl::DeadlineExceededError(absl::StrCat("after ",
+                                                      absl::FormatDuration(options_.connect_timeout), ": ",
+                                                      waiting_for_, " of ", options_.size, " did not come"));
     }
     const bool again = absl::IsUnavailable(status) || absl::IsDataLoss(status);
     if (!again || NowNs() + kRetryNs > deadline_ns_) {
@@ -387,8 +392,9 @@ absl::StatusOr<std::vector<int>> Follower::AgreeOnHosts(int own_host) {
   return hosts;
 }
 
-// The lowest rank that shares memory with this one. Equal kernels are not enough: restored snapshots share an id, and
-// network namespaces hide the sockets that descriptors travel on. Reaching the peer's socket is the test.
+// The lowest rank that shares memory with this one. Equal kernels are not enough: restored snapshots share an
+// id, and network namespaces hide the sockets that descriptors travel on. Reaching the peer's socket is the
+// test.
 int FindHost(const Table& table, int rank, int64_t deadline_ns) {
   const Identity& self = table.ranks[rank];
   for (int other = 0; other < rank && !self.boot.empty(); ++other) {
@@ -403,8 +409,9 @@ absl::StatusOr<Fd> DialPeer(const WorldOptions& options, const Table& table, int
                             Channel channel, int64_t deadline_ns) {
   const Identity& identity = table.ranks[peer];
   const bool over_unix = same_host && channel == Channel::kControl;
-  SHOAL_ASSIGN_OR_RETURN(const SocketAddress address,
-                         ResolveAddress(over_unix ? "unix:" + identity.unix_name : identity.ip, identity.port));
+  SHOAL_ASSIGN_OR_RETURN(
+      const SocketAddress address,
+      ResolveAddress(over_unix ? "unix:" + identity.unix_name : identity.ip, identity.port));
   absl::StatusOr<Fd> socket = Dial(address, deadline_ns);
   // A full backlog drains as the peer accepts.
   while (!socket.ok() && absl::IsUnavailable(socket.status()) && NowNs() + kRetryNs < deadline_ns) {
@@ -436,8 +443,9 @@ void AcceptPeer(const WorldOptions& options, const Table& table, Greeter::Event&
   (channel == static_cast<uint64_t>(Channel::kData) ? link.data : link.control) = std::move(event.socket);
 }
 
-absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const Doors& doors, const Table& table,
-                                              const std::vector<int>& hosts, int64_t deadline_ns) {
+absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const Doors& doors,
+                                              const Table& table, const std::vector<int>& hosts,
+                                              int64_t deadline_ns) {
   const bool needs_tcp = std::any_of(hosts.begin(), hosts.end(), [](int host) { return host != 0; });
   std::vector<PeerLink> links(options.size);
   for (int rank = 0; rank < options.size; ++rank) {
@@ -471,8 +479,8 @@ absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const
   }
 }
 
-// The master's listener: on its own address where that is an address of this host, else (behind a translated address) on
-// all of them.
+// The master's listener: on its own address where that is an address of this host, else (behind a translated
+// address) on all of them.
 absl::StatusOr<Fd> ListenAsMaster(const SocketAddress& master, int port) {
   absl::StatusOr<Fd> listener = Listen(master);
   if (!listener.ok() && master.family() != AF_UNIX && !absl::IsAlreadyExists(listener.status())) {

@@ -59,8 +59,8 @@ std::vector<WorldOptions> AllRanks(int size, const std::string& transport = "aut
 }
 
 TEST(Bootstrap, MeetsOverIpv4AndIpv6) {
-  for (const auto& [host, family] : {std::pair("127.0.0.1", AF_INET), std::pair("::1", AF_INET6),
-                                     std::pair("localhost", AF_INET)}) {
+  for (const auto& [host, family] :
+       {std::pair("127.0.0.1", AF_INET), std::pair("::1", AF_INET6), std::pair("localhost", AF_INET)}) {
     if (family == AF_INET6 && !Listen(AnyAddress(AF_INET6, true)).ok()) continue;  // No IPv6 on this machine.
     for (const char* transport : {"auto", "tcp"}) {
       std::vector<WorldOptions> options = AllRanks(3, transport);
@@ -160,7 +160,8 @@ TEST(Bootstrap, OtherJobsAndEpochsAreRefusedAndTheJobForms) {
   EXPECT_EQ(rank_0.ToString(), "OK");
   EXPECT_EQ(rank_1.ToString(), "OK");
   EXPECT_TRUE(absl::IsUnavailable(stranger_status)) << stranger_status;
-  EXPECT_THAT(std::string(stranger_status.message()), HasSubstr("refused this process: job 'another', want 'test'"));
+  EXPECT_THAT(std::string(stranger_status.message()),
+              HasSubstr("refused this process: job 'another', want 'test'"));
   EXPECT_THAT(std::string(stale_status.message()), HasSubstr("refused this process: epoch 9, want 1"));
   EXPECT_THAT(log, AllOf(HasSubstr("job 'another', want 'test'"), HasSubstr("epoch 9, want 1")));
 }
@@ -183,10 +184,11 @@ TEST(Bootstrap, GarbageAndPortScannersCostNothing) {
   const std::string other_version("SHOL\377\0\0\0\1\0\0\0\0\0\0\0", 16);
   const std::string empty_hello("SHOL\1\0\0\0\1\0\0\0\0\0\0\0", 16);
   std::vector<Fd> open;
-  for (const std::string& bytes : {std::string(), std::string("GET / HTTP/1.1\r\n\r\n"), std::string(100'000, '\xff'),
-                                   std::string("SHO"), huge_frame, other_version, empty_hello}) {
+  for (const std::string& bytes :
+       {std::string(), std::string("GET / HTTP/1.1\r\n\r\n"), std::string(100'000, '\xff'),
+        std::string("SHO"), huge_frame, other_version, empty_hello}) {
     absl::StatusOr<Fd> fd = Dial(address, Soon());
-    while (!fd.ok()) fd = Dial(address, Soon());  // Rank 0 is still on its way.
+    while (!fd.ok()) fd = Dial(address, Soon());                   // Rank 0 is still on its way.
     (void)SendAll(fd->get(), bytes.data(), bytes.size(), Soon());  // It may be closed in the middle.
     open.push_back(*std::move(fd));
     if (open.size() % 2 == 0) open.pop_back();
@@ -199,8 +201,8 @@ TEST(Bootstrap, GarbageAndPortScannersCostNothing) {
   const std::string log = testing::internal::GetCapturedStderr();
   EXPECT_EQ(rank_0.ToString(), "OK");
   EXPECT_EQ(rank_1.ToString(), "OK");
-  EXPECT_THAT(log, AllOf(HasSubstr("it does not speak Shoal's protocol"), HasSubstr("protocol version 255, want 1"),
-                         HasSubstr("not a greeting")));
+  EXPECT_THAT(log, AllOf(HasSubstr("it does not speak Shoal's protocol"),
+                         HasSubstr("protocol version 255, want 1"), HasSubstr("not a greeting")));
 }
 
 TEST(Bootstrap, ARankThatDiesWhileTheJobFormsMayComeBack) {

@@ -36,7 +36,8 @@ absl::Status SendFrame(int fd, FrameType type, std::string_view body, int64_t de
 absl::StatusOr<Frame> ReceiveFrame(int fd, int64_t deadline_ns) {
   Header header;
   SHOAL_RETURN_IF_ERROR(ReceiveAll(fd, &header, sizeof header, deadline_ns));
-  if (header.magic != kMagic || header.length > kBodyMax) return absl::DataLossError("no Shoal answers there");
+  if (header.magic != kMagic || header.length > kBodyMax)
+    return absl::DataLossError("no Shoal answers there");
   Frame frame = {header.version, static_cast<FrameType>(header.type), std::string(header.length, '\0')};
   SHOAL_RETURN_IF_ERROR(ReceiveAll(fd, frame.body.data(), frame.body.size(), deadline_ns));
   return frame;
@@ -78,7 +79,8 @@ Greeter::Progress Greeter::ReadSome(Guest* guest, Frame* frame) {
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Progress::kMore;
     if (got <= 0) {
       // A connection that said nothing is somebody's look whether the port is open.
-      if (!guest->bytes.empty()) SHOAL_LOG(kWarning) << "refused " << from << ": it left in the middle of a greeting";
+      if (!guest->bytes.empty())
+        SHOAL_LOG(kWarning) << "refused " << from << ": it left in the middle of a greeting";
       return Progress::kGone;
     }
     guest->bytes.append(bytes, got);

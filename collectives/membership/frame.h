@@ -1,5 +1,5 @@
-// The frames of the bootstrap protocol, and the door through which strangers knock. Frame: magic, version, type and body
-// length (u32 each), body.
+// The frames of the bootstrap protocol, and the door through which strangers knock. Frame: magic, version,
+// type and body length (u32 each), body.
 #pragma once
 
 #include <cstdint>
@@ -36,14 +36,14 @@ absl::Status SendFrame(int fd, FrameType type, std::string_view body, int64_t de
 // From a peer that has said who it is. DATA_LOSS: bytes that are no frame.
 absl::StatusOr<Frame> ReceiveFrame(int fd, int64_t deadline_ns);
 
-// Accepts connections and reads one frame from each, all at the same time, so that a stranger who says nothing holds up
-// nobody. What does not begin like a frame is closed with a log line.
+// Accepts connections and reads one frame from each, all at the same time, so that a stranger who says
+// nothing holds up nobody. What does not begin like a frame is closed with a log line.
 class Greeter {
  public:
   explicit Greeter(std::vector<int> listeners) : listeners_(std::move(listeners)) {}
 
   struct Event {
-    Fd socket;         // Valid: it said `frame`.
+    Fd socket;  // Valid: it said `frame`.
     Frame frame;
     int readable = -1;  // Otherwise the watched descriptor that has something to read.
   };

@@ -1,6 +1,6 @@
-// The control connection to one peer: small messages in order, with descriptors where the socket can carry them. Data never
-// travels here, so that a heartbeat or an abort waits behind nothing. Push may be called from any thread; Flush and Read
-// belong to one thread. Framing: u32 body length, u8 type, body.
+// The control connection to one peer: small messages in order, with descriptors where the socket can carry
+// them. Data never travels here, so that a heartbeat or an abort waits behind nothing. Push may be called
+// from any thread; Flush and Read belong to one thread. Framing: u32 body length, u8 type, body.
 #pragma once
 
 #include <cstdint>

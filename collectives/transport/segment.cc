@@ -45,8 +45,8 @@ int64_t SumOf(const char* path, std::initializer_list<std::string_view> keys, in
   return found ? sum : fallback;
 }
 
-// Pages of a memory file have no size limit of their own: past what the machine or the control group has, the kernel
-// kills a process. So ask first. What a group uses includes file pages, which the kernel gives back.
+// Pages of a memory file have no size limit of their own: past what the machine or the control group has, the
+// kernel kills a process. So ask first. What a group uses includes file pages, which the kernel gives back.
 int64_t AvailableBytes() {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
   int64_t available = SumOf("/proc/meminfo", {"MemAvailable:"}, kNone / 1024) * 1024;
@@ -59,7 +59,8 @@ int64_t AvailableBytes() {
   if (limit_v1 != kNone) {
     const int64_t files =
         SumOf("/sys/fs/cgroup/memory/memory.stat", {"total_active_file", "total_inactive_file"}, 0);
-    available = std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0) + files);
+    available =
+        std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0) + files);
   }
   return available;
 }
@@ -73,43 +74,56 @@ absl::StatusOr<std::byte*> MapFile(int fd, int64_t bytes) {
   if (base == MAP_FAILED) return ErrnoStatus(errno, "map shared memory");
   (void)madvise(base, bytes, MADV_HUGEPAGE);
 #ifdef MADV_POPULATE_WRITE
-  // Page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best effort.
+  // Pages and page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best
+  // effort.
   (void)madvise(base, bytes, MADV_POPULATE_WRITE);
 #endif
   return static_cast<std::byte*>(base);
 }
 
-// A memory file of `bytes` existing pages.
-absl::StatusOr<Fd> NewFile(int64_t bytes, unsigned int flags) {
+struct MappedFile {
+  Fd fd;
+  std::byte* base;
+};
+
+// A new memory file of `bytes` existing pages.
+absl::StatusOr<MappedFile> NewFile(int64_t bytes, unsigned int flags) {
   Fd fd(memfd_create("shoal", MFD_CLOEXEC | flags));
   if (!fd.valid()) return ErrnoStatus(errno, "create a memory file");
+  if (ftruncate(fd.get(), bytes) != 0) return ErrnoStatus(errno, "size shared memory");
+  // Mapped first: only through a mapping can the kernel be asked for large pages.
+  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes));
   int error = 0;
   do {
     error = fallocate(fd.get(), 0, 0, bytes) == 0 ? 0 : errno;
   } while (error == EINTR);
-  if (error != 0) return ErrnoStatus(error, "allocate shared memory");
-  return fd;
+  if (error != 0) {
+    munmap(base, bytes);
+    return ErrnoStatus(error, "allocate shared memory");
+  }
+  return MappedFile{std::move(fd), base};
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint32_t id, int64_t bytes) {
+absl::Status CheckMemoryAvailable(int64_t bytes) {
   const int64_t available = AvailableBytes();
-  if (bytes > available) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("shared memory: wanted ", bytes, " bytes, ", available, " are available"));
-  }
+  if (bytes <= available) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      absl::StrCat("memory: wanted ", bytes, " bytes, ", available, " are available"));
+}
+
+absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint32_t id, int64_t bytes) {
+  SHOAL_RETURN_IF_ERROR(CheckMemoryAvailable(bytes), "shared");
   if (bytes >= kHugePage && HugePagesFree(bytes)) {
     const int64_t rounded = RoundUp(bytes, kHugePage);
-    absl::StatusOr<Fd> fd = NewFile(rounded, MFD_HUGETLB);
-    absl::StatusOr<std::byte*> base = fd.ok() ? MapFile(fd->get(), rounded) : fd.status();
+    absl::StatusOr<MappedFile> file = NewFile(rounded, MFD_HUGETLB);
     // Somebody else may have taken the pages meanwhile: small ones do too.
-    if (base.ok()) return std::unique_ptr<Segment>(new Segment(id, rounded, *std::move(fd), *base));
+    if (file.ok()) return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(file->fd), file->base));
   }
   const int64_t rounded = RoundUp(std::max<int64_t>(bytes, 1), kSmallPage);
-  SHOAL_ASSIGN_OR_RETURN(Fd fd, NewFile(rounded, 0), "wanted ", bytes, " bytes");
-  SHOAL_ASSIGN_OR_RETURN(std::byte* base, MapFile(fd.get(), rounded), "wanted ", bytes, " bytes");
-  return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(fd), base));
+  SHOAL_ASSIGN_OR_RETURN(MappedFile file, NewFile(rounded, 0), "wanted ", bytes, " bytes");
+  return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(file.fd), file.base));
 }
 
 absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint32_t id, int64_t bytes, Fd fd) {
@@ -119,7 +133,7 @@ absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint32_t id, int64_t bytes
     return absl::InvalidArgumentError(
         absl::StrCat("a peer's shared memory has ", info.st_size, " bytes, it says ", bytes));
   }
-  SHOAL_ASSIGN_OR_RETURN(std::byte* base, MapFile(fd.get(), bytes));
+  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes));
   // The mapping keeps the memory; the descriptor is not needed, and there may be many.
   return std::unique_ptr<Segment>(new Segment(id, bytes, Fd(), base));
 }

@@ -1,5 +1,5 @@
-// A piece of memory that several processes can map: an anonymous memory file, so that nothing is left behind after a
-// crash. All of its pages exist from the start: a write never dies of too little memory.
+// A piece of memory that several processes can map: an anonymous memory file, so that nothing is left behind
+// after a crash. All of its pages exist from the start: a write never dies of too little memory.
 #pragma once
 
 #include <cstddef>
@@ -12,10 +12,14 @@
 
 namespace shoal {
 
+// RESOURCE_EXHAUSTED: the machine or this process's control group has less; the message says how much was
+// wanted.
+absl::Status CheckMemoryAvailable(int64_t bytes);
+
 class Segment {
  public:
-  // New zeroed memory, rounded up to whole pages; 2 MiB pages where the system has them reserved. RESOURCE_EXHAUSTED:
-  // too little memory (of the machine or of the control group) or too few descriptors.
+  // New zeroed memory, rounded up to whole pages; 2 MiB pages where the system has them reserved.
+  // RESOURCE_EXHAUSTED: too little memory (of the machine or of the control group) or too few descriptors.
   static absl::StatusOr<std::unique_ptr<Segment>> Create(uint32_t id, int64_t bytes);
   // A peer's memory, through the descriptor that it passed.
   static absl::StatusOr<std::unique_ptr<Segment>> Map(uint32_t id, int64_t bytes, Fd fd);
@@ -31,8 +35,9 @@ class Segment {
   // A second descriptor of the memory file.
   absl::StatusOr<Fd> Duplicate() const;
 
-  // Cuts this mapping off from the peers' ones: from now on nothing that a peer writes (a process that was stopped in the
-  // middle of a reduction and comes back much later) can change a page that this process writes. Contents stay.
+  // Cuts this mapping off from the peers' ones: from now on nothing that a peer writes (a process that was
+  // stopped in the middle of a reduction and comes back much later) can change a page that this process
+  // writes. Contents stay.
   void MakePrivate();
 
  private:

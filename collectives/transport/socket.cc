@@ -69,7 +69,8 @@ std::string SocketAddress::ToString() const {
   if (family() == AF_UNIX) {
     const auto* address = reinterpret_cast<const sockaddr_un*>(&storage);
     const size_t skip = offsetof(sockaddr_un, sun_path) + 1;
-    return length <= skip ? "unix:" : absl::StrCat("unix:", std::string(address->sun_path + 1, length - skip));
+    return length <= skip ? "unix:"
+                          : absl::StrCat("unix:", std::string(address->sun_path + 1, length - skip));
   }
   return family() == AF_INET6 ? absl::StrCat("[", Ip(), "]:", port()) : absl::StrCat(Ip(), ":", port());
 }
@@ -130,7 +131,8 @@ absl::StatusOr<Fd> Listen(const SocketAddress& address) {
 absl::StatusOr<Fd> Dial(const SocketAddress& address, int64_t deadline_ns) {
   SHOAL_ASSIGN_OR_RETURN(Fd fd, NewSocket(address.family()));
   int error = 0;
-  if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address.storage), address.length) != 0) error = errno;
+  if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address.storage), address.length) != 0)
+    error = errno;
   if (error == EINPROGRESS) {
     if (!PollOne(fd.get(), POLLOUT, deadline_ns)) {
       return absl::DeadlineExceededError(absl::StrCat("dial ", address.ToString(), ": no answer"));
@@ -193,7 +195,8 @@ absl::Status SendAll(int fd, const void* data, size_t bytes, int64_t deadline_ns
       next += sent;
       bytes -= sent;
     } else if (errno == EAGAIN || errno == EWOULDBLOCK) {
-      if (!PollOne(fd, POLLOUT, deadline_ns)) return absl::DeadlineExceededError("send: the peer does not read");
+      if (!PollOne(fd, POLLOUT, deadline_ns))
+        return absl::DeadlineExceededError("send: the peer does not read");
     } else if (errno != EINTR) {
       return absl::UnavailableError(absl::StrCat("send: ", std::strerror(errno)));
     }

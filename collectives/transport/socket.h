@@ -1,5 +1,6 @@
-// Stream sockets over TCP (IPv4, IPv6) and over unix sockets in the abstract namespace ("unix:NAME"). Every socket is
-// non-blocking and closed on exec. Hides address resolution, retries of interrupted calls and TCP_NODELAY.
+// Stream sockets over TCP (IPv4, IPv6) and over unix sockets in the abstract namespace ("unix:NAME"). Every
+// socket is non-blocking and closed on exec. Hides address resolution, retries of interrupted calls and
+// TCP_NODELAY.
 #pragma once
 
 #include <sys/socket.h>

@@ -1,5 +1,6 @@
-// Bodies of small messages: little-endian integers and length-prefixed strings. The reader is for bytes that anybody may
-// have sent: it never reads past the end, and once something did not fit, ok() is false and every later value is empty.
+// Bodies of small messages: little-endian integers and length-prefixed strings. The reader is for bytes that
+// anybody may have sent: it never reads past the end, and once something did not fit, ok() is false and every
+// later value is empty.
 #pragma once
 
 #include <cstdint>

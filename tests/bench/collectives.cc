@@ -1,5 +1,6 @@
-// Collectives between two processes of this host: verified, then timed. Prints per operation and size the median, the 10th
-// and 90th percentile, and, measured in the same run, what one core's memcpy of as many bytes takes.
+// Collectives between two processes of this host: verified, then timed. Prints per operation and size the
+// median, the 10th and 90th percentile, and, measured in the same run, what one core's memcpy of as many
+// bytes takes.
 //
 //   bench_collectives [auto|tcp] [ranks]
 
@@ -23,7 +24,8 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t kSizes[] = {32, 1 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20};
+constexpr int64_t kSizes[] = {32,      1 << 10, 16 << 10, 64 << 10, 256 << 10,
+                              1 << 20, 4 << 20, 16 << 20, 64 << 20};
 constexpr int64_t kBudgetNs = 200'000'000;  // Per line.
 
 struct Times {
@@ -32,7 +34,9 @@ struct Times {
 
 Times Percentiles(std::vector<int64_t> samples_ns) {
   std::sort(samples_ns.begin(), samples_ns.end());
-  const auto at = [&](double share) { return samples_ns[static_cast<size_t>(share * (samples_ns.size() - 1))] * 1e-3; };
+  const auto at = [&](double share) {
+    return samples_ns[static_cast<size_t>(share * (samples_ns.size() - 1))] * 1e-3;
+  };
   return {at(0.1), at(0.5), at(0.9)};
 }
 
@@ -122,8 +126,8 @@ int Main(int argc, char** argv) {
   RankProcesses ranks(RankOptions(0, size, transport, UniqueRendezvous()), RunRank);
   std::printf("%d processes, transport %s, f32, buffers from Allocate, in place where possible\n", size,
               transport.c_str());
-  std::printf("%-15s %10s %11s %11s %11s %9s %12s\n", "operation", "bytes", "median us", "p10 us", "p90 us", "GB/s",
-              "memcpy us");
+  std::printf("%-15s %10s %11s %11s %11s %9s %12s\n", "operation", "bytes", "median us", "p10 us", "p90 us",
+              "GB/s", "memcpy us");
   for (std::string line = ranks.Line(0); !line.empty(); line = ranks.Line(0)) {
     std::printf("%s\n", line.c_str());
     std::fflush(stdout);

@@ -91,7 +91,8 @@ std::string RankProcesses::Line(int rank) {
   std::string line;
   char byte = 0;
   pollfd entry = {ranks_[rank].fd, POLLIN, 0};
-  while (poll(&entry, 1, 60'000) == 1 && read(ranks_[rank].fd, &byte, 1) == 1 && byte != '\n') line.push_back(byte);
+  while (poll(&entry, 1, 60'000) == 1 && read(ranks_[rank].fd, &byte, 1) == 1 && byte != '\n')
+    line.push_back(byte);
   return line;
 }
 

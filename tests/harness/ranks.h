@@ -17,12 +17,12 @@ std::string UniqueRendezvous();
 // Options of rank `rank` of a job that meets at `rendezvous`; time-outs fit for a loaded machine.
 WorldOptions RankOptions(int rank, int size, const std::string& transport, const std::string& rendezvous);
 
-// Connects `size` ranks and runs `body` once per rank, each on a thread of its own; returns when all have returned and
-// closed. CHECKs that they connect.
+// Connects `size` ranks and runs `body` once per rank, each on a thread of its own; returns when all have
+// returned and closed. CHECKs that they connect.
 void RunRanks(int size, const std::string& transport, const std::function<void(Communicator&)>& body);
 
-// Ranks of one job as processes, forked from this one (which must have no other threads), for tests of what happens when a
-// process is killed or stopped. The destructor kills and reaps what is left.
+// Ranks of one job as processes, forked from this one (which must have no other threads), for tests of what
+// happens when a process is killed or stopped. The destructor kills and reaps what is left.
 class RankProcesses {
  public:
   // What the parent is told by a rank: one line at a time.
