@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <climits>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <memory>
@@ -164,7 +165,11 @@ absl::StatusOr<RankEnvironment> Agent::Job() const {
 }
 
 std::vector<std::string> Agent::EnvironmentOf(const RankEnvironment& rank) const {
-  const auto variables = RankVariables(rank);
+  auto variables = RankVariables(rank);
+  if (options_.more_threads_than_cores && getenv("OMP_WAIT_POLICY") == nullptr &&
+      getenv("GOMP_SPINCOUNT") == nullptr) {
+    variables.emplace_back("OMP_WAIT_POLICY", "passive");
+  }
   std::set<std::string, std::less<>> ours;
   std::vector<std::string> result;
   for (const auto& [name, value] : variables) {

@@ -20,7 +20,7 @@ namespace shoal {
 //
 // After the first failure the other ranks get SIGTERM, after options.grace_time SIGKILL; a rank that stays
 // stopped for options.stopped_timeout has failed. OMP_NUM_THREADS is left alone: the trainer sets its own
-// threads.
+// threads; how idle ones wait is set where they are too many (AgentOptions).
 int RunAgent(const AgentOptions& options, absl::Span<const std::string> command);
 
 // The running program's file, to start again as a rank.

@@ -28,6 +28,10 @@ struct AgentOptions {
   std::string rdzv_id;  // Empty on one host: a random one.
   // rank-N.log of each rank of this host is appended to in here. Created. Empty: no log files.
   std::string log_dir;
+  // The ranks of this host have more threads than it has cores for. They get OMP_WAIT_POLICY=passive then,
+  // unless the user has set that or GOMP_SPINCOUNT: OpenMP's idle threads spin, and would keep the cores from
+  // the others.
+  bool more_threads_than_cores = false;
   absl::Duration stopped_timeout = absl::Seconds(3);  // A rank stopped for so long (SIGSTOP) has failed.
   // After the first rank that says "peer lost": how long the launcher waits for the rank that caused it to
   // end.

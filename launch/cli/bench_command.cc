@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "absl/status/status.h"
 #include "launch/agent/agent.h"
 #include "launch/agent/environment.h"
@@ -7,6 +9,7 @@
 #include "launch/config/config.h"
 #include "launch/trainer/bench.h"
 #include "runtime/base/status.h"
+#include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {
@@ -28,6 +31,7 @@ absl::StatusOr<int> BenchTrain(const BenchTrainFlags& flags, const LoadedConfig&
   if (!environment.has_value() && ranks > 1) {
     AgentOptions agent;
     agent.nproc_per_node = ranks;
+    agent.more_threads_than_cores = ranks * std::max(1, loaded.config.train().threads()) > UsableCores();
     std::vector<std::string> command = {SelfExecutable(), "bench", "train"};
     command.insert(command.end(), args.begin(), args.end());
     return RunAgent(agent, command);

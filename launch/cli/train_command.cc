@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "launch/agent/agent.h"
@@ -71,6 +73,8 @@ absl::StatusOr<int> Launch(const LoadedConfig& loaded, TrainFlags* flags,
   }
   SHOAL_ASSIGN_OR_RETURN(AgentOptions agent, MakeAgentOptions(flags->launch));
   SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, agent.nnodes * agent.nproc_per_node));
+  agent.more_threads_than_cores =
+      agent.nproc_per_node * std::max(1, loaded.config.train().threads()) > flags->launch.usable_cores;
   const Run& run = loaded.config.run();
   if (agent.log_dir.empty()) agent.log_dir = absl::StrCat(run.output_dir(), "/", run.name(), "/logs");
   std::vector<std::string> command = {SelfExecutable(), "train"};

@@ -10,6 +10,7 @@
 
 #include <csignal>
 #include <filesystem>
+#include <map>
 #include <regex>
 
 #include "absl/time/clock.h"
@@ -39,10 +40,15 @@ constexpr absl::Duration kLong = absl::Seconds(60);
 // A job that fails ends within this, whatever its ranks do.
 constexpr absl::Duration kEndMax = absl::Seconds(10);
 
-std::unique_ptr<Subprocess> Launch(const std::string& words) {
+std::unique_ptr<Subprocess> Launch(const std::string& words,
+                                   const std::map<std::string, std::string>& env = {}) {
   // Shells start background jobs with SIGINT ignored, nohup with SIGHUP: the launcher would respect that.
   for (const int number : {SIGINT, SIGHUP}) signal(number, SIG_DFL);
   testing::SubprocessOptions options;
+  options.env = env;
+  for (const char* name : {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}) {
+    if (env.count(name) == 0) options.unset_env.push_back(name);
+  }
   options.args = Words(words);
   options.args.insert(options.args.begin(), SHOAL_RANK_PROGRAM);
   auto process = Subprocess::Start(options);
@@ -86,6 +92,16 @@ TEST(AgentTest, RanksOfTheSecondHost) {
   RunJob("--nproc-per-node=2 --nnodes=3 --node-rank=1 --log-dir " + dir.path() + " show");
   EXPECT_THAT(ReadFile(dir / "rank-3.log"),
               HasSubstr("rank 3 of 6, local 1 of 2, node 1 of 3, source SHOAL, master 127.0.0.1:29500"));
+}
+
+TEST(AgentTest, IdleThreadsOfACrowdedHostDoNotSpinUnlessAsked) {
+  const auto policy = [](const std::string& words, const std::map<std::string, std::string>& env) {
+    return Launch(words + " variable OMP_WAIT_POLICY", env)->Wait(kLong)->out;
+  };
+  EXPECT_EQ(policy("--crowded", {}), "OMP_WAIT_POLICY=passive\n");
+  EXPECT_EQ(policy("--crowded", {{"OMP_WAIT_POLICY", "active"}}), "OMP_WAIT_POLICY=active\n");
+  EXPECT_EQ(policy("--crowded", {{"GOMP_SPINCOUNT", "100"}}), "OMP_WAIT_POLICY=(not set)\n");
+  EXPECT_EQ(policy("", {}), "OMP_WAIT_POLICY=(not set)\n");
 }
 
 TEST(AgentTest, ALogIsKeptWhenTheJobStartsAgain) {

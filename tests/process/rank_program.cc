@@ -2,6 +2,7 @@
 //   rank_program [launcher flags] [--stubborn] COMMAND ...
 // Outside a launched environment it spawns its ranks; inside, it is one. Commands of a rank:
 //   show                 prints what DetectEnvironment found
+//   variable NAME        prints an environment variable
 //   fail RANK exit N     RANK prints its last words and exits with N; the others wait for a signal
 //   fail RANK signal N   RANK sends itself signal N
 //   peers-lost           the last rank aborts after the launcher has seen the others exit with kExitPeerLost
@@ -9,7 +10,7 @@
 //   interrupts           counts SIGINTs until none comes for a while
 //   meet                 connects with all ranks and checks a sum over them
 //   endless              meets again and again; rank 0 prints "running" after the first time
-// --stubborn: ranks ignore SIGTERM and SIGINT.
+// --stubborn: ranks ignore SIGTERM and SIGINT. --crowded: they have more threads than there are cores.
 #include <signal.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -42,6 +43,12 @@ int Show(const RankEnvironment& self) {
   std::printf("rank %d of %d, local %d of %d, node %d of %d, source %s, master %s:%d, job %s\n", self.rank,
               self.world_size, self.local_rank, self.local_world_size, self.node_rank, self.nodes,
               self.source.c_str(), self.master_host.c_str(), self.master_port, self.job_id.c_str());
+  return kExitOk;
+}
+
+int ShowVariable(const std::vector<std::string>& words) {
+  if (words.size() != 2) return kExitUsage;
+  std::printf("%s=%s\n", words[1].c_str(), ProcessEnv(words[1]).value_or("(not set)").c_str());
   return kExitOk;
 }
 
@@ -144,6 +151,7 @@ int BeRank(const RankEnvironment& self, const std::vector<std::string>& words) {
   SetLogIdentity(absl::StrCat("rank ", self.rank));
   if (words.empty()) return kExitUsage;
   if (words[0] == "show") return Show(self);
+  if (words[0] == "variable") return ShowVariable(words);
   if (words[0] == "fail") return Fail(self, words);
   if (words[0] == "peers-lost") return PeersLost(self);
   if (words[0] == "leave") return Leave();
@@ -164,8 +172,10 @@ int Main(const std::vector<std::string>& args) {
   launch.usable_cores = UsableCores();
   std::vector<std::string> words;
   bool stubborn = false;
+  bool crowded = false;
   flags.AddPositional("COMMAND", "What a rank does, see above.", &words);
   flags.Add({.name = "stubborn", .help = "Ranks ignore SIGTERM and SIGINT."}, &stubborn);
+  flags.Add({.name = "crowded", .help = "Ranks have more threads than there are cores."}, &crowded);
   AddLaunchFlags(&flags, &launch);
   const std::vector<std::string> arguments(args.begin() + 1, args.end());
   if (const auto code = ParseOrExit(&flags, arguments)) return *code;
@@ -178,8 +188,9 @@ int Main(const std::vector<std::string>& args) {
     }
     return BeRank(**self, words);
   }
-  const absl::StatusOr<AgentOptions> options = MakeAgentOptions(launch);
+  absl::StatusOr<AgentOptions> options = MakeAgentOptions(launch);
   if (!options.ok()) return Usage(options.status());
+  options->more_threads_than_cores = crowded;
   std::vector<std::string> command = args;
   command[0] = SelfExecutable();
   return RunAgent(*options, command);
