@@ -93,6 +93,7 @@ SharedMemory::Announcer World::Announcer() {
 }
 
 World::~World() {
+  leaving_.store(true, std::memory_order_release);
   if (!Ended()) PushToAll(ControlType::kBye, "");
   {
     MutexLock lock(&mutex_);
@@ -226,7 +227,7 @@ void World::RunMonitor() {
       next_beat_ns = now_ns + beat_ns;
       if (!Ended()) SendHeartbeats();
     }
-    if (!Ended()) CheckSilence(now_ns);
+    if (!Ended() && !leaving_.load(std::memory_order_acquire)) CheckSilence(now_ns);
     if (Ended()) RunCallbacks();
     bool closing = false;
     {
@@ -273,7 +274,9 @@ void World::ReadPeer(int rank) {
   (void)peer.control->Flush();
   peer.control->ShutdownWrite();
   peer.finished = true;
-  if (!peer.said_last) (void)End(absl::StrCat(RankName(rank), ": ", status.message()));
+  if (!peer.said_last && !leaving_.load(std::memory_order_acquire)) {
+    (void)End(absl::StrCat(RankName(rank), ": ", status.message()));
+  }
 }
 
 void World::HandleMessage(int rank, ControlMessage message) {

@@ -107,6 +107,8 @@ class World {
   Fd wake_;
 
   std::atomic<bool> ended_{false};
+  std::atomic<bool> leaving_{
+      false};  // Set before goodbye is said: peers answer it by closing, which is no failure.
   mutable Mutex mutex_;
   absl::Status cause_ ABSL_GUARDED_BY(mutex_);
   std::string last_operation_ ABSL_GUARDED_BY(mutex_);

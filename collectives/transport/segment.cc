@@ -45,24 +45,24 @@ int64_t SumOf(const char* path, std::initializer_list<std::string_view> keys, in
   return found ? sum : fallback;
 }
 
+// What a control group may still use. File pages, which the kernel gives back, do not count.
+int64_t GroupAvailableBytes(int64_t limit, int64_t used, int64_t files) {
+  return limit - std::max<int64_t>(used - files, 0);
+}
+
 // Pages of a memory file have no size limit of their own: past what the machine or the control group has, the
-// kernel kills a process. So ask first. What a group uses includes file pages, which the kernel gives back.
+// kernel kills a process. So ask first.
 int64_t AvailableBytes() {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
-  int64_t available = SumOf("/proc/meminfo", {"MemAvailable:"}, kNone / 1024) * 1024;
-  const int64_t limit_v2 = NumberIn("/sys/fs/cgroup/memory.max", kNone);
-  if (limit_v2 != kNone) {
-    const int64_t files = SumOf("/sys/fs/cgroup/memory.stat", {"active_file", "inactive_file"}, 0);
-    available = std::min(available, limit_v2 - NumberIn("/sys/fs/cgroup/memory.current", 0) + files);
-  }
-  const int64_t limit_v1 = NumberIn("/sys/fs/cgroup/memory/memory.limit_in_bytes", kNone);
-  if (limit_v1 != kNone) {
-    const int64_t files =
-        SumOf("/sys/fs/cgroup/memory/memory.stat", {"total_active_file", "total_inactive_file"}, 0);
-    available =
-        std::min(available, limit_v1 - NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0) + files);
-  }
-  return available;
+  const int64_t machine = SumOf("/proc/meminfo", {"MemAvailable:"}, kNone / 1024) * 1024;
+  const int64_t v2 = GroupAvailableBytes(
+      NumberIn("/sys/fs/cgroup/memory.max", kNone), NumberIn("/sys/fs/cgroup/memory.current", 0),
+      SumOf("/sys/fs/cgroup/memory.stat", {"active_file", "inactive_file"}, 0));
+  const int64_t v1 = GroupAvailableBytes(
+      NumberIn("/sys/fs/cgroup/memory/memory.limit_in_bytes", kNone),
+      NumberIn("/sys/fs/cgroup/memory/memory.usage_in_bytes", 0),
+      SumOf("/sys/fs/cgroup/memory/memory.stat", {"total_active_file", "total_inactive_file"}, 0));
+  return std::max<int64_t>(std::min({machine, v2, v1}), 0);
 }
 
 bool HugePagesFree(int64_t bytes) {
