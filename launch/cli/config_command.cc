@@ -42,12 +42,13 @@ int RunCheck(absl::Span<const std::string> args) {
                 "and how it fits a number of ranks. Prints all errors with file, line and column.");
   ConfigFlags values;
   AddConfigFlags(&flags, &values);
-  int64_t ranks = 1;
-  flags.Add({.name = "ranks", .value = "N", .help = "Number of ranks of the job.", .min = 1}, &ranks);
+  int64_t ranks = 0;
+  flags.Add({.name = "ranks", .value = "N", .help = "Number of ranks of the job. Default: parallel.nproc_per_node.", .min = 1}, &ranks);
   flags.Examples({"./shoal config check configs/quickstart.yaml --set parallel.expert=2 --ranks 4"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);
   if (!loaded.ok()) return Fail(flags.command(), loaded.status());
+  if (ranks == 0) ranks = loaded->config.parallel().nproc_per_node();
   const absl::Status status = CheckParallel(loaded->config, loaded->positions, static_cast<int>(ranks));
   if (!status.ok()) return Fail(flags.command(), status);
   absl::PrintF("%s: good for %d rank%s\n", values.config, ranks, ranks == 1 ? "" : "s");

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 
+#include "launch/status/measured_communicator.h"
 #include "models/routers/balance.h"
 
 namespace shoal {
@@ -62,8 +63,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                          "parallel.expert");
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, std::move(placement), world));
   const Placement& placed = rank_model->placement_;
-  SHOAL_ASSIGN_OR_RETURN(rank_model->replicas_, world.Split(placed.ReplicaGroup(rank)), "replica group");
-  SHOAL_ASSIGN_OR_RETURN(rank_model->experts_, world.Split(placed.ExpertGroup(rank)), "expert group");
+  SHOAL_ASSIGN_OR_RETURN(rank_model->replicas_, SplitAs(world, placed.ReplicaGroup(rank), "dp"), "replica group");
+  SHOAL_ASSIGN_OR_RETURN(rank_model->experts_, SplitAs(world, placed.ExpertGroup(rank), "ep"), "expert group");
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   SHOAL_ASSIGN_OR_RETURN(rank_model->store_,
                          ParameterStore::Create(parameters, placed, world, *rank_model->replicas_,

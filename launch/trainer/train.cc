@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_format.h"
 #include "launch/checkpoint/checkpoint.h"
+#include "launch/status/measured_communicator.h"
 #include "launch/status/reporter.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
@@ -44,7 +45,10 @@ class TrainingRun {
   absl::Status Run() {
     SetThreads(ThreadsPerRank(config_, environment_));
     SHOAL_RETURN_IF_ERROR(StartMetrics());
-    SHOAL_ASSIGN_OR_RETURN(world_, ConnectWorld(WorldOptionsFor(environment_, config_)), "connecting the ranks");
+    SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment_, config_)),
+                           "connecting the ranks");
+    const bool one_host = environment_.nodes == 1 && config_.comm().transport() != "tcp";
+    world_ = Measure(std::move(world), *metrics_, "world", one_host ? "shm" : "tcp");
     absl::Status status = SetUpAndTrain();
     // Whatever this rank met ends the job on every rank, with its words.
     if (!status.ok() && !absl::IsAborted(status)) world_->Abort(status);
