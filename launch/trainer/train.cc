@@ -87,7 +87,7 @@ class TrainingRun {
     SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, /*training=*/true), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
     SHOAL_RETURN_IF_ERROR(StartReporter());
-    if (first_step_ == 0 && is_rank0()) SHOAL_RETURN_IF_ERROR(PutOldCheckpointsAside());
+    if (is_rank0()) SHOAL_RETURN_IF_ERROR(first_step_ == 0 ? PutOldCheckpointsAside() : PutLaterCheckpointsAside());
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group, world_->Split(AllRanks()));
     SHOAL_ASSIGN_OR_RETURN(checkpointer_,
                            Checkpointer::Create({.run_dir = run_dir_,
@@ -163,13 +163,42 @@ class TrainingRun {
     return absl::OkStatus();
   }
 
-  // The checkpoint to go on from, checked whole; empty: none. Every rank reads the same folders, and rank 0 decides.
+  // A run that goes on from an earlier step leaves the steps after it behind: the next --resume must not go on from those.
+  absl::Status PutLaterCheckpointsAside() {
+    SHOAL_ASSIGN_OR_RETURN(std::vector<CheckpointFolder> later, ListCheckpoints(run_dir_));
+    std::erase_if(later, [&](const CheckpointFolder& folder) { return folder.step <= first_step_; });
+    if (later.empty()) return absl::OkStatus();
+    const std::string aside = absl::StrCat(run_dir_, "/checkpoints.after-step-", first_step_);
+    SHOAL_RETURN_IF_ERROR(MakeFolders(aside));
+    for (auto folder = later.rbegin(); folder != later.rend(); ++folder) {
+      const std::string to = absl::StrCat(aside, folder->path.substr(folder->path.rfind('/')));
+      SHOAL_RETURN_IF_ERROR(RemoveTree(to));
+      SHOAL_RETURN_IF_ERROR(RenameDurably(folder->path, to));
+    }
+    reporter_->Note(absl::StrCat("checkpoints of later steps, which this run leaves behind, are now in ", aside));
+    return absl::OkStatus();
+  }
+
+  // Every rank reads the same folders: one that sees others than rank 0 would start another run than rank 0 does.
+  absl::Status AgreeOnNewest(const std::vector<CheckpointFolder>& folders) {
+    SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> newest,
+                           GatherValues(*world_, folders.empty() ? -1 : folders.back().step));
+    const auto other = std::find_if(newest.begin(), newest.end(), [&](int64_t step) { return step != newest[0]; });
+    if (other == newest.end()) return absl::OkStatus();
+    const auto seen = [](int64_t step) { return step < 0 ? std::string("none") : absl::StrCat("that of step ", step); };
+    return absl::FailedPreconditionError(absl::StrCat(
+        "checkpoint.resume: the newest checkpoint in ", run_dir_, " is for rank 0 ", seen(newest[0]), " and for rank ",
+        other - newest.begin(), " ", seen(*other), ": the run's folder must lie on a file system that all ranks share"));
+  }
+
+  // The checkpoint to go on from, checked whole by every rank; empty: none.
   absl::StatusOr<std::string> ChooseCheckpoint() {
     const std::string& resume = config_.checkpoint().resume();
     if (resume == "none") return std::string();
     std::vector<CheckpointFolder> folders;
     if (resume == "auto") {
       SHOAL_ASSIGN_OR_RETURN(folders, ListCheckpoints(run_dir_));
+      SHOAL_RETURN_IF_ERROR(AgreeOnNewest(folders));
     } else {
       SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(resume), "checkpoint.resume");
       folders.push_back({0, folder});
@@ -325,9 +354,11 @@ class TrainingRun {
     const int64_t wanted = config_.train().eval_batches() * batch;
     const bool last = step + 1 == config_.train().steps();  // The figure that counts is of the whole split.
     const int64_t rows = wanted == 0 || last ? data_.ValidationRows() : std::min(wanted, data_.ValidationRows());
+    // As many rows at a time as a part of a training step has: more might not fit into memory.
+    const int64_t part_rows = batch / config_.train().gradient_accumulation_steps();
     double sum = 0;
-    for (int64_t first = 0; first < rows; first += batch) {
-      const Range mine = model_->RowsOf(std::min(batch, rows - first));
+    for (int64_t first = 0; first < rows; first += part_rows) {
+      const Range mine = model_->RowsOf(std::min(part_rows, rows - first));
       const Tensor tokens = Empty({mine.count, seq + 1}, DType::kI32);
       for (int64_t i = 0; i < mine.count; ++i) {
         // A part of the split is spread over all of it: neighbouring windows are alike.

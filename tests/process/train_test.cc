@@ -211,6 +211,59 @@ TEST_F(TrainTest, DamagedCheckpointIsNamedAndPassedOverOnlyOnRequest) {
   EXPECT_EQ(Losses("tiny").size(), 14u);
 }
 
+TEST_F(TrainTest, ResumingAtAnEarlierStepLeavesTheLaterOnesBehind) {
+  ASSERT_TRUE(Run(Train(2, {"checkpoint.interval=4", "checkpoint.keep=3"})).ok());
+  const Words branch = {"checkpoint.resume=runs/tiny/checkpoints/step-00000004", "train.steps=6", "scheduler.decay_steps=12"};
+  const ProcessResult result = Run(Train(2, branch));
+  ASSERT_TRUE(result.ok()) << result.ToString();
+  EXPECT_THAT(result.out, HasSubstr("checkpoints/step-00000006"));
+  EXPECT_TRUE(std::filesystem::exists(Path("runs/tiny/checkpoints.after-step-4/step-00000012/manifest.json")));
+  ASSERT_TRUE(Run(Train(2, {}, {"--resume"})).ok());
+  std::vector<int> steps;
+  for (const json& record : Metrics("tiny")) {
+    if (record.contains("loss")) steps.push_back(record["step"]);
+  }
+  EXPECT_THAT(steps, ::testing::ElementsAre(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11));
+}
+
+TEST_F(TrainTest, RanksThatSeeOtherCheckpointsRefuseToResume) {
+  ASSERT_TRUE(Run(Train(1, {"train.steps=4"})).ok());
+  // Rank 1 runs in a folder of its own, as on a host without a shared file system.
+  std::filesystem::create_directory(Path("other"));
+  std::filesystem::copy(Path("text.txt"), Path("other/text.txt"));
+  std::vector<std::unique_ptr<Subprocess>> ranks;
+  for (int rank = 0; rank < 2; ++rank) {
+    SubprocessOptions options = Train(1, {}, {"--resume"});
+    options.args[2] = Path("tiny.yaml");
+    if (rank == 1) options.cwd = Path("other");
+    const std::string number = std::to_string(rank);
+    options.env.insert({{"SHOAL_RANK", number}, {"SHOAL_LOCAL_RANK", number}, {"SHOAL_WORLD_SIZE", "2"},
+                        {"SHOAL_LOCAL_WORLD_SIZE", "2"}, {"SHOAL_NODE_RANK", "0"}, {"SHOAL_NODES", "1"},
+                        {"SHOAL_RUN_ID", "test"}, {"SHOAL_EPOCH", "1"},
+                        {"SHOAL_MASTER", absl::StrCat("unix:train_test.", getpid())}});
+    ranks.push_back(*Subprocess::Start(options));
+  }
+  for (const auto& rank : ranks) {
+    const auto result = rank->Wait(kLong);
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_NE(result->exit_code, kExitOk);
+    EXPECT_THAT(result->err, AllOf(HasSubstr("for rank 0 that of step 4 and for rank 1 none"), HasSubstr("all ranks share")));
+  }
+}
+
+TEST_F(TrainTest, ValidationNeedsNoMoreMemoryThanAPartOfAStep) {
+  const auto peak = [&](const std::string& validation_fraction) {
+    const ProcessResult result = Run(Train(1, {"train.steps=1", "train.global_batch_size=1024", "train.seq_length=64",
+                                               "train.gradient_accumulation_steps=128", "checkpoint.save_last=false",
+                                               "scheduler.warmup_steps=0", "data.validation_fraction=" + validation_fraction}));
+    EXPECT_TRUE(result.ok()) << result.ToString();
+    std::smatch match;
+    EXPECT_TRUE(std::regex_search(result.out, match, std::regex("peak memory +([0-9.]+) MiB"))) << result.out;
+    return match.empty() ? 0 : std::stod(match[1]);
+  };
+  EXPECT_LT(peak("0.9"), 2 * peak("0"));  // The whole global batch at a time needs three times as much.
+}
+
 TEST_F(TrainTest, KilledAndStoppedRanksEndTheJobWithOneVerdict) {
   struct Failure {
     int signal;
