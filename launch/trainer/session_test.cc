@@ -60,6 +60,18 @@ TEST(ThreadsPerRank, SharesTheHostUnlessTold) {
   EXPECT_EQ(ThreadsPerRank(config, {.local_world_size = 2}), 5);
 }
 
+TEST(LayoutFor, ModelWithoutExpertsHasNoneToSpread) {
+  Config config;
+  config.mutable_model()->set_num_hidden_layers(2);
+  config.mutable_model()->set_num_local_experts(1);
+  config.mutable_model()->set_num_experts_per_tok(1);
+  config.mutable_parallel()->set_expert(-1);
+  EXPECT_EQ(LayoutFor(config, ModelConfigOf(config), 2).expert, 2);
+  for (int layer : {0, 1}) config.mutable_model()->add_dense_layers(layer);
+  EXPECT_TRUE(CheckParallel(config, {}, 2).ok());
+  EXPECT_EQ(LayoutFor(config, ModelConfigOf(config), 2).expert, 1);
+}
+
 TEST(Summarize, InterpolatesBetweenOrderStatistics) {
   const StepTimes times = Summarize({5, 1, 3, 2, 4});
   EXPECT_DOUBLE_EQ(times.median, 3);

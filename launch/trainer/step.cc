@@ -22,7 +22,9 @@ double Lap(Clock::time_point* mark) {
 }  // namespace
 
 Layout LayoutFor(const Config& config, const ModelConfig& model, int ranks) {
-  const int expert = config.parallel().expert() < 0 ? ranks : config.parallel().expert();
+  // Without experts there is nothing to spread: every rank is a group of its own.
+  const int wanted = config.parallel().expert() < 0 ? ranks : config.parallel().expert();
+  const int expert = NumMoeLayers(model) == 0 ? 1 : wanted;
   return {ranks, expert, model.num_local_experts};
 }
 
