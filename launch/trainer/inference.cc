@@ -1,21 +1,11 @@
 #include "launch/trainer/inference.h"
 
 #include "launch/checkpoint/checkpoint.h"
-#include "runtime/config/loader.h"
 #include "runtime/device/cpu.h"
 #include "runtime/files/file.h"
 
 namespace shoal {
 namespace {
-
-// The configuration that a checkpoint carries.
-absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader, const std::string& path) {
-  Config config;
-  KeyPositions positions;
-  SHOAL_RETURN_IF_ERROR(LoadYaml(reader.config_yaml(), path + "/manifest.json config", &config, &positions));
-  ResolveConfig(&config);
-  return config;
-}
 
 // What to run: a model's shape with the settings of its training where they are known.
 struct Source {
@@ -34,7 +24,7 @@ absl::StatusOr<Source> OpenSource(const std::string& path) {
   }
   SHOAL_ASSIGN_OR_RETURN(source.weights.checkpoint, FindCheckpoint(path));
   SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(source.weights.checkpoint));
-  SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*reader, source.weights.checkpoint));
+  SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*reader));
   source.model = ModelConfigOf(source.config);
   source.config.mutable_parallel()->set_expert(1);
   return source;
@@ -60,7 +50,7 @@ absl::StatusOr<std::string> GenerateText(const std::string& path, SampleOptions 
 absl::Status ExportModel(const std::string& checkpoint, const std::string& out, DType dtype) {
   SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(checkpoint));
   SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(folder));
-  SHOAL_ASSIGN_OR_RETURN(const Config config, CheckpointConfig(*reader, folder));
+  SHOAL_ASSIGN_OR_RETURN(const Config config, CheckpointConfig(*reader));
   ExportOptions options;
   options.dtype = dtype;
   options.max_position_embeddings = config.train().seq_length();

@@ -1,12 +1,19 @@
 #include "launch/trainer/session.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <numeric>
 
-#include "launch/checkpoint/checkpoint.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "google/protobuf/util/message_differencer.h"
 #include "models/convert/huggingface.h"
+#include "runtime/config/loader.h"
 #include "runtime/device/cpu.h"
 #include "runtime/kernels/elementwise.h"
 
@@ -89,7 +96,10 @@ WorldOptions WorldOptionsFor(const RankEnvironment& environment, const Config& c
 
 int ThreadsPerRank(const Config& config, const RankEnvironment& environment) {
   if (config.train().threads() > 0) return config.train().threads();
-  return std::max(1, UsableCores() / environment.local_world_size);
+  const int cores = UsableCores();
+  // srun and mpirun bind each rank to cores of its own; the ranks of our launcher share what it may use.
+  const bool bound = environment.source != "SHOAL" && cores < sysconf(_SC_NPROCESSORS_ONLN);
+  return bound ? cores : std::max(1, cores / environment.local_world_size);
 }
 
 absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
@@ -101,6 +111,29 @@ absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
     model.store().InitializeOwned(source.seed, model.model().initializer_range, model.stream());
   }
   return model.store().GatherWeights(model.stream());
+}
+
+absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader) {
+  Config config;
+  KeyPositions positions;
+  SHOAL_RETURN_IF_ERROR(LoadYaml(reader.config_yaml(), "the checkpoint's configuration", &config, &positions));
+  ResolveConfig(&config);
+  return config;
+}
+
+std::string ConfigChanges(const Config& before, const Config& now) {
+  std::string report;
+  google::protobuf::util::MessageDifferencer differencer;
+  // A default that is written out is no change.
+  differencer.set_message_field_comparison(google::protobuf::util::MessageDifferencer::EQUIVALENT);
+  differencer.ReportDifferencesToString(&report);
+  differencer.Compare(before, now);
+  std::vector<std::string> changes;
+  for (absl::string_view line : absl::StrSplit(report, '\n', absl::SkipEmpty())) {
+    for (absl::string_view kind : {"modified: ", "added: ", "deleted: "}) absl::ConsumePrefix(&line, kind);
+    if (!absl::StartsWith(line, "checkpoint.")) changes.emplace_back(line);
+  }
+  return absl::StrJoin(changes, "; ");
 }
 
 absl::StatusOr<std::string> FindCheckpoint(const std::string& path) {

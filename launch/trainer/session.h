@@ -7,6 +7,7 @@
 
 #include "collectives/communicator.h"
 #include "launch/agent/environment.h"
+#include "launch/checkpoint/checkpoint.h"
 #include "launch/config/config.h"
 #include "launch/trainer/step.h"
 
@@ -15,7 +16,8 @@ namespace shoal {
 // How a job's ranks find each other, from the environment that launched this one.
 WorldOptions WorldOptionsFor(const RankEnvironment& environment, const Config& config);
 
-// Threads of one rank: train.threads, or this host's usable cores divided by its ranks, at least 1.
+// Threads of one rank: train.threads, or the cores that the launcher bound it to, or this host's usable cores divided by its
+// ranks, at least 1.
 int ThreadsPerRank(const Config& config, const RankEnvironment& environment);
 
 // Where weights come from, in this order of preference.
@@ -28,6 +30,12 @@ struct WeightsSource {
 // Collective. Fills the model's weights (and, when training, optimizer state from a checkpoint; otherwise zero moments).
 // Errors name the tensors that are missing, extra or misshapen, or the damaged file.
 absl::Status LoadWeights(const WeightsSource& source, RankModel& model);
+
+// The resolved configuration of the run that wrote a checkpoint.
+absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader);
+
+// "train.steps: 12 -> 14; run.seed: 0 -> 1": what a resumed run changes; empty: nothing.
+std::string ConfigChanges(const Config& before, const Config& now);
 
 // The folder to read: `path` itself if it is a checkpoint, or the newest checkpoint of a run's folder. NOT_FOUND otherwise.
 absl::StatusOr<std::string> FindCheckpoint(const std::string& path);

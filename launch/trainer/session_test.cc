@@ -55,7 +55,7 @@ TEST(LoadWeights, SameSeedSameWeights) {
 
 TEST(ThreadsPerRank, SharesTheHostUnlessTold) {
   Config config;
-  EXPECT_EQ(ThreadsPerRank(config, {.local_world_size = 1 << 20}), 1);
+  EXPECT_EQ(ThreadsPerRank(config, {.local_world_size = 1 << 20, .source = "SHOAL"}), 1);
   config.mutable_train()->set_threads(5);
   EXPECT_EQ(ThreadsPerRank(config, {.local_world_size = 2}), 5);
 }

@@ -136,6 +136,11 @@ class TrainingRun {
       }
       updates_ = meta["update"];
       first_step_ = reader->step();
+      SHOAL_ASSIGN_OR_RETURN(const Config before, CheckpointConfig(*reader), checkpoint);
+      resumed_ = absl::StrCat("going on from ", checkpoint);
+      if (const std::string changes = ConfigChanges(before, config_); !changes.empty()) {
+        absl::StrAppend(&resumed_, "; changed since: ", changes);
+      }
       if (first_step_ >= config_.train().steps()) {
         return absl::FailedPreconditionError(
             absl::StrCat(checkpoint, " is at step ", first_step_, ", and train.steps is ", config_.train().steps(),
@@ -281,6 +286,7 @@ class TrainingRun {
     options.moe_layers = moe_layers_;
     options.metrics = metrics_.get();
     SHOAL_ASSIGN_OR_RETURN(reporter_, Reporter::Create(std::move(options)));
+    if (is_rank0() && !resumed_.empty()) reporter_->Note(resumed_);
     if (is_rank0() && world_->size() > 1 && metrics_->port() >= 0) reporter_->Note(OtherPorts(ports));
     if (!is_rank0()) SHOAL_LOG(kInfo) << "metrics at " << metrics_->url();
     if (is_rank0()) {
@@ -447,6 +453,7 @@ class TrainingRun {
   const ModelConfig model_config_;
   const std::string run_dir_;
   std::string config_path_;
+  std::string resumed_;  // What to say about the checkpoint; empty: the run starts anew.
   std::vector<int> moe_layers_;
   int64_t first_step_ = 0, updates_ = 0, saved_step_ = 0;
 

@@ -192,6 +192,8 @@ TEST_F(TrainTest, ResumesAtAnyNumberOfRanks) {
   ASSERT_TRUE(Run(Train(2, {"run.name=moved", "train.steps=6", "scheduler.decay_steps=12", "parallel.expert=2"})).ok());
   const ProcessResult rest = Run(Train(3, {"run.name=moved"}, {"--resume"}));
   ASSERT_TRUE(rest.ok()) << rest.ToString();
+  EXPECT_THAT(rest.out, AllOf(HasSubstr("going on from runs/moved/checkpoints/step-00000006"), HasSubstr("train.steps: 6 -> 12"),
+                              HasSubstr("parallel.expert: 2 -> 1"), Not(HasSubstr("run.seed"))));
   const std::vector<double> whole = Losses("whole"), moved = Losses("moved");
   ASSERT_EQ(moved.size(), whole.size());
   for (size_t step = 0; step < whole.size(); ++step) EXPECT_NEAR(moved[step], whole[step], 2e-5 * whole[step]) << step;
