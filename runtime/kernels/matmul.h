@@ -1,6 +1,6 @@
 // Matrix products. Weights are [out, in], as in Hugging Face files, so a layer's forward pass is y = x w^T.
-// Operands are both f32 or both bf16; sums are f32. CPU: oneDNN, with an own conversion path where the processor
-// has no bf16 (ref/: plain loops in f64). Shapes that do not fit are CHECKed.
+// Operands are both f32 or both bf16; sums are f32. CPU: f32 by oneDNN; bf16 by an own product where the processor has AMX,
+// else by oneDNN, else converted to f32 (ref/: plain loops in f64). Shapes that do not fit are CHECKed.
 #pragma once
 
 #include "absl/types/span.h"
