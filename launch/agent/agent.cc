@@ -428,7 +428,8 @@ int Agent::Finish() {
 int Agent::Run() {
   for (const std::string& warning : options_.warnings) SHOAL_LOG(kWarning) << warning;
   if (const absl::Status status = Start(); !status.ok()) {
-    SHOAL_LOG(kError) << "the job was not started: " << status.message();
+    static_cast<void>(
+        WriteFully(STDERR_FILENO, absl::StrCat("shoal: the job was not started: ", status.message(), "\n")));
     EndAll(SIGKILL);
     while (AnyRunning() && Now() < phase_ends_) Wait();
     return kExitFailure;

@@ -47,7 +47,9 @@ absl::StatusOr<int> ParseNproc(const RawLaunchFlags& flags, const std::string& v
   }
   int number = 0;
   if (!absl::SimpleAtoi(value, &number) || number < 1 || number > kProcessesMax) {
-    return BadFlag("nproc-per-node", value, "want a number of ranks, or auto (usable cores)");
+    return BadFlag(
+        "nproc-per-node", value,
+        absl::StrCat("want a number of ranks in 1 to ", kProcessesMax, ", or auto (usable cores)"));
   }
   return number;
 }

@@ -143,9 +143,12 @@ absl::Status FlagSet::ParseNamed(absl::Span<const std::string> args, size_t* nex
       if (!known.spec.hidden) names.push_back(absl::StrReplaceAll(known.spec.name, {{"-", "_"}}));
     }
     const std::string nearest = Nearest(absl::StrReplaceAll(name, {{"-", "_"}}), names);
-    const std::string hint =
-        nearest.empty() ? ""
-                        : absl::StrCat("; did you mean --", absl::StrReplaceAll(nearest, {{"_", "-"}}), "?");
+    std::string hint;
+    if (!nearest.empty()) {
+      hint = absl::StrCat("; did you mean --", absl::StrReplaceAll(nearest, {{"_", "-"}}), "?");
+    } else if (is_long && Find("set") != nullptr) {
+      hint = "; keys of the configuration are changed by --set KEY=VALUE";
+    }
     return absl::InvalidArgumentError(absl::StrCat("unknown flag ", shown, hint));
   }
   flag->given = true;
@@ -235,7 +238,8 @@ std::string FlagSet::Help() const {
     const std::string letter =
         flag.spec.letter == 0 ? "" : absl::StrCat("-", std::string(1, flag.spec.letter), ", ");
     const std::string value = flag.spec.value.empty() ? "" : absl::StrCat(" ", flag.spec.value);
-    const std::string known = flag.default_value.empty() || flag.spec.required
+    const bool said = absl::StrContains(flag.spec.help, "Default: ");
+    const std::string known = said || flag.default_value.empty() || flag.spec.required
                                   ? ""
                                   : absl::StrCat(" Default: ", flag.default_value, ".");
     AppendEntry(absl::StrCat(letter, "--", flag.spec.name, value), absl::StrCat(flag.spec.help, known),

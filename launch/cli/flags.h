@@ -26,7 +26,7 @@ namespace shoal {
 struct FlagSpec {
   std::string name;   // With dashes.
   std::string value;  // What stands for the value in help: "N|auto". Empty for true or false.
-  std::string help;   // Sentences. The default is added.
+  std::string help;   // Sentences. The default is added, unless they say it ("Default: ...").
   char letter = 0;    // -t; 0: none.
   bool required = false;
   bool from_environment = false;             // PET_<NAME> counts when the command line has no such flag.

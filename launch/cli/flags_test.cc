@@ -112,10 +112,12 @@ TEST(FlagSet, ReadsTheEnvironmentBelowTheCommandLine) {
 TEST(FlagSet, NamesWhatIsWrong) {
   EXPECT_EQ(Error({"a", "--stpes", "3"}), "unknown flag --stpes; did you mean --steps?");
   EXPECT_EQ(Error({"a", "--nproc=3"}), "unknown flag --nproc; did you mean --nproc-per-node?");
-  EXPECT_EQ(Error({"a", "--secrte=3"}), "unknown flag --secrte");
+  EXPECT_EQ(Error({"a", "--secrte=3"}),
+            "unknown flag --secrte; keys of the configuration are changed by --set KEY=VALUE");
   EXPECT_EQ(Error({"a", "-x"}), "unknown flag -x");
   EXPECT_EQ(Error({"a", "-steps", "1"}), "unknown flag -steps; did you mean --steps?");
-  EXPECT_EQ(Error({"a", "--n", "1"}), "unknown flag --n");
+  EXPECT_EQ(Error({"a", "--n", "1"}),
+            "unknown flag --n; keys of the configuration are changed by --set KEY=VALUE");
   EXPECT_EQ(Error({"a", "--steps"}), "--steps needs a value: N");
   EXPECT_EQ(Error({"a", "--steps", "many"}), "--steps: expected an integer, found \"many\"");
   EXPECT_EQ(Error({"a", "--steps=0"}), "--steps: 0 is too small; at least 1");

@@ -47,7 +47,8 @@ docs/configuration.md explains every key of a configuration.
 
 int RunHelp(absl::Span<const std::string> args) {
   if (!args.empty() && args[0] != "--help" && args[0] != "-h" && args[0] != "help") {
-    const std::vector<std::string> asked = {args[0], "--help"};
+    std::vector<std::string> asked(args.begin(), args.end());
+    asked.push_back("--help");
     return Dispatch("shoal", Help(), Commands(), asked);
   }
   absl::PrintF("%s", Help());
@@ -61,6 +62,7 @@ int main(int argc, char** argv) {
   // A closed pipe and a file-size limit are errors of the call that meets them.
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
-  const std::vector<std::string> args(argv + 1, argv + argc);
+  std::vector<std::string> args(argv + 1, argv + argc);
+  if (args.size() == 1 && args[0] == "--version") args[0] = "version";
   return shoal::Dispatch("shoal", shoal::Help(), shoal::Commands(), args);
 }

@@ -94,8 +94,10 @@ int RunTrain(absl::Span<const std::string> args) {
   TrainFlags values;
   AddTrainFlags(&flags, &values);
   if (const auto code = ParseOrExit(&flags, args)) return *code;
-  if (!values.output_dir.empty()) values.overrides.push_back("run.output_dir=" + values.output_dir);
-  if (values.resume) values.overrides.push_back("checkpoint.resume=auto");
+  // The short forms come first: a --set of the same key says more.
+  if (!values.output_dir.empty())
+    values.overrides.insert(values.overrides.begin(), "run.output_dir=" + values.output_dir);
+  if (values.resume) values.overrides.insert(values.overrides.begin(), "checkpoint.resume=auto");
   const auto environment = DetectEnvironment(ProcessEnv);
   if (!environment.ok()) return ExitCode(environment.status());
   const auto loaded = LoadConfig(values.config, values.overrides, Files::kMustExist);

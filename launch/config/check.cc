@@ -1,4 +1,6 @@
 // Combinations of keys that cannot be.
+#include <netdb.h>
+
 #include <algorithm>
 #include <set>
 #include <string>
@@ -133,6 +135,23 @@ class Checker {
     }
   }
 
+  void CheckTelemetry() {
+    std::string address = config_.telemetry().metrics_address();
+    if (address.size() > 2 && address.front() == '[' && address.back() == ']') {
+      address = address.substr(1, address.size() - 2);
+    }
+    addrinfo hints{};
+    hints.ai_flags = AI_NUMERICHOST;
+    addrinfo* found = nullptr;
+    if (getaddrinfo(address.c_str(), nullptr, &hints, &found) == 0) {
+      freeaddrinfo(found);
+    } else {
+      Fail("telemetry.metrics_address",
+           absl::StrCat("\"", address,
+                        "\" is no IP address; 127.0.0.1 (this host alone) or 0.0.0.0 would fit"));
+    }
+  }
+
   void CheckExpertParallel(int world_size) {
     const Model& model = config_.model();
     const int64_t wanted = config_.parallel().expert() == -1 ? world_size : config_.parallel().expert();
@@ -204,6 +223,7 @@ absl::Status CheckConfig(const Config& config, const KeyPositions& positions) {
   checker.CheckData();
   checker.CheckTrain();
   checker.CheckScheduler();
+  checker.CheckTelemetry();
   return checker.ToStatus();
 }
 

@@ -22,6 +22,7 @@ namespace fs = std::filesystem;
 
 absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
   std::error_code ignored;
+  if (path.empty()) return absl::InvalidArgumentError("the name of the configuration file is empty");
   if (!fs::exists(path, ignored)) {
     std::vector<std::string> neighbours;
     const fs::path folder = fs::path(path).parent_path();
@@ -30,7 +31,9 @@ absl::StatusOr<std::string> ReadConfigFile(const std::string& path) {
         neighbours.push_back((folder / entry.path().filename()).string());
     }
     std::sort(neighbours.begin(), neighbours.end());
-    return absl::NotFoundError(absl::StrCat(path, ": no such file", DidYouMean(path, neighbours)));
+    const std::string place =
+        fs::path(path).is_absolute() ? "" : absl::StrCat(" in ", fs::current_path(ignored).string());
+    return absl::NotFoundError(absl::StrCat(path, ": no such file", place, DidYouMean(path, neighbours)));
   }
   if (fs::is_directory(path, ignored)) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": a folder; expected a configuration file"));
@@ -89,7 +92,11 @@ absl::Status FindFiles(const std::string& config_path, Files files, Config* conf
   }
   if (!config->run().init_from().empty()) {
     config->mutable_run()->set_init_from(FindFrom(config->run().init_from(), "", folder));
-    check("run.init_from", config->run().init_from());
+    std::error_code ignored;
+    // A single .safetensors file has no configuration beside it.
+    if (check("run.init_from", config->run().init_from()) && fs::is_directory(config->run().init_from(), ignored)) {
+      check("run.init_from", config->run().init_from() + "/config.json");
+    }
   }
   const std::string& resume = config->checkpoint().resume();
   if (resume != "auto" && resume != "none") check("checkpoint.resume", resume);

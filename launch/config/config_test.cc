@@ -8,6 +8,7 @@
 #include <fstream>
 #include <sstream>
 
+#include "absl/strings/str_cat.h"
 #include "google/protobuf/util/message_differencer.h"
 
 namespace shoal {
@@ -87,6 +88,9 @@ TEST_F(LoadConfigTest, NamesAMissingFileAndItsNeighbour) {
   EXPECT_THAT(std::string(loaded.status().message()), HasSubstr("no such file; did you mean"));
   EXPECT_THAT(std::string(loaded.status().message()), EndsWith("quickstart.yaml?"));
   EXPECT_TRUE(absl::IsInvalidArgument(LoadConfig(folder_.string(), {}, Files::kMustExist).status()));
+  EXPECT_EQ(std::string(LoadConfig("no-such.yaml", {}, Files::kMustExist).status().message()),
+            "no-such.yaml: no such file in " + fs::current_path().string());
+  EXPECT_TRUE(absl::IsInvalidArgument(LoadConfig("", {}, Files::kMustExist).status()));
 }
 
 TEST_F(LoadConfigTest, TakesAnEmptyFile) {
@@ -133,6 +137,19 @@ TEST_F(LoadConfigTest, NamesAMissingStart) {
   const std::string message(LoadConfig(path, {}, Files::kMustExist).status().message());
   EXPECT_THAT(message, HasSubstr("run.init_from: m: no such file"));
   EXPECT_THAT(message, HasSubstr("checkpoint.resume: c: no such file"));
+  const std::string no_model(
+      LoadConfig(path, {"run.init_from=/", "checkpoint.resume=none"}, Files::kMustExist).status().message());
+  EXPECT_THAT(no_model, HasSubstr("/config.json: no such file"));
+}
+
+TEST_F(LoadConfigTest, MetricsListenOnAnAddress) {
+  for (const char* good : {"0.0.0.0", "::", "[::1]"}) {
+    EXPECT_EQ(Error(kRandom, {absl::StrCat("telemetry.metrics_address=\"", good, "\"")}), "") << good;
+  }
+  EXPECT_EQ(
+      Error(kRandom, {"telemetry.metrics_address=host.example"}),
+      "--set telemetry.metrics_address=host.example: \"host.example\" is no IP address; 127.0.0.1 (this host "
+      "alone) or 0.0.0.0 would fit");
 }
 
 TEST_F(LoadConfigTest, NamesUnknownKeysOfTheRealSchema) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <numeric>
 
 #include "absl/strings/match.h"
@@ -139,7 +140,14 @@ std::string ConfigChanges(const Config& before, const Config& now) {
 absl::StatusOr<std::string> FindCheckpoint(const std::string& path) {
   SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(path));
   if (newest.has_value()) return *newest;
-  SHOAL_RETURN_IF_ERROR(OpenCheckpoint(path).status());
+  const absl::Status status = OpenCheckpoint(path).status();
+  if (absl::IsNotFound(status)) {
+    std::error_code ignored;
+    return absl::NotFoundError(absl::StrCat(path, std::filesystem::exists(path, ignored)
+                                                      ? ": no checkpoint, neither manifest.json nor checkpoints/step-N"
+                                                      : ": no such folder"));
+  }
+  SHOAL_RETURN_IF_ERROR(status);
   return path;
 }
 
