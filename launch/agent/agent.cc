@@ -58,6 +58,11 @@ std::string RandomId() {
   return absl::StrFormat("%016x", number);
 }
 
+// Whole lines for the user. On a terminal rank 0's progress line may still be open.
+void Say(const std::string& lines) {
+  static_cast<void>(WriteFully(STDERR_FILENO, absl::StrCat(isatty(STDERR_FILENO) == 1 ? "\n" : "", lines)));
+}
+
 // The signals that the agent handles, taken from their default ways while it lives.
 class SignalGuard {
  public:
@@ -294,7 +299,8 @@ void Agent::ReadSignals() {
     }
     ended_by_signal_ = number;
     if (phase_ >= Phase::kEnding) continue;
-    SHOAL_LOG(kWarning) << "SIG" << sigabbrev_np(number) << ": ending " << ranks_.size() << " rank(s)";
+    Say(absl::StrCat("shoal: SIG", sigabbrev_np(number), ": ending ", ranks_.size(),
+                     ranks_.size() == 1 ? " rank\n" : " ranks\n"));
     EndAll(number);
   }
 }
@@ -418,8 +424,7 @@ int Agent::Finish() {
     for (RankFailure& failure : failures_) {
       failure.last_lines = ranks_[failure.rank - ranks_.front().environment.rank].output->LastLines();
     }
-    static_cast<void>(
-        WriteFully(STDERR_FILENO, Verdict(failures_, ranks_.front().environment.world_size, host_)));
+    Say(Verdict(failures_, ranks_.front().environment.world_size, host_));
   }
   if (ended_by_signal_ != 0) return kExitSignalBase + ended_by_signal_;
   return failed ? kExitFailure : kExitOk;
@@ -428,8 +433,7 @@ int Agent::Finish() {
 int Agent::Run() {
   for (const std::string& warning : options_.warnings) SHOAL_LOG(kWarning) << warning;
   if (const absl::Status status = Start(); !status.ok()) {
-    static_cast<void>(
-        WriteFully(STDERR_FILENO, absl::StrCat("shoal: the job was not started: ", status.message(), "\n")));
+    Say(absl::StrCat("shoal: the job was not started: ", status.message(), "\n"));
     EndAll(SIGKILL);
     while (AnyRunning() && Now() < phase_ends_) Wait();
     return kExitFailure;

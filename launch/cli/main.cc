@@ -1,5 +1,8 @@
 // The program `shoal`.
+#include <cerrno>
 #include <csignal>
+#include <cstdio>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -64,5 +67,10 @@ int main(int argc, char** argv) {
   signal(SIGXFSZ, SIG_IGN);
   std::vector<std::string> args(argv + 1, argv + argc);
   if (args.size() == 1 && args[0] == "--version") args[0] = "version";
-  return shoal::Dispatch("shoal", shoal::Help(), shoal::Commands(), args);
+  const int code = shoal::Dispatch("shoal", shoal::Help(), shoal::Commands(), args);
+  const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout) != 0;
+  // A reader that has seen enough (EPIPE) is no failure.
+  if (code != shoal::kExitOk || !lost || errno == EPIPE) return code;
+  absl::FPrintF(stderr, "shoal: cannot write to stdout: %s\n", std::strerror(errno));
+  return shoal::kExitFailure;
 }
