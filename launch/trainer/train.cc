@@ -7,6 +7,7 @@
 #include "launch/checkpoint/checkpoint.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/status/reporter.h"
+#include "launch/trainer/folder_lock.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
 #include "models/data/prefetch.h"
@@ -83,6 +84,9 @@ class TrainingRun {
   }
 
   absl::Status SetUpAndTrain() {
+    if (is_rank0()) {
+      SHOAL_ASSIGN_OR_RETURN(lock_, FolderLock::Take(run_dir_));
+    }
     SHOAL_RETURN_IF_ERROR(OpenData());
     SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, /*training=*/true), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
@@ -458,6 +462,7 @@ class TrainingRun {
   int64_t first_step_ = 0, updates_ = 0, saved_step_ = 0;
 
   // In the order in which they are set up; the last goes first.
+  std::unique_ptr<FolderLock> lock_;  // Of rank 0.
   std::unique_ptr<MetricsServer> metrics_;
   std::unique_ptr<Communicator> world_;
   Dataset data_;

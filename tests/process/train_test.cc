@@ -352,6 +352,27 @@ TEST_F(TrainTest, BadInputsAreNamed) {
   }
 }
 
+TEST_F(TrainTest, ARunsFolderHasOneJobAtATime) {
+  auto first = *Subprocess::Start(Train(1, {"train.steps=1000000"}));
+  ASSERT_TRUE(first->WaitForOutput("step", kLong).ok());
+  const ProcessResult second = Run(Train(2, {}));
+  EXPECT_EQ(second.exit_code, kExitFailure);
+  EXPECT_THAT(second.err, HasSubstr("runs/tiny: another job is writing there"));
+  EXPECT_EQ(second.out, "");
+  EXPECT_TRUE(Run(Train(2, {"run.name=second"})).ok());
+  first->Signal(SIGINT);
+  ASSERT_TRUE(first->Wait(kEndMax).ok());
+  EXPECT_TRUE(Run(Train(2, {})).ok());
+}
+
+TEST_F(TrainTest, OutputThatIsLostIsAnError) {
+  SubprocessOptions options;
+  options.args = {"sh", "-c", std::string(SHOAL_PROGRAM) + " config reference > /dev/full"};
+  const ProcessResult result = Run(options);
+  EXPECT_EQ(result.exit_code, kExitFailure);
+  EXPECT_THAT(result.err, HasSubstr("cannot write to stdout: No space left on device"));
+}
+
 TEST_F(TrainTest, PortInUseIsNamed) {
   auto first = *Subprocess::Start(Train(1, {"train.steps=1000000", "run.name=first"}));
   ASSERT_TRUE(first->WaitForOutput("step", kLong).ok());
