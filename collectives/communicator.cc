@@ -58,7 +58,7 @@ class Group final : public Communicator {
   Epoch epoch() const override { return epoch_; }
 
   absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override;
-  Work AllReduce(const Tensor& in_out, ReduceOp op, const OpOptions& options) override;
+  Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override;
   Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                      const OpOptions& options) override;
   Work AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
@@ -66,13 +66,30 @@ class Group final : public Communicator {
   Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
                 absl::Span<const int64_t> recv_counts, const OpOptions& options) override;
   Work Broadcast(const Tensor& in_out, int root_index, const OpOptions& options) override;
+  Work Reduce(const Tensor&, const Tensor&, int, ReduceOp, const OpOptions&) override { return Missing(); }
+  Work Gather(const Tensor&, absl::Span<const int64_t>, const Tensor&, int, const OpOptions&) override {
+    return Missing();
+  }
+  Work Scatter(const Tensor&, absl::Span<const int64_t>, const Tensor&, int, const OpOptions&) override {
+    return Missing();
+  }
   Work Barrier(const OpOptions& options) override;
+  Work Send(const Tensor&, int, uint32_t, const OpOptions&) override { return Missing(); }
+  Work Receive(const Tensor&, int, uint32_t, const OpOptions&) override { return Missing(); }
+  Work SparseAllGather(absl::Span<const Tensor>, absl::Span<const SparseMove>, const OpOptions&) override {
+    return Missing();
+  }
+  Work SparseReduceScatter(absl::Span<const Tensor>, absl::Span<const SparseMove>, ReduceOp,
+                           const OpOptions&) override {
+    return Missing();
+  }
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override;
   void Abort(const absl::Status& cause) override;
   absl::Status status() const override;
   void OnAbort(std::function<void(const absl::Status&)> callback) override;
 
  private:
+  static Work Missing() { return EndedWork(absl::UnimplementedError("not there yet")); }
   Group(std::shared_ptr<World> world, Epoch epoch, std::vector<int> ranks, int index, uint64_t key)
       : world_(std::move(world)),
         epoch_(epoch),
@@ -226,12 +243,13 @@ absl::Status Group::RunAlone(const Op& op) const {
   return absl::OkStatus();
 }
 
-Work Group::AllReduce(const Tensor& in_out, ReduceOp op, const OpOptions& options) {
+Work Group::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
+  if (out.raw() != in.raw() && in.bytes() > 0) std::memcpy(out.raw(), in.raw(), in.bytes());
   Op request;
   request.kind = OpKind::kAllReduce;
   request.reduce = op;
-  request.in = request.out = in_out;
-  const bool known = CanReduce(in_out.dtype(), op);
+  request.in = request.out = out;
+  const bool known = CanReduce(in.dtype(), op);
   return Issue(std::move(request), known ? absl::OkStatus() : absl::InvalidArgumentError("unknown reduction"),
                options);
 }

@@ -151,7 +151,7 @@ class Checker {
   void AllReduce(int64_t elements, DType dtype, ReduceOp op, uint64_t seed) {
     const Tensor data = Buffer(elements, dtype);
     Fill(data, seed, group_.index(), 0);
-    EXPECT_EQ(group_.AllReduce(data, op, {}).Await().ToString(), "OK");
+    EXPECT_EQ(group_.AllReduce(data, data, op, {}).Await().ToString(), "OK");
     EXPECT_EQ(Differences(data, [&](int64_t i) { return Reduced(dtype, op, seed, group_.size(), i); }), "");
   }
 
@@ -309,7 +309,7 @@ TEST_P(Transports, SumsOfRoundingDataAreBitIdenticalOnAllRanks) {
     std::mt19937 random(group.index());
     std::normal_distribution<float> normal;
     for (float& x : data.span<float>()) x = normal(random);
-    ASSERT_TRUE(group.AllReduce(data, ReduceOp::kSum, {}).Await().ok());
+    ASSERT_TRUE(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ok());
     results[group.index()].assign(data.data<float>(), data.data<float>() + kElements);
   });
   for (int rank = 1; rank < kRanks; ++rank) {
@@ -334,7 +334,7 @@ TEST_P(Transports, ManyOperationsInFlightEndInOrder) {
     for (int i = 0; i < kOperations; ++i) {
       tensors.push_back(*group.Allocate({i * 11}, DType::kI64));
       std::fill_n(tensors[i].data<int64_t>(), i * 11, group.index() + i);
-      works.push_back(group.AllReduce(tensors[i], ReduceOp::kSum, {}));
+      works.push_back(group.AllReduce(tensors[i], tensors[i], ReduceOp::kSum, {}));
     }
     for (int i = kOperations - 1; i >= 0; --i) {
       ASSERT_EQ(works[i].Await().ToString(), "OK");
@@ -382,8 +382,8 @@ TEST_P(Transports, DifferentGroupsInDifferentOrderDoNotBlockEachOther) {
     std::fill_n(b.data<float>(), kElements, 2.0f);
     Communicator* first = world.index() == 0 ? &world : other.get();
     Communicator* second = world.index() == 0 ? other.get() : &world;
-    const Work one = first->AllReduce(world.index() == 0 ? a : b, ReduceOp::kSum, {});
-    const Work two = second->AllReduce(world.index() == 0 ? b : a, ReduceOp::kSum, {});
+    const Work one = first->AllReduce(world.index() == 0 ? a : b, world.index() == 0 ? a : b, ReduceOp::kSum, {});
+    const Work two = second->AllReduce(world.index() == 0 ? b : a, world.index() == 0 ? b : a, ReduceOp::kSum, {});
     EXPECT_EQ(two.Await().ToString(), "OK");
     EXPECT_EQ(one.Await().ToString(), "OK");
     EXPECT_EQ(a.data<float>()[kElements - 1], 2.0f);
@@ -471,7 +471,7 @@ TEST_P(Transports, DifferentOperationsEndTheEpochAndNameBoth) {
   RunRanks(2, GetParam(), [](Communicator& group) {
     const Tensor data = Zeros({8}, DType::kF32);
     const absl::Status status = group.index() == 0
-                                    ? group.AllReduce(data, ReduceOp::kSum, {.label = "grads"}).Await()
+                                    ? group.AllReduce(data, data, ReduceOp::kSum, {.label = "grads"}).Await()
                                     : group.Broadcast(data, 0, {.label = "weights"}).Await();
     EXPECT_TRUE(absl::IsAborted(status)) << status;
     EXPECT_THAT(std::string(group.status().message()), HasSubstr("all_reduce"));
@@ -503,9 +503,9 @@ TEST_P(Transports, CallbacksRunOnceAndMayIssueMore) {
     Work second;
     Mutex mutex;
     CondVar done;
-    group.AllReduce(data, ReduceOp::kSum, {}).OnDone([&](const absl::Status& status) {
+    group.AllReduce(data, data, ReduceOp::kSum, {}).OnDone([&](const absl::Status& status) {
       EXPECT_TRUE(status.ok());
-      group.AllReduce(data, ReduceOp::kSum, {}).OnDone([&](const absl::Status& again) {
+      group.AllReduce(data, data, ReduceOp::kSum, {}).OnDone([&](const absl::Status& again) {
         EXPECT_TRUE(again.ok());
         MutexLock lock(&mutex);
         ++calls;
@@ -549,7 +549,7 @@ TEST(Allocate, MemoryIsGivenBackHereAndAtThePeers) {
     for (int i = 0; i < 1500; ++i) {
       const Tensor tensor = *group.Allocate({100'000}, DType::kF32);
       tensor.data<float>()[99'999] = 1.0f;
-      ASSERT_EQ(group.AllReduce(tensor, ReduceOp::kSum, {}).Await().ToString(), "OK");
+      ASSERT_EQ(group.AllReduce(tensor, tensor, ReduceOp::kSum, {}).Await().ToString(), "OK");
       ASSERT_EQ(tensor.data<float>()[99'999], 2.0f);
     }
   });

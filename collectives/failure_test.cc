@@ -39,7 +39,7 @@ void ReduceForEver(Communicator& group, const RankProcesses::Say& say) {
       say("running");
       said = true;
     }
-    status = group.AllReduce(grads, ReduceOp::kSum, {.label = "grads"}).Await();
+    status = group.AllReduce(grads, grads, ReduceOp::kSum, {.label = "grads"}).Await();
   }
   say(status.ToString());
 }
@@ -92,7 +92,7 @@ TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
     if (group.index() == 1) {
       group.Abort(absl::DataLossError("disk full"));
     } else {
-      EXPECT_THAT(group.AllReduce(data, ReduceOp::kSum, {}).Await().ToString(),
+      EXPECT_THAT(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(),
                   AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 aborted: disk full")));
     }
     EXPECT_EQ(group.status().ToString(), "ABORTED: rank 1 aborted: disk full");
@@ -132,7 +132,7 @@ TEST_P(Failures, MissedDeadlineNamesTheOperationAndWhoHadNotArrived) {
     const Tensor data = Zeros({5}, DType::kF32);
     if (group.index() != 1) {
       const OpOptions options = {.deadline = absl::Now() + absl::Milliseconds(200), .label = "norm"};
-      const absl::Status status = group.AllReduce(data, ReduceOp::kSum, options).Await();
+      const absl::Status status = group.AllReduce(data, data, ReduceOp::kSum, options).Await();
       EXPECT_TRUE(absl::IsAborted(status)) << status;
     }
     while (group.status().ok()) std::this_thread::yield();
@@ -176,7 +176,7 @@ TEST_P(Failures, LeavingAfterTheLastOperationDisturbsNobody) {
     EXPECT_EQ(world.Broadcast(data, 0, {}).Await().ToString(), "OK");
     if (world.index() == 0) return;
     for (int i = 0; i < 200; ++i)
-      ASSERT_EQ(rest->AllReduce(data, ReduceOp::kSum, {}).Await().ToString(), "OK");
+      ASSERT_EQ(rest->AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(), "OK");
   });
 }
 
@@ -184,7 +184,7 @@ TEST_P(Failures, WaitingForARankThatLeftEndsTheEpoch) {
   RunRanks(3, GetParam(), [](Communicator& group) {
     if (group.index() == 1) return;
     const Tensor data = Zeros({100'000}, DType::kF32);
-    EXPECT_THAT(group.AllReduce(data, ReduceOp::kSum, {}).Await().ToString(),
+    EXPECT_THAT(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(),
                 AllOf(HasSubstr("ABORTED"), HasSubstr("rank 1 (pid "), HasSubstr("left")));
   });
 }
@@ -216,7 +216,7 @@ TEST(OneRank, NeedsNoNetworkAndCanAbort) {
   const Tensor data = *world->Allocate({100}, DType::kF32);
   std::string cause;
   world->OnAbort([&](const absl::Status& status) { cause = status.ToString(); });
-  EXPECT_TRUE(world->AllReduce(data, ReduceOp::kSum, {}).Done());
+  EXPECT_TRUE(world->AllReduce(data, data, ReduceOp::kSum, {}).Done());
   world->Abort(absl::CancelledError("enough"));
   EXPECT_EQ(cause, "ABORTED: rank 0 aborted: enough");
   EXPECT_TRUE(absl::IsAborted(world->Barrier({}).Await()));

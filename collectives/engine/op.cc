@@ -16,8 +16,22 @@ const char* KindName(OpKind kind) {
       return "all_to_all";
     case OpKind::kBroadcast:
       return "broadcast";
+    case OpKind::kReduce:
+      return "reduce";
+    case OpKind::kGather:
+      return "gather";
+    case OpKind::kScatter:
+      return "scatter";
     case OpKind::kBarrier:
       return "barrier";
+    case OpKind::kSend:
+      return "send";
+    case OpKind::kReceive:
+      return "receive";
+    case OpKind::kSparseAllGather:
+      return "sparse_all_gather";
+    case OpKind::kSparseReduceScatter:
+      return "sparse_reduce_scatter";
   }
   return "unknown operation";
 }

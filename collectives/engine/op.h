@@ -9,11 +9,10 @@
 
 #include "collectives/communicator.h"
 #include "collectives/engine/work_state.h"
+#include "collectives/program/program.h"
 #include "runtime/tensor/tensor.h"
 
 namespace shoal {
-
-enum class OpKind : uint8_t { kAllReduce, kReduceScatter, kAllGather, kAllToAll, kBroadcast, kBarrier };
 
 struct Op {
   OpKind kind = OpKind::kBarrier;

@@ -294,6 +294,8 @@ absl::Status ShmEngine::Run(const Op& op, const std::atomic<int64_t>& deadline_n
       }
       return AnyStaged() ? PullStaged(pulls) : PullAll(pulls);
     }
+    default:
+      break;
   }
   return absl::InternalError("unknown operation");
 }

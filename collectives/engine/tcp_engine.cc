@@ -43,7 +43,7 @@ absl::Status TcpEngine::Run(const Op& op, const std::atomic<int64_t>& deadline_n
       return AllToAll(context);
     case OpKind::kReduceScatter:
       return ReduceParts(context, op.counts, Bytes(op.out), /*gather=*/false);
-    case OpKind::kAllReduce:
+    default:
       break;
   }
   if (op.in.bytes() <= kSmallBytes) return AllReduceSmall(context);

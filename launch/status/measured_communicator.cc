@@ -1,5 +1,6 @@
 #include "launch/status/measured_communicator.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdint>
@@ -16,9 +17,24 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-enum class Kind : uint8_t { kAllReduce, kReduceScatter, kAllGather, kAllToAll, kBroadcast, kBarrier };
-constexpr std::array<std::string_view, 6> kKindNames = {"all_reduce", "reduce_scatter", "all_gather",
-                                                        "all_to_all", "broadcast",      "barrier"};
+enum class Kind : uint8_t {
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kAllToAll,
+  kBroadcast,
+  kReduce,
+  kGather,
+  kScatter,
+  kBarrier,
+  kSend,
+  kReceive,
+  kSparseAllGather,
+  kSparseReduceScatter,
+};
+constexpr std::array<std::string_view, 13> kKindNames = {
+    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast",         "reduce",               "gather",
+    "scatter",    "barrier",        "send",       "receive",    "sparse_all_gather", "sparse_reduce_scatter"};
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
@@ -96,9 +112,9 @@ class MeasuredCommunicator : public Communicator {
     return inner_->Allocate(shape, dtype);
   }
 
-  Work AllReduce(const Tensor& in_out, ReduceOp op, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kAllReduce, in_out.bytes());
-    return Counted(issued, inner_->AllReduce(in_out, op, options));
+  Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kAllReduce, in.bytes());
+    return Counted(issued, inner_->AllReduce(in, out, op, options));
   }
   Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                      const OpOptions& options) override {
@@ -120,9 +136,41 @@ class MeasuredCommunicator : public Communicator {
     const GroupSeries::Issued issued = series_->Begin(Kind::kBroadcast, bytes);
     return Counted(issued, inner_->Broadcast(in_out, root_index, options));
   }
+  Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kReduce, in.bytes());
+    return Counted(issued, inner_->Reduce(in, out, root, op, options));
+  }
+  Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+              const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kGather, in.bytes());
+    return Counted(issued, inner_->Gather(in, counts, out, root, options));
+  }
+  Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+               const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kScatter, index() == root ? in.bytes() : 0);
+    return Counted(issued, inner_->Scatter(in, counts, out, root, options));
+  }
   Work Barrier(const OpOptions& options) override {
     const GroupSeries::Issued issued = series_->Begin(Kind::kBarrier, 0);
     return Counted(issued, inner_->Barrier(options));
+  }
+  Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kSend, in.bytes());
+    return Counted(issued, inner_->Send(in, to, tag, options));
+  }
+  Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kReceive, 0);
+    return Counted(issued, inner_->Receive(out, from, tag, options));
+  }
+  Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
+                       const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kSparseAllGather, SparseBytes(chunks, moves, true));
+    return Counted(issued, inner_->SparseAllGather(chunks, moves, options));
+  }
+  Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                           const OpOptions& options) override {
+    const GroupSeries::Issued issued = series_->Begin(Kind::kSparseReduceScatter, SparseBytes(chunks, moves, false));
+    return Counted(issued, inner_->SparseReduceScatter(chunks, moves, op, options));
   }
 
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override {
@@ -140,6 +188,16 @@ class MeasuredCommunicator : public Communicator {
   }
 
  private:
+  // What this rank contributes: as owner to a gather, as holder to a reduction.
+  int64_t SparseBytes(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, bool gather) const {
+    int64_t bytes = 0;
+    for (const SparseMove& move : moves) {
+      const bool holds = std::count(move.holders.begin(), move.holders.end(), index()) > 0;
+      const bool known = move.chunk >= 0 && move.chunk < static_cast<int>(chunks.size());
+      if (known && (gather ? move.owner == index() : holds)) bytes += chunks[move.chunk].bytes();
+    }
+    return bytes;
+  }
   Work Counted(const GroupSeries::Issued& issued, Work work) const {
     // Shared: a callback may run after everything else here has gone.
     work.OnDone([series = series_, issued](const absl::Status& status) { series->End(issued, status); });

@@ -78,7 +78,7 @@ TEST(MeasuredCommunicator, CountsWhatEveryOperationGives) {
     const Tensor rows = Zeros({4}, DType::kI64), back = Zeros({4}, DType::kI64);
     const std::vector<int64_t> halves = {2, 2};
     for (int step = 0; step < 2; ++step) {
-      EXPECT_TRUE(world.AllReduce(all, ReduceOp::kSum, {}).Await().ok());
+      EXPECT_TRUE(world.AllReduce(all, all, ReduceOp::kSum, {}).Await().ok());
       EXPECT_TRUE(world.ReduceScatter(all, counts, own, ReduceOp::kSum, {}).Await().ok());
       EXPECT_TRUE(world.AllGather(own, counts, all, {}).Await().ok());
       EXPECT_TRUE(world.AllToAll(rows, halves, back, halves, {}).Await().ok());

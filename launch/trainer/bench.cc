@@ -28,7 +28,7 @@ struct Measured {
 absl::StatusOr<double> SumOverRanks(Communicator& world, double value) {
   const Tensor sum = Empty({1}, DType::kF64);
   sum.data<double>()[0] = value;
-  SHOAL_RETURN_IF_ERROR(world.AllReduce(sum, ReduceOp::kSum, {.label = "bench"}).Await());
+  SHOAL_RETURN_IF_ERROR(world.AllReduce(sum, sum, ReduceOp::kSum, {.label = "bench"}).Await());
   return sum.data<double>()[0];
 }
 

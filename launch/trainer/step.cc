@@ -97,7 +97,7 @@ absl::StatusOr<RankModel::PartTotals> RankModel::SumOverRanks(const Decoder::Sum
     }
   }
   if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(world_->AllReduce(packed, ReduceOp::kSum, {.label = "loss"}).Await(), "summing the loss");
+    SHOAL_RETURN_IF_ERROR(world_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "loss"}).Await(), "summing the loss");
   }
   PartTotals totals{.cross_entropy = values[0], .routing = {.tokens = tokens, .counts = {}, .prob_sums = {}, .z_sums = {}}};
   for (int64_t layer = 0; layer < layers; ++layer) {
@@ -181,7 +181,7 @@ absl::StatusOr<double> RankModel::Evaluate(const Tensor& rows) {
   if (world_->size() == 1) return own;
   const Tensor sum = Empty({1}, DType::kF64);
   sum.data<double>()[0] = own;
-  SHOAL_RETURN_IF_ERROR(world_->AllReduce(sum, ReduceOp::kSum, {.label = "validation loss"}).Await(), "summing the loss");
+  SHOAL_RETURN_IF_ERROR(world_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss"}).Await(), "summing the loss");
   return sum.data<double>()[0];
 }
 

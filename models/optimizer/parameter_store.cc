@@ -153,7 +153,7 @@ absl::StatusOr<double> ParameterStore::GradientNorm(Stream& stream) {
     }
   }
   if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(world_->AllReduce(sums, ReduceOp::kSum, {.label = "gradient norm"}).Await(), "gradient norm");
+    SHOAL_RETURN_IF_ERROR(world_->AllReduce(sums, sums, ReduceOp::kSum, {.label = "gradient norm"}).Await(), "gradient norm");
   }
   double total = 0;
   for (double sum : sums.span<double>()) total += sum;

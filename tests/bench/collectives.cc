@@ -77,7 +77,7 @@ std::vector<Case> Cases(Communicator& group, int64_t bytes) {
   const Tensor a = buffer(whole), b = buffer(whole);
   const Tensor mine = a.Elements(part * group.index(), {part});
   const float sum = n * (n + 1) / 2;
-  return {{"all_reduce", a, a, [=, &group] { return group.AllReduce(a, ReduceOp::kSum, {}); },
+  return {{"all_reduce", a, a, [=, &group] { return group.AllReduce(a, a, ReduceOp::kSum, {}); },
            [=](int64_t) { return sum; }},
           {"reduce_scatter", a, mine,
            [=, &group] { return group.ReduceScatter(a, counts, mine, ReduceOp::kSum, {}); },

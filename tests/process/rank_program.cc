@@ -107,7 +107,7 @@ int CountInterrupts() {
 absl::Status MeetOnce(Communicator& world) {
   SHOAL_ASSIGN_OR_RETURN(const Tensor sum, world.Allocate({1}, DType::kF32));
   *sum.data<float>() = static_cast<float>(world.index() + 1);
-  SHOAL_RETURN_IF_ERROR(world.AllReduce(sum, ReduceOp::kSum, {.label = "meeting"}).Await());
+  SHOAL_RETURN_IF_ERROR(world.AllReduce(sum, sum, ReduceOp::kSum, {.label = "meeting"}).Await());
   const float want = static_cast<float>(world.size() * (world.size() + 1) / 2);
   if (*sum.data<float>() == want) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("the sum over all ranks is ", *sum.data<float>(), ", want ", want));

@@ -1,0 +1,43 @@
+// Predicts how long a program takes, from link parameters that were measured. Pure.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "collectives/program/algorithms.h"
+
+namespace shoal {
+
+// Sending `bytes`: latency + bytes / bandwidth. Integers, so that all ranks compute with the same numbers.
+struct Link {
+  int64_t latency_ns = 0;
+  int64_t bytes_per_ms = 1;
+};
+
+struct CostModel {
+  Topology topology;
+  std::vector<Link> links;             // [from * size + to].
+  int64_t reduce_bytes_per_ms = 1;     // Per source, on one rank.
+  int64_t instruction_ns = 0;
+  int64_t cores_per_host = 1;          // Ranks of one host share them.
+  bool operator==(const CostModel&) const = default;
+};
+
+// The longest path through all ranks' instructions, where messages of one link queue behind each other. `problems[r]` is rank r's.
+int64_t PredictNs(const CostModel& model, const std::vector<Problem>& problems, const std::vector<Program>& programs,
+                  int64_t element_bytes);
+
+struct Choice {
+  const Algorithm* algorithm = nullptr;
+  int64_t piece = 0;         // Elements; Problem::piece.
+  int64_t predicted_ns = 0;
+};
+// All candidates with their predictions, the best first. `problem` is one rank's; of a v-operation whose counts only each
+// rank knows itself, its counts stand for all. Equal on all ranks for equal models and (kind, counts, size, even).
+std::vector<Choice> RankAlgorithms(const CostModel& model, const Problem& problem, int64_t element_bytes);
+
+// A short tour through all ranks that avoids slow links (the bottleneck of a ring is its slowest link): greedy start,
+// then 2-opt and or-opt moves. links as CostModel. Deterministic.
+std::vector<int> RingOrder(const std::vector<Link>& links, int size);
+
+}  // namespace shoal

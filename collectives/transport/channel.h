@@ -1,0 +1,52 @@
+// The messages of one group between this rank and its other members, as engines use them. Implemented over shared memory
+// (engine/shm_channel.h), TCP (engine/tcp_channel.h) and a simulated network (tests/sim). Calls of one channel come from
+// one thread at a time; no call but Wait blocks.
+//
+// A message is known by (sender, receiver, op, tag). Both sides know its size. Any number may be in flight; they are
+// matched whatever the order in which the two sides post them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+
+namespace shoal {
+
+struct MessageId {
+  uint64_t op = 0;   // The operation's number in the group; Send/Receive pairs have numbers of their own (top bit set).
+  uint32_t tag = 0;  // Within the operation.
+};
+
+class Channel {
+ public:
+  virtual ~Channel() = default;
+
+  // What has ended. `token` is the caller's.
+  struct Event {
+    uint64_t token = 0;
+    const std::byte* view = nullptr;  // Of ReceiveView: where the bytes lie until Release.
+  };
+
+  // The bytes are borrowed until the token comes back.
+  virtual void Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) = 0;
+  // `into` is borrowed until the token comes back.
+  virtual void Receive(int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token) = 0;
+  // The message stays where it arrived (on shared memory: in the sender's buffer), aligned to 4 bytes at least.
+  virtual void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) = 0;
+  virtual void Release(int member, MessageId id, const std::byte* view) = 0;
+
+  // Moves what can be moved now and appends what ended. An error (the group is over, a peer sent nonsense) is final: no
+  // event comes after it, and no borrowed memory is touched any more.
+  virtual absl::Status Poll(std::vector<Event>* events) = 0;
+  // Blocks until Poll may have something new, the group ended, Wake was called, or until `until_ns` (NowNs()). May spin a
+  // bounded while first.
+  virtual absl::Status Wait(int64_t until_ns) = 0;
+  // Ends a Wait on another thread, also the next one. Thread-safe.
+  virtual void Wake() = 0;
+  // The members from which something is awaited, for the verdict when a deadline passes.
+  virtual std::vector<int> Awaited() const = 0;
+};
+
+}  // namespace shoal
