@@ -25,7 +25,7 @@ struct Op {
   std::string label;
   uint64_t seq = 0;  // 1, 2, ... in the group.
   int64_t deadline_ns = 0;
-  std::shared_ptr<Work::State> state;
+  std::shared_ptr<QueuedWork> state;
 };
 
 const char* KindName(OpKind kind);

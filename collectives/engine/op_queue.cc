@@ -8,8 +8,7 @@
 namespace shoal {
 
 Work OpQueue::Push(Op op) {
-  auto state = std::make_shared<Work::State>();
-  state->queue = weak_from_this();
+  auto state = std::make_shared<QueuedWork>(weak_from_this());
   op.state = state;
   bool wake = false;
   {
@@ -39,7 +38,7 @@ void OpQueue::RunFront() {
   // Let go of the tensors before anybody is told, so that nobody finds them in use.
   op.in = Tensor();
   op.out = Tensor();
-  std::shared_ptr<Work::State> state = std::move(op.state);
+  std::shared_ptr<QueuedWork> state = std::move(op.state);
   mutex_.Lock();
   ops_.pop_front();
   SetDeadline();
@@ -51,12 +50,12 @@ void OpQueue::RunFront() {
   --finishing_;
 }
 
-void OpQueue::Help(const Work::State& state) {
+void OpQueue::Help(QueuedWork& state) {
   bool wake = false;
   {
     MutexLock lock(&mutex_);
     if (running_) return;
-    while (!running_ && !ops_.empty() && !state.done.load(std::memory_order_acquire)) RunFront();
+    while (!running_ && !ops_.empty() && !state.Done()) RunFront();
     wake = !ops_.empty() || closing_;
   }
   if (wake) changed_.NotifyAll();

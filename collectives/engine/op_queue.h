@@ -22,7 +22,7 @@ class OpQueue : public std::enable_shared_from_this<OpQueue> {
 
   Work Push(Op op);
   // Runs operations on this thread until `state` is done or another thread runs one.
-  void Help(const Work::State& state);
+  void Help(QueuedWork& state);
   bool Idle();
   // Waits until no operation is left, then joins the thread. Call once, when the operations are bound to end.
   void Close();

@@ -14,19 +14,35 @@ namespace shoal {
 
 class OpQueue;
 
+// What a handle asks of an operation, as Work says it. Thread-safe.
 struct Work::State {
-  // The queue that runs the operation, so that a thread which waits for it can do so instead of waking
-  // another one. Weak: a handle may outlive the communicator.
-  std::weak_ptr<OpQueue> queue;
+  virtual ~State() = default;
+  virtual bool Done() = 0;
+  virtual absl::Status Await(absl::Time deadline) = 0;
+  virtual void OnDone(std::function<void(const absl::Status&)> callback) = 0;
+};
 
-  std::atomic<bool> done{false};  // Set under the mutex; `status` is final once it is true.
-  Mutex mutex;
-  CondVar ended;
-  absl::Status status ABSL_GUARDED_BY(mutex);
-  std::vector<std::function<void(const absl::Status&)>> callbacks ABSL_GUARDED_BY(mutex);
+// An operation of a queue.
+class QueuedWork final : public Work::State {
+ public:
+  // The queue that runs the operation, so that a thread which waits for it can do so instead of waking another one. Weak: a
+  // handle may outlive the communicator.
+  explicit QueuedWork(std::weak_ptr<OpQueue> queue) : queue_(std::move(queue)) {}
+
+  bool Done() override { return done_.load(std::memory_order_acquire); }
+  absl::Status Await(absl::Time deadline) override;
+  void OnDone(std::function<void(const absl::Status&)> callback) override;
 
   // Ends the operation: wakes who waits and runs the callbacks on this thread.
   void Finish(const absl::Status& result);
+
+ private:
+  const std::weak_ptr<OpQueue> queue_;
+  std::atomic<bool> done_{false};  // Set under the mutex; status_ is final once it is true.
+  Mutex mutex_;
+  CondVar ended_;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::function<void(const absl::Status&)>> callbacks_ ABSL_GUARDED_BY(mutex_);
 };
 
 // A handle of an operation that ended before it began.

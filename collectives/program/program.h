@@ -78,7 +78,7 @@ struct Program {
   // Append and return the index. `after`: indices of instructions.
   int Send(int peer, uint32_t tag, Region region, absl::Span<const int> after = {});
   int Receive(int peer, uint32_t tag, Region region, absl::Span<const int> after = {});
-  int Reduce(absl::Span<const Region> sources, Region target, bool final, absl::Span<const int> after = {});
+  int Reduce(absl::Span<const Region> from, Region target, bool final, absl::Span<const int> after = {});
   int Copy(Region source, Region target, absl::Span<const int> after = {});
 };
 
