@@ -17,6 +17,18 @@ namespace shoal {
 struct MessageId {
   uint64_t op = 0;   // The operation's number in the group; Send/Receive pairs have numbers of their own (top bit set).
   uint32_t tag = 0;  // Within the operation.
+  // What both sides must agree on about the operation. Not part of the key: it travels beside the message, and a message
+  // whose sender has another one than its receiver is an error of the channel (see Mismatch). So is another size.
+  uint32_t signature = 0;
+};
+
+// Both ends of a message, as a channel finds that they do not fit: another signature, or another size.
+struct Mismatch {
+  int member = 0;  // The peer.
+  MessageId ours;  // What this rank posted.
+  MessageId theirs;
+  int64_t our_bytes = 0;
+  int64_t their_bytes = 0;
 };
 
 class Channel {
@@ -38,7 +50,8 @@ class Channel {
   virtual void Release(int member, MessageId id, const std::byte* view) = 0;
 
   // Moves what can be moved now and appends what ended. An error (the group is over, a peer sent nonsense) is final: no
-  // event comes after it, and no borrowed memory is touched any more.
+  // event comes after it, and no borrowed memory is touched any more. FAILED_PRECONDITION: `mismatch()` says what does
+  // not fit; the caller ends the group.
   virtual absl::Status Poll(std::vector<Event>* events) = 0;
   // Blocks until Poll may have something new, the group ended, Wake was called, or until `until_ns` (NowNs()). May spin a
   // bounded while first.
@@ -47,6 +60,8 @@ class Channel {
   virtual void Wake() = 0;
   // The members from which something is awaited, for the verdict when a deadline passes.
   virtual std::vector<int> Awaited() const = 0;
+  // Of the failed Poll.
+  virtual Mismatch mismatch() const { return {}; }
 };
 
 }  // namespace shoal
