@@ -15,7 +15,8 @@ endif()
 function(shoal_library name)
   cmake_parse_arguments(ARG "" "" "SRCS;DEPS" ${ARGN})
   add_library(${name} STATIC ${ARG_SRCS})
-  target_link_libraries(${name} PUBLIC shoal_options ${ARG_DEPS})
+  # Who links an installed library does not compile with Shoal's options.
+  target_link_libraries(${name} PUBLIC $<BUILD_INTERFACE:shoal_options> ${ARG_DEPS})
 endfunction()
 
 # shoal_proto(name PROTOS a.proto ... DEPS target ...): C++ from protobuf schemas, included by their path from the root, and
