@@ -17,8 +17,9 @@ namespace shoal {
 struct MessageId {
   uint64_t op = 0;   // The operation's number in the group; Send/Receive pairs have numbers of their own (top bit set).
   uint32_t tag = 0;  // Within the operation.
-  // What both sides must agree on about the operation. Not part of the key: it travels beside the message, and a message
-  // whose sender has another one than its receiver is an error of the channel (see Mismatch). So is another size.
+  // What both sides must agree on about the operation. Not part of the key: it travels beside the message. A message of the
+  // same operation but with another signature, whatever its tag, or with the same key but another size, is an error of
+  // the channel (see Mismatch).
   uint32_t signature = 0;
 };
 
@@ -48,6 +49,10 @@ class Channel {
   // The message stays where it arrived (on shared memory: in the sender's buffer), aligned to 4 bytes at least.
   virtual void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) = 0;
   virtual void Release(int member, MessageId id, const std::byte* view) = 0;
+
+  // This rank posts no message of this operation any more, nor of earlier ones (those without the top bit): one that arrives
+  // unasked, or has already, is an error (see Mismatch), for example because the other rank was in another operation.
+  virtual void Finish(MessageId) {}
 
   // Moves what can be moved now and appends what ended. An error (the group is over, a peer sent nonsense) is final: no
   // event comes after it, and no borrowed memory is touched any more. FAILED_PRECONDITION: `mismatch()` says what does
