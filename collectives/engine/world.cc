@@ -43,8 +43,8 @@ absl::Status World::Start(std::vector<PeerLink> links) {
   bool over_tcp = false;
   for (size_t rank = 0; rank < links.size(); ++rank) {
     auto peer = std::make_unique<Peer>();
-    over_tcp = over_tcp || links[rank].data.valid();
-    data[rank] = std::move(links[rank].data);
+    over_tcp = over_tcp || !links[rank].data.empty();
+    if (!links[rank].data.empty()) data[rank] = std::move(links[rank].data[0]);
     if (links[rank].control.valid()) {
       peer->control = std::make_unique<ControlLink>(std::move(links[rank].control));
       peer->heard_ns = NowNs();

@@ -440,7 +440,11 @@ void AcceptPeer(const WorldOptions& options, const Table& table, Greeter::Event&
     return;
   }
   PeerLink& link = (*links)[from];
-  (channel == static_cast<uint64_t>(Channel::kData) ? link.data : link.control) = std::move(event.socket);
+  if (channel == static_cast<uint64_t>(Channel::kControl)) {
+    link.control = std::move(event.socket);
+  } else if (link.data.empty()) {
+    link.data.push_back(std::move(event.socket));
+  }
 }
 
 absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const Doors& doors,
@@ -458,14 +462,15 @@ absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const
     SHOAL_ASSIGN_OR_RETURN(links[peer].control,
                            DialPeer(options, table, peer, same_host, Channel::kControl, deadline_ns));
     if (!needs_tcp) continue;
-    SHOAL_ASSIGN_OR_RETURN(links[peer].data,
+    SHOAL_ASSIGN_OR_RETURN(Fd data,
                            DialPeer(options, table, peer, same_host, Channel::kData, deadline_ns));
+    links[peer].data.push_back(std::move(data));
   }
   Greeter greeter(doors.Listeners());
   while (true) {
     std::vector<bool> here(options.size, true);
     for (int peer = options.rank + 1; peer < options.size; ++peer) {
-      here[peer] = links[peer].control.valid() && (!needs_tcp || links[peer].data.valid());
+      here[peer] = links[peer].control.valid() && (!needs_tcp || !links[peer].data.empty());
     }
     if (std::count(here.begin(), here.end(), false) == 0) return links;
     absl::StatusOr<Greeter::Event> event = greeter.Next({}, deadline_ns);

@@ -16,9 +16,9 @@ namespace shoal {
 struct PeerLink {
   int64_t pid = 0;
   std::string host_name;
-  int host = 0;  // The lowest rank that shares memory with this one (its own rank when nobody does).
-  Fd control;    // Invalid in the entry of this process.
-  Fd data;       // Only when the job needs TCP: several hosts, or transport tcp.
+  int host = 0;          // The lowest rank that shares memory with this one (its own rank when nobody does).
+  Fd control;            // Invalid in the entry of this process.
+  std::vector<Fd> data;  // `flows` connections; none unless the job needs TCP: several hosts, or transport tcp.
 };
 
 // Entry r is about rank r. Blocks, at most connect_timeout; errors as ConnectWorld.
