@@ -1,0 +1,54 @@
+// The data connections of one epoch and process, shared by all of its groups: several flows (TCP connections) per peer.
+// There is no thread: whoever polls or waits moves everybody's bytes. Slices of large messages take turns, and a group
+// that stops receiving is sent no more than a window, so that one group's data never blocks another's. Framing:
+// transport/data_frame.h. Thread-safe; a port belongs to one thread at a time.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "collectives/engine/group_life.h"
+#include "collectives/transport/channel.h"
+#include "collectives/transport/socket.h"
+
+namespace shoal {
+
+struct DataPeer {
+  std::string name;       // For errors: "rank 2 (pid 71, host b)".
+  std::vector<Fd> flows;  // Empty: no data travels to that rank (this process itself, a rank that is never reached by TCP).
+};
+
+class DataMesh {
+ public:
+  // `peers[r]` is rank r. RESOURCE_EXHAUSTED: no descriptors left.
+  static absl::StatusOr<std::unique_ptr<DataMesh>> Create(uint64_t epoch, std::vector<DataPeer> peers);
+  // All ports are closed by then. Peers read the end of the connections after all that was sent.
+  ~DataMesh();
+  DataMesh(const DataMesh&) = delete;
+  DataMesh& operator=(const DataMesh&) = delete;
+
+  // One group's place in the mesh; see TcpChannel for what the calls mean.
+  struct Port;
+  Port* Open(const GroupLife* life);
+  void Close(Port* port);
+
+  void Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token);
+  // `into` null: into a buffer of the mesh.
+  void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token);
+  void Release(Port* port, const std::byte* view);
+  absl::Status Poll(Port* port, std::vector<Channel::Event>* events);
+  absl::Status Wait(Port* port, int64_t until_ns);
+  void Wake(Port* port);
+  std::vector<int> Awaited(const Port* port) const;
+  Mismatch MismatchOf(const Port* port) const;
+
+ private:
+  struct Impl;
+  explicit DataMesh(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace shoal
