@@ -14,6 +14,25 @@ Instruction* Append(Program* program, OpCode code, absl::Span<const int> after) 
 
 }  // namespace
 
+std::string_view OpKindName(OpKind kind) {
+  switch (kind) {
+    case OpKind::kAllReduce: return "all_reduce";
+    case OpKind::kReduceScatter: return "reduce_scatter";
+    case OpKind::kAllGather: return "all_gather";
+    case OpKind::kAllToAll: return "all_to_all";
+    case OpKind::kBroadcast: return "broadcast";
+    case OpKind::kReduce: return "reduce";
+    case OpKind::kGather: return "gather";
+    case OpKind::kScatter: return "scatter";
+    case OpKind::kBarrier: return "barrier";
+    case OpKind::kSend: return "send";
+    case OpKind::kReceive: return "receive";
+    case OpKind::kSparseAllGather: return "sparse_all_gather";
+    case OpKind::kSparseReduceScatter: return "sparse_reduce_scatter";
+  }
+  return "unknown";
+}
+
 int Program::Send(int peer, uint32_t tag, Region region, absl::Span<const int> after) {
   Instruction* const instruction = Append(this, OpCode::kSend, after);
   instruction->peer = peer;
@@ -41,7 +60,7 @@ int Program::Reduce(absl::Span<const Region> from, Region target, bool final, ab
 }
 
 int Program::Copy(Region source, Region target, absl::Span<const int> after) {
-  return Reduce({source}, target, /*final=*/false, after);
+  return Reduce({&source, 1}, target, /*final=*/false, after);
 }
 
 }  // namespace shoal

@@ -16,6 +16,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -38,6 +39,9 @@ enum class OpKind : uint8_t {
   kSparseAllGather,
   kSparseReduceScatter,
 };
+
+// As in Communicator, in snake case: "all_reduce".
+std::string_view OpKindName(OpKind kind);
 
 enum class Buffer : uint8_t { kIn, kOut, kScratch, kMessage };
 
@@ -96,7 +100,7 @@ struct Problem {
   OpKind kind = OpKind::kBarrier;
   int rank = 0;
   int size = 1;
-  int root = 0;
+  int root = 0;  // Of kSend and kReceive: the other side.
   int64_t elements = 0;
   std::vector<int64_t> counts;
   std::vector<int64_t> recv_counts;
