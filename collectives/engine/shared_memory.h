@@ -1,11 +1,12 @@
-// The memory that this rank shares with peers on its host: its own segments, and the peers' ones as they
-// announce them. Thread-safe.
+// The memory that this process shares with peers on its host: its own segments, which live as long as their
+// users and are announced to the peers of every epoch, and the segments that the peers of one epoch
+// announced. Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <map>
 #include <memory>
 #include <vector>
 
@@ -19,51 +20,65 @@ namespace shoal {
 class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
  public:
   // Tells the peers about a new segment, or that one is no longer used. Called with a lock held: must not
-  // block.
+  // block. RESOURCE_EXHAUSTED: no descriptors are left.
   struct Announcer {
-    std::function<void(const Segment&)> added;
-    std::function<void(uint32_t id)> freed;
+    std::function<absl::Status(const Segment&)> added;
+    std::function<void(uint64_t id)> freed;
   };
 
-  // `ranks`: of the whole job.
-  SharedMemory(int ranks, Announcer announcer) : announcer_(std::move(announcer)), peers_(ranks) {}
+  // One epoch's view of the process's memory. `ranks`: of the whole job. Announces what exists already.
+  SharedMemory(int ranks, Announcer announcer);
+  ~SharedMemory();
 
   // A segment of its own. RESOURCE_EXHAUSTED as Segment::Create.
   absl::StatusOr<std::shared_ptr<Segment>> NewSegment(int64_t bytes);
+  // Memory of one group of this epoch, which peers find and may write under GroupSegmentId(key). Takes no
+  // descriptor for longer than the announcement. ABORTED: the epoch is over.
+  absl::StatusOr<std::shared_ptr<Segment>> NewGroupSegment(uint64_t key, int64_t bytes);
+  static uint64_t GroupSegmentId(uint64_t key) { return key | kGroupBit; }
   // Zeroed, 128-byte aligned; small pieces share a segment.
   absl::StatusOr<std::shared_ptr<void>> Allocate(int64_t bytes);
 
   struct Place {
-    uint32_t segment = 0;  // 0: not shared memory.
+    uint64_t segment = 0;  // 0: not shared memory.
     int64_t offset = 0;
   };
-  // Where the bytes lie in this rank's segments.
-  Place Locate(const void* data, int64_t bytes);
+  // Where the bytes lie in this process's segments.
+  static Place Locate(const void* data, int64_t bytes);
+  // As Locate: the whole segment that contains the bytes; `base` null: none. Right until Forgotten() changes.
+  struct Extent {
+    const std::byte* base = nullptr;
+    int64_t bytes = 0;
+    uint64_t segment = 0;
+  };
+  static Extent Surrounding(const void* data, int64_t bytes);
+  // Counts the own segments that are gone. Cheap.
+  static uint64_t Forgotten();
 
-  absl::Status AddPeerSegment(int rank, uint32_t id, int64_t bytes, Fd fd);
-  void RemovePeerSegment(int rank, uint32_t id);
+  absl::Status AddPeerSegment(int rank, uint64_t id, int64_t bytes, Fd fd);
+  void RemovePeerSegment(int rank, uint64_t id);
   // Null while the peer's announcement has not arrived (it was sent before the peer used the memory).
+  std::shared_ptr<const Segment> FindPeerSegment(int rank, uint64_t id);
+  // Counts the peers' segments that are gone: who keeps some looks now and then. Cheap.
+  uint64_t Removed() const { return removed_.load(std::memory_order_acquire); }
   // OUT_OF_RANGE: the segment is smaller.
   absl::StatusOr<std::byte*> FindPeer(int rank, Place place, int64_t bytes);
   // Returns when an announcement arrives, at the latest after a few milliseconds.
   void AwaitAnnouncement();
 
-  // The epoch ended: cuts this rank's memory off from the peers' writes, keeps theirs mapped, announces
-  // nothing any more.
+  // The epoch ended: keeps the peers' memory mapped, announces nothing any more.
   void Fence();
 
  private:
-  void Forget(Segment* segment);
+  static constexpr uint64_t kGroupBit = uint64_t{1} << 63;
+  friend class OwnSegments;
 
+  Announcer announcer_;  // Used by OwnSegments, under its lock.
   Mutex mutex_;
   CondVar announced_;
-  Announcer announcer_ ABSL_GUARDED_BY(mutex_);
   bool fenced_ ABSL_GUARDED_BY(mutex_) = false;
-  uint32_t last_id_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::map<const std::byte*, Segment*> own_ ABSL_GUARDED_BY(mutex_);
-  std::shared_ptr<Segment> arena_ ABSL_GUARDED_BY(mutex_);  // Where small pieces are cut from.
-  int64_t arena_used_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::vector<absl::flat_hash_map<uint32_t, std::unique_ptr<Segment>>> peers_ ABSL_GUARDED_BY(mutex_);
+  std::atomic<uint64_t> removed_{0};
+  std::vector<absl::flat_hash_map<uint64_t, std::shared_ptr<Segment>>> peers_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace shoal

@@ -90,7 +90,8 @@ absl::Status ShmEngine::FindPeers(uint64_t key, int64_t deadline_ns) {
       const bool left = world_->Left(ranks_[member]);
       SHOAL_ASSIGN_OR_RETURN(
           std::byte * memory,
-          world_->memory().FindPeer(ranks_[member], {World::kControlSegment, 0}, sizeof(ControlPage)));
+          world_->memory().FindPeer(ranks_[member], {SharedMemory::GroupSegmentId(World::kControlSegment), 0},
+                                    sizeof(ControlPage)));
       if (memory != nullptr) {
         for (ControlBlock& block : reinterpret_cast<ControlPage*>(memory)->blocks) {
           if (block.key.load(std::memory_order_acquire) == key) blocks_[member] = &block;

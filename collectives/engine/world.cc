@@ -59,7 +59,7 @@ absl::Status World::Start(std::vector<PeerLink> links) {
     mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
   monitor_ = std::thread([this] { RunMonitor(); });
   if (RanksOnThisHost() > 1) {
-    SHOAL_ASSIGN_OR_RETURN(control_segment_, memory_->NewSegment(sizeof(ControlPage)), "the control page");
+    SHOAL_ASSIGN_OR_RETURN(control_segment_, memory_->NewGroupSegment(kControlSegment, sizeof(ControlPage)), "the control page");
     control_slots_ = std::make_unique<ControlSlots>(reinterpret_cast<ControlPage*>(control_segment_->base()));
   }
   return absl::OkStatus();
@@ -74,17 +74,19 @@ SharedMemory::Announcer World::Announcer() {
     WakeMonitor();
   };
   const auto added = [to_host_mates](const Segment& segment) {
-    to_host_mates([&segment](ControlLink* link) {
+    absl::Status status;
+    to_host_mates([&](ControlLink* link) {
       absl::StatusOr<Fd> fd = segment.Duplicate();
       if (!fd.ok()) {
-        SHOAL_LOG(kError) << "shared memory stays unknown to a peer: " << fd.status().message();
+        status = fd.status();
         return;
       }
       link->Push({ControlType::kSegment, WireWriter().U64(segment.id()).U64(segment.bytes()).Take(),
                   *std::move(fd)});
     });
+    return status;
   };
-  const auto freed = [to_host_mates](uint32_t id) {
+  const auto freed = [to_host_mates](uint64_t id) {
     to_host_mates([id](ControlLink* link) {
       link->Push({ControlType::kFree, WireWriter().U64(id).Take(), Fd()});
     });
@@ -296,7 +298,7 @@ void World::HandleMessage(int rank, ControlMessage message) {
       WakeSleepers();
       return;
     case ControlType::kSegment: {
-      const auto id = static_cast<uint32_t>(reader.U64());
+      const uint64_t id = reader.U64();
       const auto bytes = static_cast<int64_t>(reader.U64());
       const absl::Status status = memory_->AddPeerSegment(rank, id, bytes, std::move(message.fd));
       if (!status.ok()) {
@@ -306,7 +308,7 @@ void World::HandleMessage(int rank, ControlMessage message) {
       return;
     }
     case ControlType::kFree:
-      memory_->RemovePeerSegment(rank, static_cast<uint32_t>(reader.U64()));
+      memory_->RemovePeerSegment(rank, reader.U64());
       return;
   }
 }

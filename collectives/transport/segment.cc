@@ -69,14 +69,15 @@ bool HugePagesFree(int64_t bytes) {
   return NumberIn("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", 0) * kHugePage >= bytes;
 }
 
-absl::StatusOr<std::byte*> MapFile(int fd, int64_t bytes) {
-  void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+absl::StatusOr<std::byte*> MapFile(int fd, int64_t bytes, Segment::Access access) {
+  const bool writes = access == Segment::Access::kReadWrite;
+  void* base = mmap(nullptr, bytes, writes ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) return ErrnoStatus(errno, "map shared memory");
   (void)madvise(base, bytes, MADV_HUGEPAGE);
 #ifdef MADV_POPULATE_WRITE
   // Pages and page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best
   // effort.
-  (void)madvise(base, bytes, MADV_POPULATE_WRITE);
+  (void)madvise(base, bytes, writes ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 #endif
   return static_cast<std::byte*>(base);
 }
@@ -92,7 +93,7 @@ absl::StatusOr<MappedFile> NewFile(int64_t bytes, unsigned int flags) {
   if (!fd.valid()) return ErrnoStatus(errno, "create a memory file");
   if (ftruncate(fd.get(), bytes) != 0) return ErrnoStatus(errno, "size shared memory");
   // Mapped first: only through a mapping can the kernel be asked for large pages.
-  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes));
+  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes, Segment::Access::kReadWrite));
   int error = 0;
   do {
     error = fallocate(fd.get(), 0, 0, bytes) == 0 ? 0 : errno;
@@ -113,7 +114,7 @@ absl::Status CheckMemoryAvailable(int64_t bytes) {
       absl::StrCat("memory: wanted ", bytes, " bytes, ", available, " are available"));
 }
 
-absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint32_t id, int64_t bytes) {
+absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint64_t id, int64_t bytes) {
   SHOAL_RETURN_IF_ERROR(CheckMemoryAvailable(bytes), "shared");
   if (bytes >= kHugePage && HugePagesFree(bytes)) {
     const int64_t rounded = RoundUp(bytes, kHugePage);
@@ -126,14 +127,14 @@ absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint32_t id, int64_t by
   return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(file.fd), file.base));
 }
 
-absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint32_t id, int64_t bytes, Fd fd) {
+absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint64_t id, int64_t bytes, Fd fd, Access access) {
   struct stat info = {};
   if (fstat(fd.get(), &info) != 0) return ErrnoStatus(errno, "a peer's shared memory");
   if (bytes <= 0 || info.st_size < bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat("a peer's shared memory has ", info.st_size, " bytes, it says ", bytes));
   }
-  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes));
+  SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes, access));
   // The mapping keeps the memory; the descriptor is not needed, and there may be many.
   return std::unique_ptr<Segment>(new Segment(id, bytes, Fd(), base));
 }
@@ -149,17 +150,6 @@ absl::StatusOr<Fd> Segment::Duplicate() const {
   Fd copy(fcntl(fd_.get(), F_DUPFD_CLOEXEC, 0));
   if (!copy.valid()) return ErrnoStatus(errno, "duplicate a descriptor of shared memory");
   return copy;
-}
-
-void Segment::MakePrivate() {
-  // In two steps, because a failed mmap(2) over the old place could leave a hole there.
-  void* copy = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd_.get(), 0);
-  const bool moved =
-      copy != MAP_FAILED && mremap(copy, bytes_, bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, base_) != MAP_FAILED;
-  if (moved) return;
-  SHOAL_LOG(kWarning) << "memory of " << bytes_ << " bytes stays shared with peers of an ended epoch: "
-                      << ErrnoStatus(errno, "mmap").message();
-  if (copy != MAP_FAILED) munmap(copy, bytes_);
 }
 
 }  // namespace shoal

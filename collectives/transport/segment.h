@@ -20,31 +20,30 @@ class Segment {
  public:
   // New zeroed memory, rounded up to whole pages; 2 MiB pages where the system has them reserved.
   // RESOURCE_EXHAUSTED: too little memory (of the machine or of the control group) or too few descriptors.
-  static absl::StatusOr<std::unique_ptr<Segment>> Create(uint32_t id, int64_t bytes);
+  static absl::StatusOr<std::unique_ptr<Segment>> Create(uint64_t id, int64_t bytes);
+  enum class Access { kRead, kReadWrite };
   // A peer's memory, through the descriptor that it passed.
-  static absl::StatusOr<std::unique_ptr<Segment>> Map(uint32_t id, int64_t bytes, Fd fd);
+  static absl::StatusOr<std::unique_ptr<Segment>> Map(uint64_t id, int64_t bytes, Fd fd, Access access);
 
   ~Segment();
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;
 
-  uint32_t id() const { return id_; }
+  uint64_t id() const { return id_; }
   std::byte* base() const { return base_; }
   int64_t bytes() const { return bytes_; }
   bool Contains(const void* data, int64_t bytes) const;
   // A second descriptor of the memory file.
   absl::StatusOr<Fd> Duplicate() const;
 
-  // Cuts this mapping off from the peers' ones: from now on nothing that a peer writes (a process that was
-  // stopped in the middle of a reduction and comes back much later) can change a page that this process
-  // writes. Contents stay.
-  void MakePrivate();
+  // No peer can be told any more; the memory stays.
+  void CloseDescriptor() { fd_ = Fd(); }
 
  private:
-  Segment(uint32_t id, int64_t bytes, Fd fd, std::byte* base)
+  Segment(uint64_t id, int64_t bytes, Fd fd, std::byte* base)
       : id_(id), bytes_(bytes), fd_(std::move(fd)), base_(base) {}
 
-  uint32_t id_;
+  uint64_t id_;
   int64_t bytes_;
   Fd fd_;
   std::byte* base_;

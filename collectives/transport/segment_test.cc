@@ -9,30 +9,31 @@
 namespace shoal {
 namespace {
 
-TEST(Segment, IsSeenByBothSidesUntilItIsMadePrivate) {
+TEST(Segment, IsSeenByBothSides) {
   std::unique_ptr<Segment> own = *Segment::Create(/*id=*/1, 3 * 4096);
-  std::unique_ptr<Segment> peer = *Segment::Map(1, own->bytes(), *own->Duplicate());
+  std::unique_ptr<Segment> peer =
+      *Segment::Map(1, own->bytes(), *own->Duplicate(), Segment::Access::kReadWrite);
+  std::unique_ptr<Segment> reader = *Segment::Map(1, own->bytes(), *own->Duplicate(), Segment::Access::kRead);
+  own->CloseDescriptor();
   own->base()[0] = std::byte{1};
   peer->base()[4096] = std::byte{2};
   EXPECT_EQ(peer->base()[0], std::byte{1});
   EXPECT_EQ(own->base()[4096], std::byte{2});
+  EXPECT_EQ(reader->base()[4096], std::byte{2});
+  EXPECT_FALSE(own->Duplicate().ok());
+}
 
-  own->MakePrivate();
-  EXPECT_EQ(own->base()[0], std::byte{1});
-  EXPECT_EQ(own->base()[4096], std::byte{2});
-  own->base()[0] = std::byte{3};
-  peer->base()[0] = std::byte{9};
-  peer->base()[1] = std::byte{9};
-  EXPECT_EQ(own->base()[0], std::byte{3});
-  EXPECT_EQ(own->base()[1], std::byte{0});
-  EXPECT_EQ(peer->base()[0], std::byte{9});
+TEST(SegmentDeathTest, WhoOnlyReadsCannotWrite) {
+  std::unique_ptr<Segment> own = *Segment::Create(1, 4096);
+  std::unique_ptr<Segment> reader = *Segment::Map(1, 4096, *own->Duplicate(), Segment::Access::kRead);
+  EXPECT_DEATH(*static_cast<volatile std::byte*>(reader->base()) = std::byte{1}, "");
 }
 
 TEST(Segment, AForeignDescriptorThatIsTooSmallIsRefused) {
   std::unique_ptr<Segment> own = *Segment::Create(1, 4096);
-  EXPECT_FALSE(Segment::Map(1, 8192, *own->Duplicate()).ok());
-  EXPECT_FALSE(Segment::Map(1, -1, *own->Duplicate()).ok());
-  EXPECT_FALSE(Segment::Map(1, 4096, Fd()).ok());
+  EXPECT_FALSE(Segment::Map(1, 8192, *own->Duplicate(), Segment::Access::kRead).ok());
+  EXPECT_FALSE(Segment::Map(1, -1, *own->Duplicate(), Segment::Access::kRead).ok());
+  EXPECT_FALSE(Segment::Map(1, 4096, Fd(), Segment::Access::kRead).ok());
 }
 
 TEST(Segment, ContainsKnowsItsBounds) {
@@ -68,8 +69,10 @@ TEST_F(ControlLinks, CarryMessagesAndDescriptorsInOrder) {
     ASSERT_TRUE(b_->Read(&messages).ok());
   }
   EXPECT_EQ(messages[1].body.size(), 20'000u);
-  EXPECT_EQ((*Segment::Map(1, 4096, std::move(messages[0].fd)))->base()[0], std::byte{1});
-  EXPECT_EQ((*Segment::Map(2, 4096, std::move(messages[2].fd)))->base()[0], std::byte{2});
+  EXPECT_EQ((*Segment::Map(1, 4096, std::move(messages[0].fd), Segment::Access::kRead))->base()[0],
+            std::byte{1});
+  EXPECT_EQ((*Segment::Map(2, 4096, std::move(messages[2].fd), Segment::Access::kRead))->base()[0],
+            std::byte{2});
 }
 
 TEST_F(ControlLinks, LastWordsArriveBeforeTheEnd) {
