@@ -7,6 +7,7 @@
 #include <numeric>
 #include <utility>
 
+#include "collectives/backend/mpi_group.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/op_queue.h"
 #include "collectives/engine/shm_engine.h"
@@ -372,8 +373,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(const WorldOptions& o
   if (options.size < 1 || options.rank < 0 || options.rank >= options.size) {
     return absl::InvalidArgumentError(absl::StrCat("rank ", options.rank, " of ", options.size));
   }
+  if (options.transport == "mpi") return ConnectMpi(options);
   if (options.transport != "auto" && options.transport != "tcp") {
-    return absl::InvalidArgumentError(absl::StrCat("transport '", options.transport, "', want auto or tcp"));
+    return absl::InvalidArgumentError(absl::StrCat("transport '", options.transport, "', want auto, tcp or mpi"));
   }
   if (options.size == 1) {
     return std::unique_ptr<Communicator>(std::make_unique<Group>(options.epoch, options.timeout));

@@ -1,0 +1,609 @@
+#include "collectives/backend/mpi_group.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+#include <deque>
+#include <filesystem>
+#include <numeric>
+#include <thread>
+#include <vector>
+
+#include "absl/time/clock.h"
+#include "collectives/backend/mpi_plugin.h"
+#include "collectives/engine/op.h"
+#include "collectives/engine/reduce.h"
+#include "collectives/engine/work_state.h"
+#include "collectives/transport/clock.h"
+#include "runtime/base/mutex.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t kCountMax = INT_MAX;
+constexpr uint32_t kSparseTag = 32767;  // The highest that every MPI has; callers use those below.
+
+void ReduceForMpi(int dtype, int op, const void* in, void* in_out, int64_t count) {
+  auto* const target = static_cast<std::byte*>(in_out);
+  Reduce(static_cast<DType>(dtype), static_cast<ReduceOp>(op), {static_cast<const std::byte*>(in), target}, {target},
+         count);
+}
+
+// The loaded library and the lock under which all of its functions are called.
+struct Library {
+  const shoal_mpi_plugin* plugin = nullptr;
+  Mutex mutex;
+  ~Library() {
+    if (plugin != nullptr) plugin->stop();
+  }
+
+  absl::Status Error(int code) const {
+    if (code == 0) return absl::OkStatus();
+    char text[512] = "";
+    plugin->error_text(code, text, sizeof text);
+    return absl::InternalError(absl::StrCat("MPI: ", text));
+  }
+};
+
+// One operation: some requests, then work on this rank.
+struct Pending {
+  std::string name;
+  std::vector<shoal_mpi_request*> requests;
+  std::vector<Tensor> held;      // Alive until the end.
+  std::function<void()> finish;  // May be empty.
+  int64_t deadline_ns = 0;
+  std::shared_ptr<QueuedWork> work;
+};
+
+class MpiGroup final : public Communicator {
+ public:
+  MpiGroup(std::shared_ptr<Library> library, shoal_mpi_group* group, const WorldOptions& options)
+      : library_(std::move(library)),
+        group_(group),
+        options_(options),
+        index_(library_->plugin->rank(group)),
+        size_(library_->plugin->size(group)),
+        thread_([this] { Run(); }) {}
+  ~MpiGroup() override;
+
+  int index() const override { return index_; }
+  int size() const override { return size_; }
+  Epoch epoch() const override { return options_.epoch; }
+  absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override { return Zeros(std::move(shape), dtype); }
+
+  Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override;
+  Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
+                     const OpOptions& options) override;
+  Work AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
+                 const OpOptions& options) override;
+  Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
+                absl::Span<const int64_t> recv_counts, const OpOptions& options) override;
+  Work Broadcast(const Tensor& in_out, int root, const OpOptions& options) override;
+  Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override;
+  Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+              const OpOptions& options) override;
+  Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+               const OpOptions& options) override;
+  Work Barrier(const OpOptions& options) override;
+  Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override;
+  Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override;
+  Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
+                       const OpOptions& options) override;
+  Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                           const OpOptions& options) override;
+  absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override;
+  void Abort(const absl::Status& cause) override { End(absl::StrCat("rank ", index_, " aborted: ", cause.message()), true); }
+  absl::Status status() const override {
+    MutexLock lock(&mutex_);
+    return status_;
+  }
+  void OnAbort(std::function<void(const absl::Status&)> callback) override;
+
+ private:
+  struct Request {
+    shoal_mpi_op op = {};
+    std::vector<int64_t> counts, recv_counts;
+  };
+
+  Request NewRequest(int kind, DType dtype) const;
+  // Issues the requests as one operation.
+  Work Issue(OpKind kind, std::vector<Request> requests, std::vector<Tensor> held, const absl::Status& valid,
+             const OpOptions& options, std::function<void()> finish = {});
+  absl::Status Check(std::initializer_list<const Tensor*> tensors, DType dtype, uint32_t tag = 0) const;
+  absl::Status CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole) const;
+  absl::Status CheckRank(int rank) const;
+  absl::Status CheckMoves(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves) const;
+  // Averages divide what MPI summed.
+  std::function<void()> Divide(const Tensor& out, ReduceOp op) const;
+
+  void Run();
+  bool Progress();
+  void End(const std::string& cause, bool tell);
+
+  const std::shared_ptr<Library> library_;
+  shoal_mpi_group* const group_;
+  const WorldOptions options_;
+  const int index_;
+  const int size_;
+
+  mutable Mutex mutex_;
+  CondVar changed_;
+  std::deque<Pending> pending_ ABSL_GUARDED_BY(mutex_);
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::function<void(const absl::Status&)>> callbacks_ ABSL_GUARDED_BY(mutex_);
+  bool closing_ ABSL_GUARDED_BY(mutex_) = false;
+  uint64_t issued_ ABSL_GUARDED_BY(mutex_) = 0;
+  std::thread thread_;
+};
+
+MpiGroup::~MpiGroup() {
+  bool open = false;
+  {
+    MutexLock lock(&mutex_);
+    open = !pending_.empty();
+  }
+  if (open) End("closed with operations pending", true);
+  bool lives = false;
+  {
+    MutexLock lock(&mutex_);
+    closing_ = true;
+    callbacks_.clear();
+    lives = status_.ok();
+  }
+  changed_.NotifyAll();
+  thread_.join();
+  MutexLock lock(&library_->mutex);
+  if (lives) library_->plugin->free_group(group_);
+}
+
+// ---- Progress. A thread of its own tests what is pending: MPI moves data only inside of its calls.
+
+void MpiGroup::Run() {
+  for (int idle = 0;; ++idle) {
+    {
+      MutexLock lock(&mutex_);
+      if (closing_) return;
+      // Nothing pending: only texts may come, and they may come late.
+      if (pending_.empty()) changed_.WaitUntil(&mutex_, SteadyTime(NowNs() + 10'000'000));
+      if (closing_) return;
+    }
+    if (Progress()) idle = 0;
+    if (idle > 1000) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// Ends what has ended. True: something did.
+bool MpiGroup::Progress() {
+  std::vector<std::pair<Pending, absl::Status>> ended;
+  std::string late, told;
+  {
+    MutexLock lock(&mutex_);
+    if (!status_.ok()) return false;
+    MutexLock library(&library_->mutex);
+    int from = 0;
+    char text[512] = "";
+    if (library_->plugin->heard(group_, &from, text, sizeof text) != 0) told = text;
+    for (auto it = pending_.begin(); it != pending_.end();) {
+      absl::Status status;
+      while (!it->requests.empty() && status.ok()) {
+        int done = 0;
+        status = library_->Error(library_->plugin->test(it->requests.back(), &done));
+        if (done == 0) break;
+        it->requests.pop_back();
+      }
+      if (it->requests.empty() || !status.ok()) {
+        ended.emplace_back(std::move(*it), status);
+        it = pending_.erase(it);
+        continue;
+      }
+      if (NowNs() > it->deadline_ns) late = it->name;
+      ++it;
+    }
+  }
+  for (auto& [operation, status] : ended) {
+    if (status.ok() && operation.finish) operation.finish();
+    operation.held.clear();
+    if (!status.ok()) {
+      End(absl::StrCat(operation.name, ": ", status.message()), true);
+      status = this->status();
+    }
+    operation.work->Finish(Annotate(status, operation.name));
+  }
+  if (!told.empty()) End(told, false);
+  if (!late.empty()) End(absl::StrCat(late, ": deadline passed"), true);
+  return !ended.empty();
+}
+
+void MpiGroup::End(const std::string& cause, bool tell) {
+  // MPI may go on using these buffers: they are never given back.
+  static auto* const kept = new std::deque<Pending>;
+  std::deque<Pending> open;
+  std::vector<std::function<void(const absl::Status&)>> callbacks;
+  absl::Status status;
+  {
+    MutexLock lock(&mutex_);
+    if (!status_.ok()) return;
+    status = status_ = absl::AbortedError(cause);
+    open.swap(pending_);
+    callbacks.swap(callbacks_);
+    MutexLock library(&library_->mutex);
+    for (int rank = 0; rank < size_ && tell; ++rank) {
+      if (rank != index_) (void)library_->plugin->tell(group_, rank, cause.c_str());
+    }
+    for (const Pending& operation : open) {
+      kept->push_back({operation.name, {}, operation.held, {}, 0, nullptr});
+    }
+  }
+  for (const Pending& operation : open) operation.work->Finish(Annotate(status, operation.name));
+  for (const auto& callback : callbacks) callback(status);
+}
+
+void MpiGroup::OnAbort(std::function<void(const absl::Status&)> callback) {
+  absl::Status over;
+  {
+    MutexLock lock(&mutex_);
+    over = status_;
+    if (over.ok()) callbacks_.push_back(std::move(callback));
+  }
+  if (!over.ok()) callback(over);
+}
+
+// ---- Issuing.
+
+MpiGroup::Request MpiGroup::NewRequest(int kind, DType dtype) const {
+  Request request;
+  request.op.kind = kind;
+  request.op.dtype = static_cast<int>(dtype);
+  return request;
+}
+
+Work MpiGroup::Issue(OpKind kind, std::vector<Request> requests, std::vector<Tensor> held, const absl::Status& valid,
+                     const OpOptions& options, std::function<void()> finish) {
+  Pending operation;
+  operation.held = std::move(held);
+  operation.finish = std::move(finish);
+  const absl::Time deadline = options.deadline == absl::InfiniteFuture() ? absl::Now() + options_.timeout : options.deadline;
+  operation.deadline_ns = SteadyDeadlineNs(deadline);
+  operation.work = std::make_shared<QueuedWork>(std::weak_ptr<OpQueue>());
+  const Work work(operation.work);
+  absl::Status refused = valid;
+  std::string broken;
+  {
+    MutexLock lock(&mutex_);
+    if (refused.ok()) refused = status_;
+    operation.name = OpName(kind, options.label, ++issued_);
+    if (!refused.ok()) return EndedWork(Annotate(refused, operation.name));
+    MutexLock library(&library_->mutex);
+    for (Request& request : requests) {
+      if (!request.counts.empty()) request.op.counts = request.counts.data();
+      if (!request.recv_counts.empty()) request.op.recv_counts = request.recv_counts.data();
+      shoal_mpi_request* begun = nullptr;
+      const absl::Status status = library_->Error(library_->plugin->begin(group_, &request.op, &begun));
+      if (!status.ok()) {
+        broken = absl::StrCat(operation.name, ": ", status.message());
+        break;
+      }
+      operation.requests.push_back(begun);
+    }
+    pending_.push_back(std::move(operation));
+  }
+  if (!broken.empty()) End(broken, true);
+  changed_.NotifyAll();
+  return work;
+}
+
+absl::Status MpiGroup::Check(std::initializer_list<const Tensor*> tensors, DType dtype, uint32_t tag) const {
+  for (const Tensor* tensor : tensors) {
+    if (tensor->elements() > kCountMax) {
+      return absl::InvalidArgumentError(absl::StrCat(tensor->elements(), " elements: MPI counts to ", kCountMax));
+    }
+    if (!tensor->empty() && tensor->dtype() != dtype) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(AbslSv(Name(tensor->dtype())), " and ", AbslSv(Name(dtype)), " in one operation"));
+    }
+  }
+  if (tag >= kSparseTag) return absl::InvalidArgumentError(absl::StrCat("tag ", tag, ", below ", kSparseTag, " over MPI"));
+  return absl::OkStatus();
+}
+
+absl::Status MpiGroup::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole) const {
+  if (static_cast<int>(counts.size()) != size_) {
+    return absl::InvalidArgumentError(absl::StrCat(counts.size(), " counts for ", size_, " ranks"));
+  }
+  int64_t sum = 0;
+  for (int64_t count : counts) {
+    if (count < 0) return absl::InvalidArgumentError(absl::StrCat("count ", count));
+    sum += count;
+  }
+  if (sum == whole.elements()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("counts have a sum of ", sum, ", the tensor has ", whole.elements(), " elements"));
+}
+
+absl::Status MpiGroup::CheckRank(int rank) const {
+  if (rank >= 0 && rank < size_) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("rank ", rank, " in a group of ", size_));
+}
+
+absl::Status MpiGroup::CheckMoves(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves) const {
+  for (const SparseMove& move : moves) {
+    if (move.chunk < 0 || move.chunk >= static_cast<int>(chunks.size())) {
+      return absl::InvalidArgumentError(absl::StrCat("chunk ", move.chunk, " of ", chunks.size()));
+    }
+    SHOAL_RETURN_IF_ERROR(CheckRank(move.owner));
+    for (int holder : move.holders) SHOAL_RETURN_IF_ERROR(CheckRank(holder));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status First(std::initializer_list<absl::Status> statuses) {
+  for (const absl::Status& status : statuses) {
+    if (!status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+std::function<void()> MpiGroup::Divide(const Tensor& out, ReduceOp op) const {
+  if (op != ReduceOp::kAverage) return {};
+  return [out, size = size_] {
+    auto* const data = static_cast<std::byte*>(out.raw());
+    shoal::Reduce(out.dtype(), ReduceOp::kAverage, {data}, {data}, out.elements(), size);
+  };
+}
+
+int MpiOp(ReduceOp op) { return static_cast<int>(op == ReduceOp::kAverage ? ReduceOp::kSum : op); }
+
+Work MpiGroup::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_ALL_REDUCE, in.dtype());
+  request.op.op = MpiOp(op);
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  request.op.count = in.elements();
+  absl::Status valid = Check({&in, &out}, in.dtype());
+  if (in.elements() != out.elements()) valid = absl::InvalidArgumentError("in and out differ in size");
+  return Issue(OpKind::kAllReduce, {request}, {in, out}, valid, options, Divide(out, op));
+}
+
+Work MpiGroup::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
+                             const OpOptions& options) {
+  const absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckCounts(counts, in)});
+  // MPI wants the result apart from the input.
+  const Tensor result = valid.ok() ? Empty({counts[index_]}, in.dtype()) : Tensor();
+  Request request = NewRequest(SHOAL_MPI_REDUCE_SCATTER, in.dtype());
+  request.op.op = MpiOp(op);
+  request.op.in = in.raw();
+  request.op.out = result.raw();
+  request.counts.assign(counts.begin(), counts.end());
+  return Issue(OpKind::kReduceScatter, {request}, {in, out, result}, valid, options,
+               [result, out, divide = Divide(result, op)] {
+                 if (divide) divide();
+                 if (!out.empty()) std::memcpy(out.raw(), result.raw(), out.bytes());
+               });
+}
+
+Work MpiGroup::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
+                         const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_ALL_GATHER, out.dtype());
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  request.counts.assign(counts.begin(), counts.end());
+  const absl::Status valid = First({Check({&in, &out}, out.dtype()), CheckCounts(counts, out)});
+  return Issue(OpKind::kAllGather, {request}, {in, out}, valid, options);
+}
+
+Work MpiGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
+                        absl::Span<const int64_t> recv_counts, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_ALL_TO_ALL, in.dtype());
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  const bool even = send_counts.empty() && recv_counts.empty();
+  request.counts.assign(send_counts.begin(), send_counts.end());
+  request.recv_counts.assign(recv_counts.begin(), recv_counts.end());
+  if (even) request.counts = request.recv_counts = std::vector<int64_t>(size_, in.elements() / size_);
+  const absl::Status valid =
+      First({Check({&in, &out}, in.dtype()), CheckCounts(request.counts, in), CheckCounts(request.recv_counts, out)});
+  return Issue(OpKind::kAllToAll, {request}, {in, out}, valid, options);
+}
+
+Work MpiGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_BROADCAST, in_out.dtype());
+  request.op.out = in_out.raw();
+  request.op.count = in_out.elements();
+  request.op.peer = root;
+  const absl::Status valid = First({Check({&in_out}, in_out.dtype()), CheckRank(root)});
+  return Issue(OpKind::kBroadcast, {request}, {in_out}, valid, options);
+}
+
+Work MpiGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_REDUCE, in.dtype());
+  request.op.op = MpiOp(op);
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  request.op.count = in.elements();
+  request.op.peer = root;
+  absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckRank(root)});
+  if (index_ == root && in.elements() != out.elements()) {
+    valid = absl::InvalidArgumentError("in and out differ in size");
+  }
+  return Issue(OpKind::kReduce, {request}, {in, out}, valid, options,
+               index_ == root ? Divide(out, op) : std::function<void()>());
+}
+
+Work MpiGroup::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+                      const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_GATHER, in.dtype());
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  request.op.peer = root;
+  request.counts.assign(counts.begin(), counts.end());
+  const absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckRank(root),
+                                    index_ == root ? CheckCounts(counts, out) : absl::OkStatus()});
+  return Issue(OpKind::kGather, {request}, {in, out}, valid, options);
+}
+
+Work MpiGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+                       const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_SCATTER, out.dtype());
+  request.op.in = in.raw();
+  request.op.out = out.raw();
+  request.op.peer = root;
+  request.counts.assign(counts.begin(), counts.end());
+  const absl::Status valid = First({Check({&in, &out}, out.dtype()), CheckRank(root),
+                                    index_ == root ? CheckCounts(counts, in) : absl::OkStatus()});
+  return Issue(OpKind::kScatter, {request}, {in, out}, valid, options);
+}
+
+Work MpiGroup::Barrier(const OpOptions& options) {
+  return Issue(OpKind::kBarrier, {NewRequest(SHOAL_MPI_BARRIER, DType::kU8)}, {}, absl::OkStatus(), options);
+}
+
+Work MpiGroup::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_SEND, in.dtype());
+  request.op.in = in.raw();
+  request.op.count = in.elements();
+  request.op.peer = to;
+  request.op.tag = static_cast<int>(tag);
+  const absl::Status valid = First({Check({&in}, in.dtype(), tag), CheckRank(to)});
+  return Issue(OpKind::kSend, {request}, {in}, valid, options);
+}
+
+Work MpiGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) {
+  Request request = NewRequest(SHOAL_MPI_RECEIVE, out.dtype());
+  request.op.out = out.raw();
+  request.op.count = out.elements();
+  request.op.peer = from;
+  request.op.tag = static_cast<int>(tag);
+  const absl::Status valid = First({Check({&out}, out.dtype(), tag), CheckRank(from)});
+  return Issue(OpKind::kReceive, {request}, {out}, valid, options);
+}
+
+// One tag serves all sparse operations: MPI matches the messages between two ranks in the order of issue, which is the same
+// on both.
+Work MpiGroup::SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
+                               const OpOptions& options) {
+  std::vector<Request> requests;
+  const absl::Status valid = CheckMoves(chunks, moves);
+  if (!valid.ok()) return Issue(OpKind::kSparseAllGather, {}, {}, valid, options);
+  for (const SparseMove& move : moves) {
+    const Tensor& chunk = chunks[move.chunk];
+    const auto add = [&](int kind, int peer) {
+      Request request = NewRequest(kind, chunk.dtype());
+      request.op.in = request.op.out = chunk.raw();
+      request.op.count = chunk.elements();
+      request.op.peer = peer;
+      request.op.tag = kSparseTag;
+      requests.push_back(std::move(request));
+    };
+    if (move.owner == index_) {
+      for (int holder : move.holders) add(SHOAL_MPI_SEND, holder);
+    } else if (std::count(move.holders.begin(), move.holders.end(), index_) > 0) {
+      add(SHOAL_MPI_RECEIVE, move.owner);
+    }
+  }
+  return Issue(OpKind::kSparseAllGather, std::move(requests), {chunks.begin(), chunks.end()}, valid, options);
+}
+
+Work MpiGroup::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                                   const OpOptions& options) {
+  std::vector<Request> requests;
+  std::vector<Tensor> held(chunks.begin(), chunks.end());
+  std::vector<std::function<void()>> sums;
+  const absl::Status valid = CheckMoves(chunks, moves);
+  if (!valid.ok()) return Issue(OpKind::kSparseReduceScatter, {}, {}, valid, options);
+  for (const SparseMove& move : moves) {
+    const Tensor& chunk = chunks[move.chunk];
+    const auto add = [&](int kind, int peer, const Tensor& memory) {
+      Request request = NewRequest(kind, memory.dtype());
+      request.op.in = request.op.out = memory.raw();
+      request.op.count = memory.elements();
+      request.op.peer = peer;
+      request.op.tag = kSparseTag;
+      requests.push_back(std::move(request));
+    };
+    if (move.owner != index_) {
+      if (std::count(move.holders.begin(), move.holders.end(), index_) > 0) add(SHOAL_MPI_SEND, move.owner, chunk);
+      continue;
+    }
+    std::vector<Tensor> received;
+    for (int holder : move.holders) {
+      received.push_back(Empty(chunk.shape(), chunk.dtype()));
+      add(SHOAL_MPI_RECEIVE, holder, received.back());
+    }
+    held.insert(held.end(), received.begin(), received.end());
+    sums.push_back([chunk, received, op] {
+      auto* const data = static_cast<std::byte*>(chunk.raw());
+      std::vector<const std::byte*> sources = {data};
+      for (const Tensor& other : received) sources.push_back(static_cast<const std::byte*>(other.raw()));
+      shoal::Reduce(chunk.dtype(), op, sources, {data}, chunk.elements(), static_cast<int>(sources.size()));
+    });
+  }
+  return Issue(OpKind::kSparseReduceScatter, std::move(requests), std::move(held), valid, options,
+               [sums = std::move(sums)] {
+                 for (const auto& sum : sums) sum();
+               });
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> MpiGroup::Split(absl::Span<const int> members) {
+  if (!std::is_sorted(members.begin(), members.end()) || std::count(members.begin(), members.end(), index_) != 1 ||
+      members.front() < 0 || members.back() >= size_) {
+    return absl::InvalidArgumentError(absl::StrCat("members are not ascending ranks of a group of ", size_,
+                                                   " with rank ", index_, " among them"));
+  }
+  SHOAL_RETURN_IF_ERROR(status());
+  shoal_mpi_group* part = nullptr;
+  {
+    MutexLock lock(&library_->mutex);
+    SHOAL_RETURN_IF_ERROR(library_->Error(
+        library_->plugin->split(group_, members.data(), static_cast<int>(members.size()), &part)));
+  }
+  return std::unique_ptr<Communicator>(std::make_unique<MpiGroup>(library_, part, options_));
+}
+
+absl::StatusOr<std::shared_ptr<Library>> Load() {
+  std::error_code error;
+  const std::string beside = std::filesystem::read_symlink("/proc/self/exe", error).parent_path() / "libshoal_mpi.so";
+  std::string missing;
+  for (const std::string& path : {beside, std::string("libshoal_mpi.so")}) {
+    void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // MPI loads modules that look for its symbols.
+    if (handle == nullptr) {
+      if (missing.empty()) missing = dlerror();
+      continue;
+    }
+    const auto* plugin = static_cast<const shoal_mpi_plugin*>(dlsym(handle, SHOAL_MPI_PLUGIN_SYMBOL));
+    if (plugin == nullptr || plugin->version != SHOAL_MPI_PLUGIN_VERSION) {
+      return absl::FailedPreconditionError(absl::StrCat(path, " is of another version of Shoal"));
+    }
+    auto library = std::make_shared<Library>();
+    library->plugin = plugin;
+    return library;
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("transport mpi needs libshoal_mpi.so, built where an MPI is installed: ", missing));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Communicator>> ConnectMpi(const WorldOptions& options) {
+  SHOAL_ASSIGN_OR_RETURN(const std::shared_ptr<Library> library, Load());
+  shoal_mpi_group* world = nullptr;
+  {
+    MutexLock lock(&library->mutex);
+    SHOAL_RETURN_IF_ERROR(library->Error(library->plugin->start(&ReduceForMpi, &world)), "starting MPI");
+  }
+  const int rank = library->plugin->rank(world), size = library->plugin->size(world);
+  if (size != options.size || rank != options.rank) {
+    return absl::FailedPreconditionError(absl::StrCat("MPI calls this rank ", rank, " of ", size, ", the job rank ",
+                                                      options.rank, " of ", options.size,
+                                                      ": start the ranks with mpirun or srun"));
+  }
+  return std::unique_ptr<Communicator>(std::make_unique<MpiGroup>(library, world, options));
+}
+
+}  // namespace shoal
