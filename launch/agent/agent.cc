@@ -158,6 +158,8 @@ absl::StatusOr<RankEnvironment> Agent::Job() const {
   job.nodes = options_.nnodes;
   const std::string random_id = RandomId();
   job.job_id = options_.rdzv_id.empty() ? random_id : options_.rdzv_id;
+  // Launchers of several hosts must agree on one, so only the user can give it.
+  job.job_secret = ProcessEnv("SHOAL_JOB_SECRET").value_or(options_.nnodes == 1 ? RandomId() + RandomId() : "");
   if (options_.rdzv_endpoint.empty()) {
     job.master_host = absl::StrCat("unix:shoal-", random_id);
     return job;

@@ -295,6 +295,7 @@ absl::StatusOr<std::optional<RankEnvironment>> DetectEnvironment(const GetEnv& g
   }
   if (!chosen.has_value()) return chosen;
   if (const auto id = getenv("SHOAL_RUN_ID"); id.has_value()) chosen->job_id = *id;
+  chosen->job_secret = getenv("SHOAL_JOB_SECRET").value_or("");
   SHOAL_RETURN_IF_ERROR(FindMaster(getenv, &*chosen));
   return chosen;
 }
@@ -317,6 +318,7 @@ std::vector<std::pair<std::string, std::string>> RankVariables(const RankEnviron
       {"SHOAL_NODE_RANK", text(rank.node_rank)},
       {"SHOAL_NODES", text(rank.nodes)},
       {"SHOAL_RUN_ID", rank.job_id},
+      {"SHOAL_JOB_SECRET", rank.job_secret},
       {"SHOAL_EPOCH", "1"},
       {"SHOAL_MASTER",
        over_unix ? rank.master_host

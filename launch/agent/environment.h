@@ -27,6 +27,7 @@ struct RankEnvironment {
                                 // world_size is 1.
   int master_port = 0;          // 0 with unix:NAME.
   std::string job_id = "none";  // Equal on all ranks of a job. "none" if the launcher gives no name.
+  std::string job_secret;       // Equal on all ranks; "": processes that know the job id may join.
 
   friend bool operator==(const RankEnvironment&, const RankEnvironment&) = default;
 };
@@ -43,7 +44,7 @@ using GetEnv = std::function<std::optional<std::string>(std::string_view name)>;
 // The ranks meet at SHOAL_MASTER ("HOST:PORT" or "unix:NAME"), or at MASTER_ADDR:MASTER_PORT (the port above
 // under TORCHELASTIC_USE_AGENT_STORE=True: torchrun's own store holds that one), or, all on one host, at a
 // unix socket named after source and job, or, under Slurm, on the step's first host at a port in [20000,
-// 29000) made from job and step. SHOAL_RUN_ID replaces the job id of any source.
+// 29000) made from job and step. SHOAL_RUN_ID replaces the job id of any source; SHOAL_JOB_SECRET is the secret.
 //
 // INVALID_ARGUMENT names the variables: a set is incomplete, a value is no number or out of range, or two
 // sources disagree on the world size. FAILED_PRECONDITION: nothing says where the ranks of several hosts

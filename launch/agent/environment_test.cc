@@ -206,7 +206,7 @@ INSTANTIATE_TEST_SUITE_P(
     [](const auto& info) { return info.param.name; });
 
 TEST(RankVariables, DetectIsTheInverse) {
-  for (const RankEnvironment& rank : {RankEnvironment{3, 4, 3, 4, 0, 1, "SHOAL", "unix:shoal-x1", 0, "x1"},
+  for (const RankEnvironment& rank : {RankEnvironment{3, 4, 3, 4, 0, 1, "SHOAL", "unix:shoal-x1", 0, "x1", "s3cret"},
                                       RankEnvironment{5, 6, 1, 2, 2, 3, "SHOAL", "fe80::2", 29500, "none"}}) {
     Vars vars;
     for (const auto& [name, value] : RankVariables(rank)) vars[name] = value;

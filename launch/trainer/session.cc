@@ -92,6 +92,9 @@ WorldOptions WorldOptionsFor(const RankEnvironment& environment, const Config& c
   options.timeout = absl::Seconds(config.comm().timeout_seconds());
   options.heartbeat_timeout = absl::Seconds(config.comm().heartbeat_timeout_seconds());
   options.transport = config.comm().transport();
+  options.secret = environment.job_secret;
+  options.interface = config.comm().interface();
+  options.flows = config.comm().flows();
   return options;
 }
 

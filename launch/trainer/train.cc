@@ -48,11 +48,12 @@ class TrainingRun {
     SHOAL_RETURN_IF_ERROR(StartMetrics());
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment_, config_)),
                            "connecting the ranks");
-    const bool one_host = environment_.nodes == 1 && config_.comm().transport() != "tcp";
-    world_ = Measure(std::move(world), *metrics_, "world", one_host ? "shm" : "tcp");
+    std::string transport = config_.comm().transport();
+    if (transport == "auto") transport = environment_.nodes == 1 ? "shm" : "tcp";
+    world_ = Measure(std::move(world), *metrics_, "world", transport);
     absl::Status status = SetUpAndTrain();
     // Whatever this rank met ends the job on every rank, with its words.
-    if (!status.ok() && !absl::IsAborted(status)) world_->Abort(status);
+    if (!status.ok() && world_->status().ok()) world_->Abort(status);
     if (reporter_ != nullptr && !status.ok()) Report(reporter_->Finish(FinishOf(status)));
     metrics_->metrics().SetState(status.ok() ? JobState::kDone : JobState::kFailed);
     return status;
