@@ -4,6 +4,7 @@
 #include "launch/agent/agent.h"
 #include "launch/agent/environment.h"
 #include "launch/agent/exit_codes.h"
+#include "launch/cli/bench_commands.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
 #include "launch/config/config.h"
@@ -72,7 +73,9 @@ int RunBenchTrain(absl::Span<const std::string> args) {
 }  // namespace
 
 int RunBench(absl::Span<const std::string> args) {
-  const std::vector<Command> commands = {{"train", "measure training steps", RunBenchTrain}};
+  const std::vector<Command> commands = {
+      {"train", "measure training steps", RunBenchTrain},
+      {"collectives", "measure collective operations, beside other libraries", RunBenchCollectives}};
   const std::string help = CommandsHelp("shoal bench", "Measures speed.", commands);
   return Dispatch("shoal bench", help, commands, args);
 }
