@@ -13,7 +13,9 @@ size_t AccessHistory::SplitAt(int64_t at) {
   if (found->begin == at) return found - segments_.begin();
   Segment rest = *found;
   rest.begin = at;
-  return segments_.insert(next, rest) - segments_.begin();
+  const size_t index = next - segments_.begin();
+  segments_.insert(next, rest);
+  return index;
 }
 
 void AccessHistory::Read(int64_t begin, int64_t end, int32_t instruction, std::vector<int32_t>* after) {
