@@ -27,8 +27,11 @@ struct CoordinatorOptions {
   int size_min = 1;   // An epoch has at least so many members.
   int size_max = 16384;
   absl::Duration heartbeat_timeout = absl::Seconds(1);
-  // How long members of the last epoch that have not come back hold up the next one, after a restart.
+  // How long members of the last epoch that have not come back hold up the next one, after a restart. Also: how long a
+  // job that has lost all of its members is remembered before newcomers may begin another one.
   absl::Duration return_timeout = absl::Seconds(5);
+  // A coordinator so young forms no first epoch, so that the members of a job whose coordinator has died come first.
+  absl::Duration settle_time = absl::Milliseconds(150);
 };
 
 class CoordinatorCore {
@@ -45,10 +48,11 @@ class CoordinatorCore {
   CoordinatorCore(CoordinatorOptions options, uint64_t seed, int64_t now_ns);
   ~CoordinatorCore();
 
+  // The first message of a connection must be a kHello; a connection that is closed by an action is not heard of again.
   std::vector<Action> OnMessage(Connection connection, const MemberMessage& message, int64_t now_ns);
   std::vector<Action> OnClosed(Connection connection, int64_t now_ns);
   std::vector<Action> OnTime(int64_t now_ns);
-  // When OnTime is due at the latest.
+  // When OnTime is due at the latest. Time that passed without any call was a pause of this process, and counts for nobody.
   int64_t NextTimeNs() const;
 
   const View& committed() const;  // Empty before the first epoch.

@@ -29,7 +29,8 @@ class MemberCore {
       kCommit,   // `view` is the epoch.
       kExcluded, // No longer a member: `text`. Joining again needs a new core with a new id.
       kRefused,  // Cannot join: `text`.
-      kJoiners,  // So many wait to be admitted.
+      kJoiners,  // So many wait to be admitted. Again 0 after every commit.
+      kWaiting,  // For diagnosis: `text` says whom the coordinator waits for.
       kLog,
     } type = kSend;
     MemberMessage message;
@@ -38,15 +39,18 @@ class MemberCore {
     uint64_t joiners = 0;
   };
 
+  // OnTime is due at once. After kExcluded, kRefused and Leave nothing more is asked for.
   MemberCore(MemberInfo self, MemberOptions options, int64_t now_ns);
   ~MemberCore();
 
   // The application: wants the epoch after the present one, accusing those that it found dead. Not again before kCommit.
   std::vector<Action> Ready(std::vector<Accusation> accusations, int64_t now_ns);
   std::vector<Action> Leave(int64_t now_ns);
-  // The connection with the coordinator: is up, or closed (also: a dial failed).
+  // The connection with the coordinator: is up, or closed (also: a dial failed). After a kHangUp nothing more may come from
+  // the connection or dial that it ended.
   std::vector<Action> OnCoordinator(bool up, int64_t now_ns);
   std::vector<Action> OnMessage(const CoordinatorMessage& message, int64_t now_ns);
+  // What became of the last kConnect. OnConnectFailed may follow OnConnected, when a connection breaks before kCommit.
   std::vector<Action> OnConnected(Epoch epoch, int64_t now_ns);
   std::vector<Action> OnConnectFailed(Epoch epoch, std::vector<Accusation> accusations, int64_t now_ns);
   std::vector<Action> OnTime(int64_t now_ns);
