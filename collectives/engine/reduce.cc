@@ -91,16 +91,50 @@ SHOAL_INLINE A Combine(A a, A b) {
     return a < b ? b : a;
   } else if constexpr (std::is_integral_v<A>) {
     using U = std::make_unsigned_t<A>;
-    return static_cast<A>(static_cast<U>(static_cast<U>(a) + static_cast<U>(b)));
+    if constexpr (op == ReduceOp::kProduct) {
+      return static_cast<A>(static_cast<U>(static_cast<U>(a) * static_cast<U>(b)));
+    } else {
+      return static_cast<A>(static_cast<U>(static_cast<U>(a) + static_cast<U>(b)));
+    }
+  } else if constexpr (op == ReduceOp::kProduct) {
+    return a * b;
   } else {
     return a + b;
+  }
+}
+
+template <ReduceOp op, class A>
+SHOAL_INLINE A Finish(A value, A divisor) {
+  if constexpr (op == ReduceOp::kAverage) {
+    return static_cast<A>(value / divisor);
+  } else {
+    return value;
+  }
+}
+
+// Two to four sources in one pass. The out may be any of them: each element is read before it is written.
+template <class T, ReduceOp op, int N>
+SHOAL_INLINE void ReduceOnePass(absl::Span<const std::byte* const> sources, std::byte* out, int64_t elements,
+                                typename AccumulatorOf<T>::Type divisor) {
+  using A = typename AccumulatorOf<T>::Type;
+  const T* const a = reinterpret_cast<const T*>(sources[0]);
+  const T* const b = reinterpret_cast<const T*>(sources[1]);
+  const T* const c = N > 2 ? reinterpret_cast<const T*>(sources[2]) : nullptr;
+  const T* const d = N > 3 ? reinterpret_cast<const T*>(sources[3]) : nullptr;
+  T* const to = reinterpret_cast<T*>(out);
+#pragma GCC ivdep
+  for (int64_t i = 0; i < elements; ++i) {
+    A sum = Combine<op, A>(Load(a[i]), Load(b[i]));
+    if constexpr (N > 2) sum = Combine<op, A>(sum, Load(c[i]));
+    if constexpr (N > 3) sum = Combine<op, A>(sum, Load(d[i]));
+    to[i] = Store<T>(Finish<op, A>(sum, divisor));
   }
 }
 
 // Source by source over a block that stays in the first-level cache, then out.
 template <class T, ReduceOp op>
 SHOAL_INLINE void ReduceBlocks(absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
-                               int64_t elements) {
+                               int64_t elements, typename AccumulatorOf<T>::Type divisor) {
   using A = typename AccumulatorOf<T>::Type;
   constexpr int64_t kBlock = 8192 / sizeof(A);
   alignas(64) A sum[kBlock];
@@ -118,6 +152,9 @@ SHOAL_INLINE void ReduceBlocks(absl::Span<const std::byte* const> sources, absl:
       const T* next = reinterpret_cast<const T*>(sources[s]) + begin;
       for (int64_t i = 0; i < count; ++i) sum[i] = Combine<op, A>(sum[i], Load(next[i]));
     }
+    if constexpr (op == ReduceOp::kAverage) {
+      for (int64_t i = 0; i < count; ++i) sum[i] = Finish<op, A>(sum[i], divisor);
+    }
     const void* result = sum;
     if constexpr (!std::is_same_v<T, A>) {
       for (int64_t i = 0; i < count; ++i) rounded[i] = Store<T>(sum[i]);
@@ -129,57 +166,77 @@ SHOAL_INLINE void ReduceBlocks(absl::Span<const std::byte* const> sources, absl:
   }
 }
 
+template <class T, ReduceOp op>
+SHOAL_INLINE void ReduceWith(absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
+                             int64_t elements, int divisor) {
+  const auto typed = static_cast<typename AccumulatorOf<T>::Type>(divisor);
+  if (outs.size() == 1 && sources.size() == 2) {
+    return ReduceOnePass<T, op, 2>(sources, outs[0], elements, typed);
+  }
+  if (outs.size() == 1 && sources.size() == 3) {
+    return ReduceOnePass<T, op, 3>(sources, outs[0], elements, typed);
+  }
+  if (outs.size() == 1 && sources.size() == 4) {
+    return ReduceOnePass<T, op, 4>(sources, outs[0], elements, typed);
+  }
+  ReduceBlocks<T, op>(sources, outs, elements, typed);
+}
+
 template <class T>
 SHOAL_INLINE void ReduceTyped(ReduceOp op, absl::Span<const std::byte* const> sources,
-                              absl::Span<std::byte* const> outs, int64_t elements) {
+                              absl::Span<std::byte* const> outs, int64_t elements, int divisor) {
   switch (op) {
     case ReduceOp::kSum:
-      return ReduceBlocks<T, ReduceOp::kSum>(sources, outs, elements);
+      return ReduceWith<T, ReduceOp::kSum>(sources, outs, elements, divisor);
+    case ReduceOp::kProduct:
+      return ReduceWith<T, ReduceOp::kProduct>(sources, outs, elements, divisor);
     case ReduceOp::kMin:
-      return ReduceBlocks<T, ReduceOp::kMin>(sources, outs, elements);
+      return ReduceWith<T, ReduceOp::kMin>(sources, outs, elements, divisor);
     case ReduceOp::kMax:
-      return ReduceBlocks<T, ReduceOp::kMax>(sources, outs, elements);
+      return ReduceWith<T, ReduceOp::kMax>(sources, outs, elements, divisor);
+    case ReduceOp::kAverage:
+      return ReduceWith<T, ReduceOp::kAverage>(sources, outs, elements, divisor);
   }
 }
 
 SHOAL_INLINE void ReduceAny(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
-                            absl::Span<std::byte* const> outs, int64_t elements) {
+                            absl::Span<std::byte* const> outs, int64_t elements, int divisor) {
   switch (dtype) {
     case DType::kF32:
-      return ReduceTyped<float>(op, sources, outs, elements);
+      return ReduceTyped<float>(op, sources, outs, elements, divisor);
     case DType::kF64:
-      return ReduceTyped<double>(op, sources, outs, elements);
+      return ReduceTyped<double>(op, sources, outs, elements, divisor);
     case DType::kBF16:
-      return ReduceTyped<BFloat16>(op, sources, outs, elements);
+      return ReduceTyped<BFloat16>(op, sources, outs, elements, divisor);
     case DType::kF16:
-      return ReduceTyped<Half>(op, sources, outs, elements);
+      return ReduceTyped<Half>(op, sources, outs, elements, divisor);
     case DType::kI8:
-      return ReduceTyped<int8_t>(op, sources, outs, elements);
+      return ReduceTyped<int8_t>(op, sources, outs, elements, divisor);
     case DType::kU8:
-      return ReduceTyped<uint8_t>(op, sources, outs, elements);
+      return ReduceTyped<uint8_t>(op, sources, outs, elements, divisor);
     case DType::kI32:
-      return ReduceTyped<int32_t>(op, sources, outs, elements);
+      return ReduceTyped<int32_t>(op, sources, outs, elements, divisor);
     case DType::kI64:
-      return ReduceTyped<int64_t>(op, sources, outs, elements);
+      return ReduceTyped<int64_t>(op, sources, outs, elements, divisor);
   }
 }
 
 void ReducePlain(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
-                 absl::Span<std::byte* const> outs, int64_t elements) {
-  ReduceAny(dtype, op, sources, outs, elements);
+                 absl::Span<std::byte* const> outs, int64_t elements, int divisor) {
+  ReduceAny(dtype, op, sources, outs, elements, divisor);
 }
 
 #ifdef __x86_64__
 __attribute__((target("avx2"))) void ReduceAvx2(DType dtype, ReduceOp op,
                                                 absl::Span<const std::byte* const> sources,
-                                                absl::Span<std::byte* const> outs, int64_t elements) {
-  ReduceAny(dtype, op, sources, outs, elements);
+                                                absl::Span<std::byte* const> outs, int64_t elements, int divisor) {
+  ReduceAny(dtype, op, sources, outs, elements, divisor);
 }
 
 __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq"))) void ReduceAvx512(
     DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources, absl::Span<std::byte* const> outs,
-    int64_t elements) {
-  ReduceAny(dtype, op, sources, outs, elements);
+    int64_t elements, int divisor) {
+  ReduceAny(dtype, op, sources, outs, elements, divisor);
 }
 #endif
 
@@ -199,10 +256,10 @@ std::vector<ReduceFunction> ReduceVariants() {
 }
 
 void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
-            absl::Span<std::byte* const> outs, int64_t elements) {
+            absl::Span<std::byte* const> outs, int64_t elements, int divisor) {
   SHOAL_CHECK(!sources.empty());
   static const ReduceFunction function = ReduceVariants().back();
-  function(dtype, op, sources, outs, elements);
+  function(dtype, op, sources, outs, elements, divisor);
 }
 
 }  // namespace shoal

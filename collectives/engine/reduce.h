@@ -12,15 +12,16 @@
 
 namespace shoal {
 
-// outs[*][i] = ((sources[0][i] op sources[1][i]) op sources[2][i]) ..., bf16 and f16 in fp32 with one
-// rounding at the end, integers modulo their range. A NaN in any source of a sum gives NaN; min and max give
-// a NaN or a number. An out may be one of the sources; otherwise nothing overlaps. Single-threaded.
+// outs[*][i] = ((sources[0][i] op sources[1][i]) op sources[2][i]) ..., bf16 and f16 in fp32 with one rounding at the end,
+// integers modulo their range. kAverage: the sum, divided by `divisor` before that rounding; integers are truncated
+// towards zero. A NaN in any source of a sum, product or average gives NaN; min and max give a NaN or a number. An out may
+// be one of the sources; otherwise nothing overlaps. Single-threaded.
 void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources,
-            absl::Span<std::byte* const> outs, int64_t elements);
+            absl::Span<std::byte* const> outs, int64_t elements, int divisor = 1);
 
 // Every variant that runs on this machine, the plain one first: for tests that they agree.
 using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* const>,
-                                absl::Span<std::byte* const>, int64_t);
+                                absl::Span<std::byte* const>, int64_t, int);
 std::vector<ReduceFunction> ReduceVariants();
 
 }  // namespace shoal

@@ -46,7 +46,8 @@ class Channel {
   virtual void Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) = 0;
   // `into` is borrowed until the token comes back.
   virtual void Receive(int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token) = 0;
-  // The message stays where it arrived (on shared memory: in the sender's buffer), aligned to 4 bytes at least.
+  // The message stays where it arrived (on shared memory: in the sender's buffer), aligned to 16 bytes or as the sender's
+  // bytes are.
   virtual void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) = 0;
   virtual void Release(int member, MessageId id, const std::byte* view) = 0;
 
