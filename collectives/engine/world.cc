@@ -13,23 +13,170 @@
 #include "collectives/engine/tcp_mesh.h"
 #include "collectives/transport/clock.h"
 #include "collectives/transport/wire.h"
+#include "runtime/base/check.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
 namespace {
 
-// How long a closing process waits for its peers to hear its last words, before the kernel may throw them
-// away.
+// How long a closing process waits for its peers to hear its last words, before the kernel may throw them away. Who closes
+// what has ended is in a hurry to recover, and its peers are too.
 constexpr int64_t kFarewellNs = 1'000'000'000;
-constexpr int kBeatsPerTimeout = 5;
+constexpr int64_t kHastyFarewellNs = 5'000'000;
 
 }  // namespace
+
+// ---- The lives of groups
+
+class World::Life final : public GroupLife {
+ public:
+  Life(World* world, uint64_t key, std::vector<int> ranks, int index, std::vector<uint64_t> ancestors)
+      : GroupLife(key, std::move(ranks), index), world_(world), ancestors_(std::move(ancestors)) {}
+  ~Life() override { world_->Forget(number_); }
+
+  absl::Status End(const std::string& cause) override { return world_->EndGroup(*this, cause); }
+
+  using GroupLife::Finish;
+  using GroupLife::RunCallbacks;
+  using GroupLife::WakeSleepers;
+
+  uint64_t number() const { return number_; }
+  void set_number(uint64_t number) { number_ = number; }
+  const std::vector<uint64_t>& ancestors() const { return ancestors_; }
+
+  // When the note changed last, as far as the monitor has seen.
+  uint64_t noted = 0;
+  int64_t noted_ns = 0;
+
+ protected:
+  void RunCallbacksSoon() override {
+    if (world_->monitor_.joinable()) {
+      world_->WakeMonitor();
+    } else {
+      RunCallbacks();
+    }
+  }
+
+ private:
+  World* const world_;
+  const std::vector<uint64_t> ancestors_;  // Keys.
+  uint64_t number_ = 0;                    // The core's.
+};
+
+std::shared_ptr<World::Life> World::NewLife(uint64_t key, std::vector<int> ranks, int index,
+                                            std::vector<uint64_t> ancestors) {
+  auto life = std::make_shared<Life>(this, key, ranks, index, ancestors);
+  std::string over;
+  MutexLock lock(&mutex_);
+  life->set_number(core_->AddGroup(key, std::move(ranks), std::move(ancestors), &over));
+  lives_[life->number()] = {life.get(), life};
+  if (!over.empty()) life->Finish(absl::AbortedError(over));
+  return life;
+}
+
+std::shared_ptr<GroupLife> World::NewGroup(uint64_t key, std::vector<int> ranks, int index,
+                                           const GroupLife* parent) {
+  std::vector<uint64_t> ancestors;
+  if (parent != nullptr) {
+    const auto* life = dynamic_cast<const Life*>(parent);
+    SHOAL_CHECK(life != nullptr) << "a group of another world";
+    ancestors = life->ancestors();
+    ancestors.push_back(life->key());
+  }
+  return NewLife(key, std::move(ranks), index, std::move(ancestors));
+}
+
+void World::Forget(uint64_t group) {
+  MutexLock lock(&mutex_);
+  core_->RemoveGroup(group);
+  lives_.erase(group);
+}
+
+absl::Status World::EndGroup(const Life& life, const std::string& cause) {
+  {
+    MutexLock lock(&mutex_);
+    EpochCore::Effects effects;
+    core_->End(life.number(), cause, &effects);
+    Apply(effects);
+  }
+  if (!monitor_.joinable()) RunCallbacks();
+  return life.status();
+}
+
+absl::Status World::End(const std::string& cause) {
+  {
+    MutexLock lock(&mutex_);
+    EpochCore::Effects effects;
+    core_->EndAll(cause, &effects);
+    Apply(effects);
+  }
+  if (!monitor_.joinable()) RunCallbacks();
+  return status();
+}
+
+void World::Apply(const EpochCore::Effects& effects) {
+  for (const auto& [group, cause] : effects.ended) lives_.at(group).raw->Finish(absl::AbortedError(cause));
+  for (int rank : effects.left) peers_[rank]->left.store(true, std::memory_order_release);
+  std::set<int> urgent;
+  for (const auto& [rank, type, body] : effects.messages) {
+    ControlLink& link = *peers_[rank]->control;
+    // Whoever has unread words of ours need not be told more often.
+    if (type == ControlType::kHeartbeat && link.HasUnsent()) continue;
+    link.Push({type, body, Fd()});
+    if (type != ControlType::kHeartbeat) urgent.insert(rank);
+  }
+  for (int rank : effects.closing) peers_[rank]->closing.store(true, std::memory_order_release);
+  if (!effects.ended.empty() || !effects.left.empty() || !effects.died.empty()) {
+    // The root has all ranks, so it is among them.
+    for (auto& [number, entry] : lives_) {
+      const std::vector<int>& ranks = entry.raw->ranks();
+      const bool concerned = entry.raw == root_.get() ||
+                             std::any_of(effects.left.begin(), effects.left.end(), [&](int rank) {
+                               return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+                             });
+      if (concerned) entry.raw->WakeSleepers();
+    }
+  }
+  // Verdicts do not wait until the monitor gets a core. When a link fails here the monitor finds out.
+  for (int rank : urgent) (void)peers_[rank]->control->Flush();
+  WakeMonitor();
+}
+
+void World::RunCallbacks() {
+  std::vector<std::shared_ptr<Life>> ended;
+  {
+    MutexLock lock(&mutex_);
+    for (auto& [number, entry] : lives_) {
+      if (!entry.raw->Ended()) continue;
+      if (std::shared_ptr<Life> life = entry.shared.lock()) ended.push_back(std::move(life));
+    }
+  }
+  for (const auto& life : ended) life->RunCallbacks();
+}
+
+// ---- Start and end
 
 World::World(const WorldOptions& options) : options_(options) {}
 
 absl::StatusOr<std::shared_ptr<World>> World::Connect(const WorldOptions& options) {
-  SHOAL_ASSIGN_OR_RETURN(std::vector<PeerLink> links, FormMesh(options));
+  std::vector<PeerLink> links;
+  if (options.size > 1) {
+    SHOAL_ASSIGN_OR_RETURN(links, FormMesh(options));
+  }
+  return Create(options, std::move(links));
+}
+
+absl::StatusOr<std::shared_ptr<World>> World::Create(const WorldOptions& options,
+                                                     std::vector<PeerLink> links) {
+  if (options.size == 1 && links.empty()) {
+    links.emplace_back();
+    links[0].pid = getpid();
+    char name[256] = "";
+    (void)gethostname(name, sizeof name - 1);
+    links[0].host_name = name;
+  }
+  SHOAL_CHECK(static_cast<int>(links.size()) == options.size);
   std::shared_ptr<World> world(new World(options));
   SHOAL_RETURN_IF_ERROR(world->Start(std::move(links)));
   return world;
@@ -37,39 +184,66 @@ absl::StatusOr<std::shared_ptr<World>> World::Connect(const WorldOptions& option
 
 absl::Status World::Start(std::vector<PeerLink> links) {
   wake_ = Fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  Fd mesh_wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-  if (!wake_.valid() || !mesh_wake.valid()) return ErrnoStatus(errno, "eventfd");
+  if (!wake_.valid()) return ErrnoStatus(errno, "eventfd");
   std::vector<Fd> data(links.size());
-  bool over_tcp = false;
+  EpochCore::Options core;
+  core.rank = options_.rank;
+  core.heartbeat_timeout_ns = absl::ToInt64Nanoseconds(options_.heartbeat_timeout);
   for (size_t rank = 0; rank < links.size(); ++rank) {
     auto peer = std::make_unique<Peer>();
-    over_tcp = over_tcp || !links[rank].data.empty();
     if (!links[rank].data.empty()) data[rank] = std::move(links[rank].data[0]);
-    if (links[rank].control.valid()) {
-      peer->control = std::make_unique<ControlLink>(std::move(links[rank].control));
-      peer->heard_ns = NowNs();
-    } else {
-      peer->open = false;
-    }
+    peer->open = links[rank].control.valid();
+    if (peer->open) peer->control = std::make_unique<ControlLink>(std::move(links[rank].control));
     peer->link = std::move(links[rank]);
     peers_.push_back(std::move(peer));
+    core.names.push_back(RankName(static_cast<int>(rank)));
   }
+  std::vector<int> all(peers_.size());
+  for (size_t rank = 0; rank < all.size(); ++rank) all[rank] = static_cast<int>(rank);
+  {
+    MutexLock lock(&mutex_);
+    core_ = std::make_unique<EpochCore>(std::move(core), NowNs());
+  }
+  root_ = NewLife(kRootKey, std::move(all), options_.rank, {});
   memory_ = std::make_shared<SharedMemory>(options_.size, Announcer());
-  if (over_tcp)
+  if (options_.size == 1) return absl::OkStatus();
+  StartWatch();
+  if (std::any_of(data.begin(), data.end(), [](const Fd& fd) { return fd.valid(); })) {
+    Fd mesh_wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+    if (!mesh_wake.valid()) return ErrnoStatus(errno, "eventfd");
     mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
+  }
   monitor_ = std::thread([this] { RunMonitor(); });
   if (RanksOnThisHost() > 1) {
-    SHOAL_ASSIGN_OR_RETURN(control_segment_, memory_->NewGroupSegment(kControlSegment, sizeof(ControlPage)), "the control page");
+    SHOAL_ASSIGN_OR_RETURN(control_segment_,
+                           memory_->NewGroupSegment(kControlSegment, sizeof(ControlPage)),
+                           "the control page");
     control_slots_ = std::make_unique<ControlSlots>(reinterpret_cast<ControlPage*>(control_segment_->base()));
   }
   return absl::OkStatus();
 }
 
+// Without it deaths are noticed a little later: nothing to fail for.
+void World::StartWatch() {
+  if (RanksOnThisHost() == 1) return;
+  absl::StatusOr<std::unique_ptr<DeathWatch>> watch =
+      DeathWatch::Create([this](int rank) { OnProcessDeath(rank); });
+  if (!watch.ok()) {
+    SHOAL_LOG(kWarning) << "deaths of peers will be noticed late: " << watch.status().message();
+    return;
+  }
+  watch_ = *std::move(watch);
+  for (int rank = 0; rank < options_.size; ++rank) {
+    if (peers_[rank]->control == nullptr || !OnThisHost(rank)) continue;
+    absl::StatusOr<Fd> sign = watch_->Sign();
+    if (sign.ok()) peers_[rank]->control->Push({ControlType::kWatch, "", *std::move(sign)});
+  }
+}
+
 SharedMemory::Announcer World::Announcer() {
   const auto to_host_mates = [this](const std::function<void(ControlLink*)>& push) {
-    for (const auto& peer : peers_) {
-      if (peer->control != nullptr && peer->link.host == peers_[options_.rank]->link.host)
-        push(peer->control.get());
+    for (int rank = 0; rank < options_.size; ++rank) {
+      if (peers_[rank]->control != nullptr && OnThisHost(rank)) push(peers_[rank]->control.get());
     }
     WakeMonitor();
   };
@@ -95,18 +269,27 @@ SharedMemory::Announcer World::Announcer() {
 }
 
 World::~World() {
-  leaving_.store(true, std::memory_order_release);
-  if (!Ended()) PushToAll(ControlType::kBye, "");
+  // Before the goodbye: who has heard that does not take the end of this process for a death.
+  if (watch_ != nullptr) watch_->Release();
   {
     MutexLock lock(&mutex_);
-    closing_ = true;
+    closing_since_ns_ = NowNs();
+    if (core_ != nullptr) {
+      EpochCore::Effects effects;
+      core_->Leave(&effects);
+      Apply(effects);
+    }
   }
   WakeMonitor();
   if (monitor_.joinable()) monitor_.join();
+  watch_.reset();
   mesh_.reset();
+  root_.reset();
   // Tensors may outlive the epoch; their end must not reach for links that are gone.
   if (memory_ != nullptr) memory_->Fence();
 }
+
+// ---- What is known
 
 std::string World::RankName(int rank) const {
   const PeerLink& link = peers_[rank]->link;
@@ -114,7 +297,20 @@ std::string World::RankName(int rank) const {
 }
 
 std::string World::RankNames(const std::vector<int>& ranks) const {
-  return absl::StrJoin(ranks, ", ", [this](std::string* out, int rank) { out->append(RankName(rank)); });
+  const int64_t now_ns = NowNs();
+  MutexLock lock(&mutex_);
+  std::vector<std::string> names;
+  for (int rank : ranks) {
+    names.push_back(absl::StrCat(RankName(rank), " (", core_->LastDid(rank, now_ns), ")"));
+  }
+  return absl::StrJoin(names, ", ");
+}
+
+std::vector<World::DeadPeer> World::Dead() const {
+  std::vector<DeadPeer> dead;
+  MutexLock lock(&mutex_);
+  for (const auto& [rank, cause] : core_->dead()) dead.push_back({rank, cause});
+  return dead;
 }
 
 bool World::OneHost(const std::vector<int>& ranks) const {
@@ -123,141 +319,90 @@ bool World::OneHost(const std::vector<int>& ranks) const {
 }
 
 int World::RanksOnThisHost() const {
-  const int host = peers_[options_.rank]->link.host;
-  return std::count_if(peers_.begin(), peers_.end(),
-                       [host](const auto& peer) { return peer->link.host == host; });
+  int count = 0;
+  for (int rank = 0; rank < options_.size; ++rank) count += OnThisHost(rank) ? 1 : 0;
+  return count;
 }
 
-absl::Status World::status() const {
+// ---- The watch thread
+
+void World::OnProcessDeath(int rank) {
   MutexLock lock(&mutex_);
-  return cause_;
+  EpochCore::Effects effects;
+  core_->OnLost(rank, "process died", &effects);
+  Apply(effects);
 }
 
-absl::Status World::End(const std::string& cause) {
-  {
-    MutexLock lock(&mutex_);
-    if (!cause_.ok()) return cause_;
-    cause_ = absl::AbortedError(cause);
-    // Before any operation can end: afterwards its buffers belong to the caller again.
-    memory_->Fence();
-    ended_.store(true, std::memory_order_release);
-  }
-  PushToAll(ControlType::kAbort, cause);
-  WakeMonitor();
-  WakeSleepers();
-  return absl::AbortedError(cause);
-}
-
-void World::PushToAll(ControlType type, const std::string& body) {
-  for (const auto& peer : peers_) {
-    if (peer->control != nullptr) peer->control->Push({type, body, Fd()});
-  }
-}
-
-void World::NoteOperation(const Op& op) {
-  std::string name = OpName(op);
-  MutexLock lock(&mutex_);
-  last_operation_ = std::move(name);
-}
-
-void World::AddSleeper(Sleeper* sleeper) {
-  MutexLock lock(&sleepers_mutex_);
-  sleepers_.insert(sleeper);
-}
-
-void World::RemoveSleeper(Sleeper* sleeper) {
-  MutexLock lock(&sleepers_mutex_);
-  sleepers_.erase(sleeper);
-}
-
-void World::WakeSleepers() {
-  MutexLock lock(&sleepers_mutex_);
-  for (Sleeper* sleeper : sleepers_) sleeper->Wake();
-}
-
-void World::AddCallback(const void* owner, std::function<void(const absl::Status&)> callback) {
-  {
-    MutexLock lock(&mutex_);
-    callbacks_.emplace(owner, std::move(callback));
-  }
-  WakeMonitor();  // The epoch may be over already.
-}
-
-void World::RemoveCallbacks(const void* owner) {
-  MutexLock lock(&mutex_);
-  callbacks_.erase(owner);
-  while (callbacks_run_) callbacks_done_.Wait(&mutex_);
-}
+// ---- The monitor thread
 
 void World::WakeMonitor() {
   const uint64_t one = 1;
   (void)!write(wake_.get(), &one, sizeof one);
 }
 
-// ---- The monitor thread.
-
 void World::RunMonitor() {
-  const int64_t timeout_ns = absl::ToInt64Nanoseconds(options_.heartbeat_timeout);
-  const int64_t beat_ns = std::max<int64_t>(timeout_ns / kBeatsPerTimeout, 1'000'000);
-  int64_t next_beat_ns = 0;
-  int64_t looked_ns = NowNs();
-  int64_t farewell_ns = kNeverNs;
   while (true) {
     FlushPeers();
-    std::vector<pollfd> entries = {{wake_.get(), POLLIN, 0}};
-    std::vector<int> ranks = {-1};
-    for (int rank = 0; rank < options_.size; ++rank) {
-      const Peer& peer = *peers_[rank];
-      if (!peer.open) continue;
-      const bool blocked = peer.control->HasUnsent() && !peer.finished;
-      entries.push_back({peer.control->fd(), static_cast<short>(blocked ? POLLIN | POLLOUT : POLLIN), 0});
-      ranks.push_back(rank);
-    }
-    (void)poll(entries.data(), entries.size(), PollTimeoutMs(std::min(next_beat_ns, farewell_ns)));
-    uint64_t count = 0;
-    (void)!read(wake_.get(), &count, sizeof count);
-    for (size_t i = 1; i < entries.size(); ++i) {
-      if ((entries[i].revents & ~POLLOUT) != 0) ReadPeer(ranks[i]);
-    }
-    const int64_t now_ns = NowNs();
-    // After a pause of this process itself (a stop, a suspended machine) the silence was ours.
-    if (now_ns - looked_ns > beat_ns + timeout_ns / 2) {
-      for (const auto& peer : peers_) peer->heard_ns = now_ns;
-    }
-    looked_ns = now_ns;
-    if (now_ns >= next_beat_ns) {
-      next_beat_ns = now_ns + beat_ns;
-      if (!Ended()) SendHeartbeats();
-    }
-    if (!Ended() && !leaving_.load(std::memory_order_acquire)) CheckSilence(now_ns);
-    if (Ended()) RunCallbacks();
-    bool closing = false;
+    int64_t until_ns = 0;
     {
       MutexLock lock(&mutex_);
-      closing = closing_;
+      until_ns = core_->NextTickNs();
+      if (closing_since_ns_ != 0) until_ns = std::min(until_ns, FarewellEndNs());
     }
-    if (closing && farewell_ns == kNeverNs) farewell_ns = now_ns + kFarewellNs;
-    if (closing && (AllClosed() || now_ns >= farewell_ns)) return;
+    PollLinks(until_ns);
+    const int64_t now_ns = NowNs();
+    {
+      MutexLock lock(&mutex_);
+      EpochCore::Effects effects;
+      core_->Tick(now_ns, Doing(now_ns), &effects);
+      if (!effects.messages.empty() || !effects.ended.empty()) Apply(effects);
+      if (closing_since_ns_ != 0 && (AllClosed() || now_ns >= FarewellEndNs())) return;
+    }
+    RunCallbacks();
   }
 }
 
+int64_t World::FarewellEndNs() const {
+  return closing_since_ns_ + (root_->Ended() ? kHastyFarewellNs : kFarewellNs);
+}
+
+// Nobody is left who could still be told.
 bool World::AllClosed() const {
-  return std::none_of(peers_.begin(), peers_.end(), [](const auto& peer) { return peer->open; });
+  for (int rank = 0; rank < options_.size; ++rank) {
+    const bool dead = std::any_of(core_->dead().begin(), core_->dead().end(),
+                                  [rank](const auto& entry) { return entry.first == rank; });
+    if (peers_[rank]->open && !dead) return false;
+  }
+  return true;
+}
+
+// Sleeps until something comes or until_ns, and takes in what came.
+void World::PollLinks(int64_t until_ns) {
+  std::vector<pollfd> entries = {{wake_.get(), POLLIN, 0}};
+  std::vector<int> ranks = {-1};
+  for (int rank = 0; rank < options_.size; ++rank) {
+    const Peer& peer = *peers_[rank];
+    if (!peer.open) continue;
+    const bool blocked = peer.control->HasUnsent() && !peer.finished;
+    entries.push_back({peer.control->fd(), static_cast<short>(blocked ? POLLIN | POLLOUT : POLLIN), 0});
+    ranks.push_back(rank);
+  }
+  (void)poll(entries.data(), entries.size(), PollTimeoutMs(until_ns));
+  uint64_t count = 0;
+  (void)!read(wake_.get(), &count, sizeof count);
+  for (size_t i = 1; i < entries.size(); ++i) {
+    if ((entries[i].revents & ~POLLOUT) != 0) ReadPeer(ranks[i]);
+  }
 }
 
 void World::FlushPeers() {
-  bool closing = false;
-  {
-    MutexLock lock(&mutex_);
-    closing = closing_;
-  }
   for (const auto& peer : peers_) {
     if (!peer->open || peer->finished) continue;
+    const bool closing = peer->closing.load(std::memory_order_acquire);
     // A broken link also reads as ended, with whatever the peer said last before that.
     if (!peer->control->Flush().ok()) {
       peer->finished = true;
-    } else if ((closing || peer->said_last) && !peer->control->HasUnsent()) {
-      // Answer the last words with an end of file, so that who waits for us can go.
+    } else if (closing && !peer->control->HasUnsent()) {
       peer->control->ShutdownWrite();
       peer->finished = true;
     }
@@ -268,92 +413,60 @@ void World::ReadPeer(int rank) {
   Peer& peer = *peers_[rank];
   std::vector<ControlMessage> messages;
   const absl::Status status = peer.control->Read(&messages);
-  peer.heard_ns = NowNs();
   for (ControlMessage& message : messages) HandleMessage(rank, std::move(message));
   if (status.ok()) return;
   peer.open = false;
-  // It may be waiting for our end of the link.
-  (void)peer.control->Flush();
-  peer.control->ShutdownWrite();
-  peer.finished = true;
-  if (!peer.said_last && !leaving_.load(std::memory_order_acquire)) {
-    (void)End(absl::StrCat(RankName(rank), ": ", status.message()));
+  if (absl::IsResourceExhausted(status)) {
+    (void)End(absl::StrCat(RankName(options_.rank), " cannot take what ", RankName(rank),
+                           " shares: ", std::string(status.message())));
+    return;
   }
+  MutexLock lock(&mutex_);
+  EpochCore::Effects effects;
+  core_->OnLost(rank, std::string(status.message()), &effects);
+  Apply(effects);
 }
 
 void World::HandleMessage(int rank, ControlMessage message) {
-  Peer& peer = *peers_[rank];
-  WireReader reader(message.body);
-  switch (message.type) {
-    case ControlType::kHeartbeat:
-      peer.last_operation = std::move(message.body);
-      return;
-    case ControlType::kAbort:
-      peer.said_last = true;
-      (void)End(message.body);
-      return;
-    case ControlType::kBye:
-      peer.said_last = true;
-      peer.left.store(true, std::memory_order_release);
-      WakeSleepers();
-      return;
-    case ControlType::kSegment: {
-      const uint64_t id = reader.U64();
-      const auto bytes = static_cast<int64_t>(reader.U64());
-      const absl::Status status = memory_->AddPeerSegment(rank, id, bytes, std::move(message.fd));
-      if (!status.ok()) {
-        (void)End(absl::StrCat("rank ", options_.rank, " cannot map memory of ", RankName(rank), ": ",
-                               status.message()));
-      }
-      return;
-    }
-    case ControlType::kFree:
-      memory_->RemovePeerSegment(rank, reader.U64());
-      return;
+  if (message.type == ControlType::kSegment) {
+    AddPeerSegment(rank, std::move(message));
+  } else if (message.type == ControlType::kFree) {
+    memory_->RemovePeerSegment(rank, WireReader(message.body).U64());
+  } else if (message.type == ControlType::kWatch && watch_ != nullptr) {
+    const absl::Status status = watch_->Watch(rank, std::move(message.fd));
+    if (!status.ok()) SHOAL_LOG(kWarning) << "cannot watch " << RankName(rank) << ": " << status.message();
   }
-}
-
-void World::SendHeartbeats() {
-  std::string body;
-  {
-    MutexLock lock(&mutex_);
-    body = last_operation_;
-  }
-  for (const auto& peer : peers_) {
-    // Whoever has unread words of ours need not be told more often.
-    if (peer->open && !peer->finished && !peer->control->HasUnsent()) {
-      peer->control->Push({ControlType::kHeartbeat, body, Fd()});
-    }
-  }
-}
-
-void World::CheckSilence(int64_t now_ns) {
-  const int64_t timeout_ns = absl::ToInt64Nanoseconds(options_.heartbeat_timeout);
-  for (int rank = 0; rank < options_.size; ++rank) {
-    const Peer& peer = *peers_[rank];
-    if (!peer.open || peer.said_last || now_ns - peer.heard_ns < timeout_ns) continue;
-    const std::string last =
-        peer.last_operation.empty() ? "" : absl::StrCat(" (last: ", peer.last_operation, ")");
-    (void)End(
-        absl::StrFormat("%s: silent for %.1f s%s", RankName(rank), (now_ns - peer.heard_ns) * 1e-9, last));
-    return;
-  }
-}
-
-void World::RunCallbacks() {
-  std::vector<std::function<void(const absl::Status&)>> to_run;
-  absl::Status cause;
-  {
-    MutexLock lock(&mutex_);
-    cause = cause_;
-    for (auto& [owner, callback] : callbacks_) to_run.push_back(std::move(callback));
-    callbacks_.clear();
-    callbacks_run_ = !to_run.empty();
-  }
-  for (const auto& callback : to_run) callback(cause);
   MutexLock lock(&mutex_);
-  callbacks_run_ = false;
-  callbacks_done_.NotifyAll();
+  EpochCore::Effects effects;
+  core_->OnMessage(rank, message.type, message.body, NowNs(), &effects);
+  Apply(effects);
+}
+
+void World::AddPeerSegment(int rank, ControlMessage message) {
+  WireReader reader(message.body);
+  const uint64_t id = reader.U64();
+  const auto bytes = static_cast<int64_t>(reader.U64());
+  const absl::Status status = memory_->AddPeerSegment(rank, id, bytes, std::move(message.fd));
+  if (status.ok()) return;
+  (void)End(absl::StrCat(RankName(options_.rank), " cannot map memory of ", RankName(rank), ": ",
+                         std::string(status.message())));
+}
+
+// The operation that was started last; when none runs, the one that ended last.
+EpochCore::Doing World::Doing(int64_t now_ns) {
+  EpochCore::Doing doing;
+  for (auto& [number, entry] : lives_) {
+    Life& life = *entry.raw;
+    const OperationNote::Value value = life.note().Read();
+    if (value.changes == 0) continue;
+    if (value.changes != life.noted) life.noted_ns = now_ns;
+    life.noted = value.changes;
+    const bool running = value.changes % 2 == 1;
+    const bool better = doing.operation.empty() || running > doing.running ||
+                        (running == doing.running && life.noted_ns > doing.since_ns);
+    if (better) doing = {OpName(value.kind, value.label, value.seq), running, life.noted_ns};
+  }
+  return doing;
 }
 
 }  // namespace shoal

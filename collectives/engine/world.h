@@ -1,7 +1,16 @@
-// One epoch of one process: the links to all peers, and the one verdict that ends it. A monitor thread reads
-// the control links, sends heartbeats and notices dead, silent and leaving peers; it never touches data.
-// Engines (see op.h) run operations on their callers' and queues' threads and ask here whether the epoch
-// still lives. Thread-safe.
+// One epoch of one process: the links to all peers, and what is known of their lives. A monitor thread reads the control
+// links, sends heartbeats and notices dead, silent and leaving peers; it never touches data. A watch thread notices the
+// deaths of processes on this host at once. Thread-safe.
+//
+// Every group has its own life (engine/group_life.h):
+//   - A peer that dies (its connection ends without a goodbye, it is silent for heartbeat_timeout, its process dies, or
+//     another rank says so) ends exactly the groups that have it, on all of their members. When the others declare this
+//     rank dead, all of its groups end.
+//   - GroupLife::End ends a group and those split from it, on all members; also where they are made only later.
+//   - A peer that says goodbye ends nothing: only who waits for it is told (Left).
+//
+// The world itself is the group of all ranks, the parent of all others: that is what its own Ended, status, End,
+// sleepers and callbacks are about.
 #pragma once
 
 #include <atomic>
@@ -14,10 +23,13 @@
 #include <vector>
 
 #include "collectives/communicator.h"
+#include "collectives/engine/epoch_core.h"
+#include "collectives/engine/group_life.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/shared_memory.h"
 #include "collectives/membership/bootstrap.h"
 #include "collectives/transport/control_link.h"
+#include "collectives/transport/death_watch.h"
 #include "runtime/base/mutex.h"
 
 namespace shoal {
@@ -25,99 +37,114 @@ namespace shoal {
 class TcpMesh;
 class ControlSlots;
 
-// Something with threads that sleep until a peer acts: woken when the epoch ends or a peer leaves. Wake never
-// blocks.
-class Sleeper {
- public:
-  virtual ~Sleeper() = default;
-  virtual void Wake() = 0;
-};
-
 class World {
  public:
-  // Blocks; errors as ConnectWorld. size > 1.
+  // FormMesh and Create. Blocks; errors as ConnectWorld.
   static absl::StatusOr<std::shared_ptr<World>> Connect(const WorldOptions& options);
-  // Says goodbye, waits a moment until the peers have heard it. All groups are gone by then.
+  // On connections that are there: links[r] is about rank r, as FormMesh returns them. A world of one rank needs none, and
+  // has no threads. Does not block. RESOURCE_EXHAUSTED: no descriptors left.
+  static absl::StatusOr<std::shared_ptr<World>> Create(const WorldOptions& options, std::vector<PeerLink> links);
+  // Says goodbye. While the world lives, waits a moment until the peers have heard it; once it has ended, a few
+  // milliseconds at most, and never for dead peers. All groups are gone by then.
   ~World();
 
   const WorldOptions& options() const { return options_; }
-  std::string RankName(int rank) const;                        // rank 2 (pid 71, host b)
-  std::string RankNames(const std::vector<int>& ranks) const;  // rank 2 (pid 71, host b), rank 3 (...)
+  std::string RankName(int rank) const;  // rank 2 (pid 71, host b)
+  // For verdicts, with what they did last: rank 2 (pid 71, host b) (last: barrier #3, ended 2.1 s ago), rank 3 (...)
+  std::string RankNames(const std::vector<int>& ranks) const;
   bool OneHost(const std::vector<int>& ranks) const;
   int RanksOnThisHost() const;
 
-  bool Ended() const { return ended_.load(std::memory_order_acquire); }
-  absl::Status status() const;
-  // Ends the epoch everywhere, unless it is over. Returns status(). Never blocks.
+  // The life of the group `key`, which is over already when one of its ranks is dead or when it, or a group it descends from,
+  // was ended. `parent` null: not split from a group. The world outlives it; `parent` need not.
+  std::shared_ptr<GroupLife> NewGroup(uint64_t key, std::vector<int> ranks, int index, const GroupLife* parent);
+
+  bool Ended() const { return root_->Ended(); }
+  absl::Status status() const { return root_->status(); }
+  // Ends all groups, on every rank; also when the world has ended because a peer died. Returns status(). Never blocks.
   absl::Status End(const std::string& cause);
+
   // The peer said goodbye: what it has not done by now it never will.
   bool Left(int rank) const { return peers_[rank]->left.load(std::memory_order_acquire); }
+  struct DeadPeer {
+    int rank = 0;
+    std::string cause;  // rank 2 (pid 71, host b): connection closed
+  };
+  std::vector<DeadPeer> Dead() const;
 
-  // For diagnosis of this process by its peers.
-  void NoteOperation(const Op& op);
-  void AddSleeper(Sleeper* sleeper);
-  void RemoveSleeper(Sleeper* sleeper);
-  // `callback` runs on the monitor thread when the epoch ends. RemoveCallbacks waits until none of `owner`
-  // runs.
-  void AddCallback(const void* owner, std::function<void(const absl::Status&)> callback);
-  void RemoveCallbacks(const void* owner);
+  // Of the group of all ranks; woken as well when any other group ends, and when any peer dies or leaves.
+  void AddSleeper(Sleeper* sleeper) { root_->AddSleeper(sleeper); }
+  void RemoveSleeper(Sleeper* sleeper) { root_->RemoveSleeper(sleeper); }
+  void AddCallback(const void* owner, std::function<void(const absl::Status&)> callback) {
+    root_->AddCallback(owner, std::move(callback));
+  }
+  void RemoveCallbacks(const void* owner) { root_->RemoveCallbacks(owner); }
+  // What engines that know only the world do.
+  void NoteOperation(const Op& op) { root_->note().Start(op.kind, op.label, op.seq); }
 
   SharedMemory& memory() { return *memory_; }
+  const std::shared_ptr<SharedMemory>& shared_memory() const { return memory_; }
   // The groups' counters in this rank's first segment; kControlSegment is that segment's id on every rank.
   static constexpr uint32_t kControlSegment = 1;
   ControlSlots* control_slots() const { return control_slots_.get(); }  // Null without ranks on this host.
   TcpMesh* mesh() const { return mesh_.get(); }                         // Null on one host.
 
  private:
+  class Life;
   struct Peer {
     PeerLink link;
     std::unique_ptr<ControlLink> control;  // Null for this process itself.
     std::atomic<bool> left{false};
+    std::atomic<bool> closing{false};  // We have said, or queued, all that we will.
     // The monitor's own.
-    bool open = true;        // It may still say something.
-    bool finished = false;   // We have said all that we will.
-    bool said_last = false;  // It has said goodbye or abort.
-    int64_t heard_ns = 0;
-    std::string last_operation;
+    bool open = true;       // It may still say something.
+    bool finished = false;  // Our side of the link is shut down.
   };
 
   explicit World(const WorldOptions& options);
   absl::Status Start(std::vector<PeerLink> links);
+  void StartWatch();
   SharedMemory::Announcer Announcer();
+  bool OnThisHost(int rank) const { return peers_[rank]->link.host == peers_[options_.rank]->link.host; }
 
+  std::shared_ptr<Life> NewLife(uint64_t key, std::vector<int> ranks, int index, std::vector<uint64_t> ancestors);
+  absl::Status EndGroup(const Life& life, const std::string& cause);
+  void Forget(uint64_t group);
+  void OnProcessDeath(int rank);
+  void Apply(const EpochCore::Effects& effects) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void RunCallbacks();
   void WakeMonitor();
-  void WakeSleepers();
-  void PushToAll(ControlType type, const std::string& body);
   // Monitor thread.
   void RunMonitor();
+  void PollLinks(int64_t until_ns);
   void ReadPeer(int rank);
   void HandleMessage(int rank, ControlMessage message);
+  void AddPeerSegment(int rank, ControlMessage message);
   void FlushPeers();
-  void SendHeartbeats();
-  void CheckSilence(int64_t now_ns);
-  void RunCallbacks();
-  bool AllClosed() const;
+  EpochCore::Doing Doing(int64_t now_ns) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  bool AllClosed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  int64_t FarewellEndNs() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  static constexpr uint64_t kRootKey = 0;
 
   const WorldOptions options_;
   std::vector<std::unique_ptr<Peer>> peers_;
+  std::shared_ptr<GroupLife> root_;
   std::shared_ptr<SharedMemory> memory_;
   std::shared_ptr<Segment> control_segment_;
   std::unique_ptr<ControlSlots> control_slots_;
   std::unique_ptr<TcpMesh> mesh_;
   Fd wake_;
 
-  std::atomic<bool> ended_{false};
-  std::atomic<bool> leaving_{
-      false};  // Set before goodbye is said: peers answer it by closing, which is no failure.
   mutable Mutex mutex_;
-  absl::Status cause_ ABSL_GUARDED_BY(mutex_);
-  std::string last_operation_ ABSL_GUARDED_BY(mutex_);
-  bool closing_ ABSL_GUARDED_BY(mutex_) = false;
-  std::multimap<const void*, std::function<void(const absl::Status&)>> callbacks_ ABSL_GUARDED_BY(mutex_);
-  bool callbacks_run_ ABSL_GUARDED_BY(mutex_) = false;
-  CondVar callbacks_done_;
-  Mutex sleepers_mutex_;
-  std::set<Sleeper*> sleepers_ ABSL_GUARDED_BY(sleepers_mutex_);
+  std::unique_ptr<EpochCore> core_ ABSL_GUARDED_BY(mutex_);
+  struct LifeEntry {
+    Life* raw = nullptr;  // It forgets itself here before it goes.
+    std::weak_ptr<Life> shared;
+  };
+  std::map<uint64_t, LifeEntry> lives_ ABSL_GUARDED_BY(mutex_);  // By the core's numbers.
+  int64_t closing_since_ns_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: the world is in use.
+  std::unique_ptr<DeathWatch> watch_;
   std::thread monitor_;
 };
 

@@ -100,6 +100,7 @@ absl::Status ControlLink::Read(std::vector<ControlMessage>* messages) {
       return absl::UnavailableError(errno == ECONNRESET ? "connection closed" : std::strerror(errno));
     }
     TakeFds(header, &incoming_fds_);
+    if ((header.msg_flags & MSG_CTRUNC) != 0) return absl::ResourceExhaustedError("no descriptors are left");
     if (got == 0) return absl::UnavailableError("connection closed");
     incoming_.append(bytes, got);
     SHOAL_RETURN_IF_ERROR(Parse(messages));
@@ -112,16 +113,16 @@ absl::Status ControlLink::Parse(std::vector<ControlMessage>* messages) {
     uint32_t length = 0;
     std::memcpy(&length, incoming_.data() + at, sizeof length);
     const auto type = static_cast<uint8_t>(incoming_[at + 4]);
-    if (length > kBodyMax || type < 1 || type > static_cast<uint8_t>(ControlType::kFree)) {
+    if (length > kBodyMax || type < 1 || type > static_cast<uint8_t>(ControlType::kWatch)) {
       return absl::DataLossError("a control message makes no sense");
     }
     if (incoming_.size() - at < kHeaderBytes + length) break;
     ControlMessage message;
     message.type = static_cast<ControlType>(type);
     message.body = incoming_.substr(at + kHeaderBytes, length);
-    if (message.type == ControlType::kSegment) {
+    if (CarriesDescriptor(message.type)) {
       // Descriptors arrive with the first byte of their message, so in the order of the messages.
-      if (incoming_fds_.empty()) return absl::DataLossError("shared memory without a descriptor");
+      if (incoming_fds_.empty()) return absl::DataLossError("a descriptor is missing");
       message.fd = std::move(incoming_fds_.front());
       incoming_fds_.pop_front();
     }

@@ -1,6 +1,6 @@
 // The control connection to one peer: small messages in order, with descriptors where the socket can carry
-// them. Data never travels here, so that a heartbeat or an abort waits behind nothing. Push may be called
-// from any thread; Flush and Read belong to one thread. Framing: u32 body length, u8 type, body.
+// them. Data never travels here, so that a heartbeat or a verdict waits behind nothing. Push and Flush may be
+// called from any thread; Read belongs to one. Framing: u32 body length, u8 type, body.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,11 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "collectives/transport/control_type.h"
 #include "collectives/transport/socket.h"
 #include "runtime/base/mutex.h"
 
 namespace shoal {
-
-enum class ControlType : uint8_t {
-  kHeartbeat = 1,  // What the sender runs, for diagnosis.
-  kAbort = 2,      // The epoch is over: the cause.
-  kBye = 3,        // The sender is done with the epoch and closes.
-  kSegment = 4,    // id, bytes; carries the descriptor of shared memory.
-  kFree = 5,       // id: nobody uses that memory any more.
-};
 
 struct ControlMessage {
   ControlType type = ControlType::kHeartbeat;
@@ -38,7 +31,8 @@ class ControlLink {
 
   // Send what the socket takes now, receive what is there now. Never block.
   absl::Status Flush();
-  // UNAVAILABLE: the peer closed or reset the connection. DATA_LOSS: bytes that are no message.
+  // UNAVAILABLE: the peer closed or reset the connection. DATA_LOSS: bytes that are no message. RESOURCE_EXHAUSTED: a
+  // descriptor was lost because this process may not have more. With all messages before that.
   absl::Status Read(std::vector<ControlMessage>* messages);
   // No more sending; the peer reads an end of file after what was flushed.
   void ShutdownWrite();
