@@ -55,6 +55,10 @@ class Channel {
   // unasked, or has already, is an error (see Mismatch), for example because the other rank was in another operation.
   virtual void Finish(MessageId) {}
 
+  // Tells the member in which operation this rank is, so that it notices when it is in another one and both wait for each
+  // other. It only compares signatures (see MessageId); nobody takes or awaits it.
+  virtual void Probe(int /*member*/, MessageId) {}
+
   // Moves what can be moved now and appends what ended. An error (the group is over, a peer sent nonsense) is final: no
   // event comes after it, and no borrowed memory is touched any more. FAILED_PRECONDITION: `mismatch()` says what does
   // not fit; the caller ends the group.
