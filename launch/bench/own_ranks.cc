@@ -1,5 +1,6 @@
 #include "launch/bench/own_ranks.h"
 
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <sys/mman.h>
@@ -41,7 +42,8 @@ struct RankBench {
   Tensor in, out;               // As large as the largest size needs.
   int64_t part = 0, whole = 0;  // Elements: of a rank's part, and of all parts.
   std::vector<int64_t> counts;
-  std::function<Work()> issue;
+  std::function<Work(int root)> issue;
+  int calls = 0;  // At this size; the first has root 0.
   int agreements = 0;
 };
 
@@ -124,7 +126,7 @@ int64_t CountWrong(const RankBench& rank) {
 }
 
 // The operation at the present size.
-std::function<Work()> MakeIssue(RankBench& rank) {
+std::function<Work(int root)> MakeIssue(RankBench& rank) {
   Communicator& group = rank.group;
   const std::string& op = rank.bench.op;
   const ReduceOp redop = rank.options.redop;
@@ -135,32 +137,35 @@ std::function<Work()> MakeIssue(RankBench& rank) {
   const OpOptions exact = {.label = "bench", .order = rank.options.order, .algorithm = rank.options.algorithm};
   if (op == "all_reduce") {
     const Tensor from = rank.bench.in_place ? out : in;
-    return [=, &group] { return group.AllReduce(from, out, redop, options); };
+    return [=, &group](int) { return group.AllReduce(from, out, redop, options); };
   }
-  if (op == "reduce_scatter") return [=, &group] { return group.ReduceScatter(in, counts, out_part, redop, options); };
-  if (op == "all_gather") return [=, &group] { return group.AllGather(in_part, counts, out, exact); };
-  if (op == "all_to_all") return [=, &group] { return group.AllToAll(in, counts, out, counts, exact); };
-  if (op == "broadcast") return [=, &group] { return group.Broadcast(in, 0, exact); };
-  if (op == "reduce") return [=, &group] { return group.Reduce(in, out, 0, redop, exact); };
-  if (op == "gather") return [=, &group] { return group.Gather(in_part, counts, out, 0, exact); };
-  if (op == "scatter") return [=, &group] { return group.Scatter(in, counts, out_part, 0, exact); };
-  if (op == "barrier") return [=, &group] { return group.Barrier(exact); };
+  if (op == "reduce_scatter") return [=, &group](int) { return group.ReduceScatter(in, counts, out_part, redop, options); };
+  if (op == "all_gather") return [=, &group](int) { return group.AllGather(in_part, counts, out, exact); };
+  if (op == "all_to_all") return [=, &group](int) { return group.AllToAll(in, counts, out, counts, exact); };
+  if (op == "broadcast") return [=, &group](int root) { return group.Broadcast(in, root, exact); };
+  if (op == "reduce") return [=, &group](int root) { return group.Reduce(in, out, root, redop, exact); };
+  if (op == "gather") return [=, &group](int root) { return group.Gather(in_part, counts, out, root, exact); };
+  if (op == "scatter") return [=, &group](int root) { return group.Scatter(in, counts, out_part, root, exact); };
+  if (op == "barrier") return [=, &group](int) { return group.Barrier(exact); };
   SHOAL_CHECK(op == "pingpong") << op;
-  if (group.index() > 1) return [] { return Work(); };
+  if (group.index() > 1) return [](int) { return Work(); };
   const auto check = [](const Work& work) { SHOAL_CHECK_OK(work.Await()); };
   if (group.index() == 0) {
-    return [=, &group] {
+    return [=, &group](int) {
       check(group.Send(in, 1, 7, exact));
       return group.Receive(out, 1, 7, exact);
     };
   }
-  return [=, &group] {
+  return [=, &group](int) {
     check(group.Receive(out, 0, 7, exact));
     return group.Send(out, 0, 7, exact);
   };
 }
 
-void Run(void* context) { SHOAL_CHECK_OK(static_cast<RankBench*>(context)->issue().Await()); }
+void Run(void* context) {
+  RankBench& rank = *static_cast<RankBench*>(context);
+  SHOAL_CHECK_OK(rank.issue(rank.calls++ % rank.group.size()).Await());
+}
 
 void Meet(void* context) { SHOAL_CHECK_OK(static_cast<RankBench*>(context)->group.Barrier({.label = "bench"}).Await()); }
 
@@ -183,6 +188,20 @@ void Print(const RankBench& rank, int64_t bytes, int samples) {
   fflush(stdout);
 }
 
+// Of the cores that this process may use, in turn. Threads that are started later inherit it.
+void BindToCore(int index) {
+  cpu_set_t usable, one;
+  if (sched_getaffinity(0, sizeof usable, &usable) != 0) return;
+  int left = index % std::max(CPU_COUNT(&usable), 1);
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (!CPU_ISSET(core, &usable) || left-- > 0) continue;
+    CPU_ZERO(&one);
+    CPU_SET(core, &one);
+    (void)sched_setaffinity(0, sizeof one, &one);  // Where it is refused, the rank floats.
+    return;
+  }
+}
+
 int64_t PartElements(int64_t bytes, DType dtype, int ranks) { return std::max<int64_t>(bytes / SizeOf(dtype) / ranks, 1); }
 
 void MeasureSize(RankBench& rank, int64_t bytes) {
@@ -191,6 +210,7 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
   rank.whole = rank.part * rank.group.size();
   rank.counts.assign(rank.group.size(), rank.part);
   rank.issue = MakeIssue(rank);
+  rank.calls = 0;
   if (me == 0) {
     printf("begin %lld\n", static_cast<long long>(bytes));
     fflush(stdout);
@@ -213,6 +233,7 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
 
 absl::Status RunRank(int index, const std::string& rendezvous, const BenchCase& bench, const OwnOptions& options,
                      absl::Span<const int64_t> sizes, Shared& shared) {
+  if (options.bind) BindToCore(index);
   WorldOptions world;
   world.rank = index;
   world.size = bench.ranks;

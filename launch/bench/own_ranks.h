@@ -19,6 +19,7 @@ struct OwnOptions {
   WireFormat wire = WireFormat::kAsIs;
   Order order = Order::kFast;
   std::string algorithm;  // Empty: chosen.
+  bool bind = false;      // Each rank to a core.
 };
 
 // "wire=bf16,order=fixed,algorithm=ring", each part optional, into `options`. INVALID_ARGUMENT names the part.

@@ -94,12 +94,14 @@ const BenchRow* RowOf(const Comparison& line, const std::string& library) {
   return nullptr;
 }
 
-// A peer's time, marked when its result was wrong.
-std::string PeerTime(const BenchRow* row) {
+// A peer's time in `format`, marked when its result was wrong.
+std::string PeerTime(const BenchRow* row, std::string (*format)(double us)) {
   if (row == nullptr) return "-";
   if (!HasTime(row)) return row->failure.empty() ? "failed" : row->failure;
-  return absl::StrCat(Time(row->us.median), row->wrong > 0 ? " (wrong)" : "");
+  return absl::StrCat(format(row->us.median), row->wrong > 0 ? " (wrong)" : "");
 }
+
+std::string PlainUs(double us) { return absl::StrFormat("%.2f", us); }
 
 double BusGbPerSecond(const BenchRow& row) {
   return row.bytes / row.us.median * 1e-3 * BusFactor(row.op, row.ranks);
@@ -107,7 +109,7 @@ double BusGbPerSecond(const BenchRow& row) {
 
 // Whole elements for every rank, as all programs of the comparison have it.
 int64_t ElementsOf(const BenchRow& row, int64_t element_bytes) {
-  return std::max<int64_t>(row.bytes / element_bytes / row.ranks, 1) * row.ranks;
+  return row.op == "barrier" ? 0 : std::max<int64_t>(row.bytes / element_bytes / row.ranks, 1) * row.ranks;
 }
 
 }  // namespace
@@ -256,7 +258,7 @@ std::string TableText(const Table& table, const ElementNames& element) {
       absl::StrAppendFormat(&text, " %s", own.failure.empty() ? "failed" : own.failure);
     }
     for (const std::string& library : table.libraries) {
-      absl::StrAppendFormat(&text, " %12s", PeerTime(RowOf(line, library)));
+      absl::StrAppendFormat(&text, " %12s", PeerTime(RowOf(line, library), PlainUs));
     }
     if (!table.libraries.empty()) {
       absl::StrAppendFormat(&text, " %8s %8s", Ratio(line.RatioShipped()), Ratio(line.RatioBest()));
@@ -285,7 +287,7 @@ std::string TableMarkdown(const Table& table) {
     } else {
       cells.insert(cells.end(), {"failed", "-"});
     }
-    for (const std::string& library : table.libraries) cells.push_back(PeerTime(RowOf(line, library)));
+    for (const std::string& library : table.libraries) cells.push_back(PeerTime(RowOf(line, library), Time));
     if (!table.libraries.empty()) cells.insert(cells.end(), {Ratio(line.RatioShipped()), Ratio(line.RatioBest())});
     if (limits) cells.push_back(Ratio(line.RatioToLimit()));
     absl::StrAppend(&text, "| ", absl::StrJoin(cells, " | "), " |\n");

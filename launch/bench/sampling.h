@@ -3,7 +3,9 @@
 //
 // A sample: all ranks meet in a barrier, then run the operation `inner` times back to back; its time is that of the
 // slowest rank, divided by `inner`, which is chosen so that a sample takes at least 50 us (a clock read costs 20 to 40 ns).
-// Samples are taken in blocks; rank 0 decides after each whether there is time for another.
+// Samples are taken in blocks; rank 0 decides after each whether there is time for another. In operations with a root the
+// root moves on by one from call to call: with one root for all, a rank that only sends would run ahead, and a message's
+// rate would pass for its latency.
 //
 // A program prints, on rank 0's standard output,
 //   begin BYTES                              before a size

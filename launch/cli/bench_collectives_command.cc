@@ -28,6 +28,7 @@ struct CollectivesFlags {
   std::string redop = "sum";
   std::string op_options;
   bool out_of_place = false;
+  bool bind = false;
   bool probe = false;
   std::string csv;
   bool markdown = false;
@@ -80,6 +81,7 @@ absl::StatusOr<ComparisonOptions> MakeOptions(const CollectivesFlags& flags) {
   options.seconds = flags.seconds;
   options.rounds = static_cast<int>(flags.rounds);
   options.in_place = !flags.out_of_place;
+  options.own.bind = flags.bind;
   options.probe = flags.probe;
   return options;
 }
@@ -140,6 +142,7 @@ void DeclareFlags(FlagSet* flags, CollectivesFlags* values) {
   flags->Add({.name = "dtype", .value = "TYPE", .help = "Element type: f32, bf16, f16, f64, i8, u8, i32, i64."}, &values->dtype);
   flags->Add({.name = "redop", .value = "OP", .help = "Reduction: sum, product, min, max, average."}, &values->redop);
   flags->Add({.name = "op-options", .value = "LIST", .help = "wire=as_is|bf16|int8|fp8, order=fast|fixed, algorithm=NAME, separated by commas."}, &values->op_options);
+  flags->Add({.name = "bind", .help = "Binds each of Shoal's ranks to a core, as OpenMPI does with two by itself."}, &values->bind);
   flags->Heading("Comparison");
   flags->Add({.name = "peers", .value = "LIST", .help = "Libraries to compare with, of openmpi, mpich, gloo; each MPI as shipped and warm (no page faults: allocator kept, 2 MiB pages), Gloo with all its algorithms, the fastest counting. Built by tests/bench/peers/build."}, &values->peers);
   flags->Add({.name = "peers-folder", .value = "DIR", .help = "Where their programs are. Default: tests/bench/peers of this build."}, &values->peers_folder);

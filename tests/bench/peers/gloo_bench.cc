@@ -2,7 +2,7 @@
 //
 //   gloo_bench RANKS OP ALGORITHM SECONDS BYTES...
 //
-// f32 sums, root 0, over TCP on loopback. Forks its ranks, which meet in a new folder under /tmp. Sampling and output are
+// f32 sums, over TCP on loopback. Forks its ranks, which meet in a new folder under /tmp. Sampling and output are
 // those of launch/bench/sampling.h. ALGORITHM: `default`, or one of the names in Prepare().
 #include <signal.h>
 #include <stdio.h>
@@ -51,7 +51,10 @@ struct Case {
   int rank = 0, size = 1;
   size_t part = 0, whole = 0;  // Elements: of a rank's part, and of all parts.
   float *in = nullptr, *out = nullptr;
-  std::function<void()> run;
+  std::vector<std::function<void()>> runs;  // One for each root, or one.
+  size_t calls = 0;                         // At this size; the first has root 0.
+
+  void Run() { runs[calls++ % runs.size()](); }
 };
 
 void Sum(void* c, const void* a, const void* b, size_t n) { gloo::sum<float>(c, a, b, n); }
@@ -98,7 +101,7 @@ std::function<void()> PreparePingPong(const Case& c) {
 }
 
 // Options hold the buffers' registrations, so they are made once, as a careful user would.
-std::function<void()> Prepare(const Case& c) {
+std::function<void()> Prepare(const Case& c, int root) {
   if (c.op == "all_reduce") return PrepareAllReduce(c);
   if (c.op == "pingpong") return PreparePingPong(c);
   if (c.op == "reduce_scatter") {  // In place: the rank's part ends at the front of the buffer.
@@ -121,34 +124,34 @@ std::function<void()> Prepare(const Case& c) {
   }
   if (c.op == "broadcast") {
     if (c.algorithm == "c_one_to_all")
-      return Object<gloo::BroadcastOneToAll<float>>(c.context, std::vector<float*>{c.in}, c.whole);
+      return Object<gloo::BroadcastOneToAll<float>>(c.context, std::vector<float*>{c.in}, c.whole, root);
     auto options = std::make_shared<gloo::BroadcastOptions>(c.context);
     options->setOutput(c.in, c.whole);
-    options->setRoot(0);
+    options->setRoot(root);
     return [options] { gloo::broadcast(*options); };
   }
   if (c.op == "reduce") {
     auto options = std::make_shared<gloo::ReduceOptions>(c.context);
     options->setInput(c.in, c.whole);
     options->setOutput(c.out, c.whole);
-    options->setRoot(0);
+    options->setRoot(root);
     options->setReduceFunction(Sum);
     return [options] { gloo::reduce(*options); };
   }
   if (c.op == "gather") {
     auto options = std::make_shared<gloo::GatherOptions>(c.context);
     options->setInput(c.in, c.part);
-    if (c.rank == 0) options->setOutput(c.out, c.whole);
-    options->setRoot(0);
+    if (c.rank == root) options->setOutput(c.out, c.whole);
+    options->setRoot(root);
     return [options] { gloo::gather(*options); };
   }
   if (c.op == "scatter") {
     auto options = std::make_shared<gloo::ScatterOptions>(c.context);
     std::vector<float*> parts;
     for (int r = 0; r < c.size; ++r) parts.push_back(c.in + r * c.part);
-    if (c.rank == 0) options->setInputs(parts, c.part);
+    if (c.rank == root) options->setInputs(parts, c.part);
     options->setOutput(c.out, c.part);
-    options->setRoot(0);
+    options->setRoot(root);
     return [options] { gloo::scatter(*options); };
   }
   if (c.op == "barrier") {
@@ -181,7 +184,7 @@ int64_t CountWrong(Case& c) {
   for (size_t i = 0; i < (gives_part ? c.part : c.whole); ++i) c.in[i] = static_cast<float>(BenchInput(c.rank, i));
   if (c.op == "all_reduce" || c.op == "reduce_scatter") std::copy_n(c.in, c.whole, c.out);
   Barrier(c);  // Some algorithms write into a peer's buffer whenever they are ready.
-  c.run();
+  c.Run();
   const bool rooted = c.op == "reduce" || c.op == "gather";
   size_t checked = c.op == "reduce_scatter" || c.op == "scatter" ? c.part : c.whole;
   if ((rooted && c.rank != 0) || c.op == "barrier" || (c.op == "pingpong" && c.rank > 1)) checked = 0;
@@ -215,14 +218,17 @@ void Measure(Case& c, long bytes, double seconds) {
   c.whole = c.part * c.size;
   if (c.rank == 0) printf("begin %ld\n", bytes);
   fflush(stdout);
-  c.run = Prepare(c);
+  c.runs.clear();
+  c.calls = 0;
+  const bool rooted = c.op == "broadcast" || c.op == "reduce" || c.op == "gather" || c.op == "scatter";
+  for (int root = 0; root < (rooted ? c.size : 1); ++root) c.runs.push_back(Prepare(c, root));
   int64_t wrong = CountWrong(c);
   std::vector<int64_t> all_wrong;
   Gather(c, &wrong, 1, &all_wrong);
   // So that thousands of sums in place stay finite.
   std::fill_n(c.in, c.whole, 0.0f);
   std::fill_n(c.out, c.whole, 0.0f);
-  const BenchOperation operation = {&c, [](void* p) { static_cast<Case*>(p)->run(); },
+  const BenchOperation operation = {&c, [](void* p) { static_cast<Case*>(p)->Run(); },
                                     [](void* p) { Barrier(*static_cast<Case*>(p)); },
                                     [](void* p, int value) { return Agree(*static_cast<Case*>(p), value); }};
   double samples[kBenchMaxSamples];

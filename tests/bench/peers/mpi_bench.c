@@ -2,7 +2,7 @@
  *
  *   mpirun ... mpi_bench OP default|warm SECONDS IN_PLACE BYTES...
  *
- * f32 sums, root 0. Sampling and output are those of launch/bench/sampling.h. `warm` puts the buffers on 2 MiB pages (the
+ * f32 sums. Sampling and output are those of launch/bench/sampling.h. `warm` puts the buffers on 2 MiB pages (the
  * caller sets the allocator's variables); otherwise they come as malloc gives them. IN_PLACE (0 or 1) concerns all_reduce. */
 #define _GNU_SOURCE
 #define OMPI_SKIP_MPICXX
@@ -24,21 +24,23 @@ struct Case {
   enum Op op;
   int rank, size, in_place;
   int part, whole; /* Elements: of a rank's part, and of all parts. */
+  int calls;       /* At this size; the first has root 0. */
   float *in, *out;
 };
 
 static void Run(void* context) {
-  const struct Case* c = context;
+  struct Case* c = context;
+  const int root = c->calls++ % c->size;
   const MPI_Comm all = MPI_COMM_WORLD;
   switch (c->op) {
     case kAllReduce: MPI_Allreduce(c->in_place ? MPI_IN_PLACE : c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, all); break;
     case kReduceScatter: MPI_Reduce_scatter_block(c->in, c->out, c->part, MPI_FLOAT, MPI_SUM, all); break;
     case kAllGather: MPI_Allgather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all); break;
     case kAllToAll: MPI_Alltoall(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all); break;
-    case kBroadcast: MPI_Bcast(c->in, c->whole, MPI_FLOAT, 0, all); break;
-    case kReduce: MPI_Reduce(c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, 0, all); break;
-    case kGather: MPI_Gather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, 0, all); break;
-    case kScatter: MPI_Scatter(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, 0, all); break;
+    case kBroadcast: MPI_Bcast(c->in, c->whole, MPI_FLOAT, root, all); break;
+    case kReduce: MPI_Reduce(c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, root, all); break;
+    case kGather: MPI_Gather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all); break;
+    case kScatter: MPI_Scatter(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all); break;
     case kBarrier: MPI_Barrier(all); break;
     case kPingPong:
       if (c->rank == 0) MPI_Send(c->in, c->whole, MPI_FLOAT, 1, 7, all);
@@ -81,9 +83,10 @@ static double Expected(const struct Case* c, int i) {
 }
 
 /* Wrong elements on all ranks. */
-static long Verify(const struct Case* c) {
+static long Verify(struct Case* c) {
   Fill(c);
-  Run((void*)c);
+  c->calls = 0;
+  Run(c);
   const int rooted = c->op == kReduce || c->op == kGather;
   int checked = c->op == kReduceScatter || c->op == kScatter ? c->part : c->whole;
   if ((rooted && c->rank != 0) || c->op == kBarrier || (c->op == kPingPong && c->rank > 1)) checked = 0;
