@@ -36,9 +36,10 @@ class DataMesh {
   void Close(Port* port);
 
   void Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token);
-  // `into` null: into a buffer of the mesh.
-  void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token);
+  enum class Into : uint8_t { kCaller, kMesh };  // The caller's memory, or a buffer of the mesh until Release.
+  void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token, Into whose);
   void Release(Port* port, const std::byte* view);
+  void Finish(Port* port, MessageId id);
   absl::Status Poll(Port* port, std::vector<Channel::Event>* events);
   absl::Status Wait(Port* port, int64_t until_ns);
   void Wake(Port* port);

@@ -2,10 +2,12 @@
 
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
 #include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
 #include "runtime/base/log.h"
 #include "runtime/base/status.h"
 
@@ -14,9 +16,12 @@ namespace {
 
 constexpr uint32_t kMagic = 0x4c4f4853;  // "SHOL"
 constexpr size_t kHeaderBytes = 16;
-constexpr uint32_t kStrangerBodyMax = 4096;
+constexpr uint32_t kStrangerBodyMax = 4096;  // Of a frame before any proof.
+constexpr uint32_t kFirstBodyMax = 1 << 20;  // Of the first frame after it.
 constexpr uint32_t kBodyMax = 16 << 20;
 constexpr size_t kGuestsMax = 1024;
+constexpr int64_t kPatienceNs = 5'000'000'000;  // For a proof and a frame.
+constexpr double kLogBurst = 20, kLogsPerSecond = 1;
 
 struct Header {
   uint32_t magic, version, type, length;
@@ -43,57 +48,118 @@ absl::StatusOr<Frame> ReceiveFrame(int fd, int64_t deadline_ns) {
   return frame;
 }
 
+size_t FrameReader::Wanted() const {
+  if (bytes_.size() < kHeaderBytes) return kHeaderBytes - bytes_.size();
+  Header header;
+  std::memcpy(&header, bytes_.data(), sizeof header);
+  return kHeaderBytes + header.length - bytes_.size();
+}
+
+absl::Status FrameReader::Take(std::string_view bytes) {
+  SHOAL_CHECK(bytes.size() <= Wanted()) << bytes.size() << " bytes";
+  bytes_.append(bytes);
+  bool sane = std::memcmp(bytes_.data(), &kMagic, std::min(bytes_.size(), sizeof kMagic)) == 0;
+  if (sane && bytes_.size() >= kHeaderBytes) {
+    Header header;
+    std::memcpy(&header, bytes_.data(), sizeof header);
+    sane = header.length <= body_bytes_max_;
+  }
+  return sane ? absl::OkStatus() : absl::DataLossError("it does not speak Shoal's protocol");
+}
+
+Frame FrameReader::TakeFrame() {
+  Header header;
+  std::memcpy(&header, bytes_.data(), sizeof header);
+  return {header.version, static_cast<FrameType>(header.type), bytes_.substr(kHeaderBytes)};
+}
+
+// ---- The door.
+
+void Greeter::Refused(const Guest& guest, std::string_view reason) {
+  const int64_t now_ns = NowNs();
+  log_budget_ = std::min(kLogBurst, log_budget_ + (now_ns - logged_ns_) * 1e-9 * kLogsPerSecond);
+  logged_ns_ = now_ns;
+  if (log_budget_ < 1) {
+    ++unlogged_;
+    return;
+  }
+  log_budget_ -= 1;
+  const std::string more = unlogged_ == 0 ? "" : absl::StrCat(" (and ", unlogged_, " others since the last such line)");
+  unlogged_ = 0;
+  SHOAL_LOG(kWarning) << "refused " << guest.address.ToString() << ": " << reason << more;
+}
+
+void Greeter::Admit(Fd socket) {
+  if (guests_.size() == kGuestsMax) {
+    Refused(*guests_.front(), "too many strangers at the door");
+    guests_.pop_front();
+  }
+  auto guest = std::make_unique<Guest>(Guest{.frame = FrameReader(credentials_.has_value() ? kFirstBodyMax : kStrangerBodyMax)});
+  guest->address = PeerAddressOf(socket.get());
+  guest->socket = std::move(socket);
+  guest->deadline_ns = NowNs() + kPatienceNs;
+  if (credentials_.has_value()) guest->handshake = Handshake::Acceptor(*credentials_, FreshNonce());
+  guests_.push_back(std::move(guest));
+}
+
 absl::Status Greeter::AcceptAll() {
   for (int listener : listeners_) {
     while (true) {
       absl::StatusOr<Fd> socket = Accept(listener);
       if (!socket.ok() && absl::IsResourceExhausted(socket.status()) && !guests_.empty()) {
-        guests_.pop_front();  // Out of descriptors: the stranger who has been silent longest goes.
+        Refused(*guests_.front(), "no descriptors left, and it came first");
+        guests_.pop_front();
         continue;
       }
       SHOAL_RETURN_IF_ERROR(socket.status());
       if (!socket->valid()) break;
-      if (guests_.size() == kGuestsMax) guests_.pop_front();
-      guests_.push_back({*std::move(socket), ""});
+      Admit(*std::move(socket));
     }
   }
   return absl::OkStatus();
 }
 
-Greeter::Progress Greeter::ReadSome(Guest* guest, Frame* frame) {
-  const std::string from = PeerAddressOf(guest->socket.get()).ToString();
+absl::Status Greeter::Take(Guest* guest, std::string_view bytes) {
+  guest->spoke = true;
+  if (!guest->handshake.has_value() || guest->handshake->Done()) return guest->frame.Take(bytes);
+  const absl::Status status = guest->handshake->Take(bytes);
+  // An empty socket takes so little at once, or its peer is none of ours.
+  const std::string output = guest->handshake->TakeOutput();
+  const ssize_t sent = send(guest->socket.get(), output.data(), output.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+  if (status.ok() && sent != static_cast<ssize_t>(output.size())) return absl::UnavailableError("does not read");
+  return status;
+}
+
+Greeter::Progress Greeter::ReadSome(Guest* guest) {
   while (true) {
-    size_t wanted = kHeaderBytes - guest->bytes.size();
-    Header header = {};
-    if (guest->bytes.size() >= kHeaderBytes) {
-      std::memcpy(&header, guest->bytes.data(), sizeof header);
-      wanted = kHeaderBytes + header.length - guest->bytes.size();
-      if (wanted == 0) {
-        *frame = {header.version, static_cast<FrameType>(header.type), guest->bytes.substr(kHeaderBytes)};
-        return Progress::kFrame;
-      }
-    }
-    char bytes[kStrangerBodyMax];
+    const bool proving = guest->handshake.has_value() && !guest->handshake->Done();
+    const size_t wanted = proving ? guest->handshake->Wanted() : guest->frame.Wanted();
+    if (wanted == 0) return Progress::kFrame;
+    char bytes[4096];
     const ssize_t got = recv(guest->socket.get(), bytes, std::min(wanted, sizeof bytes), 0);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Progress::kMore;
     if (got <= 0) {
-      // A connection that said nothing is somebody's look whether the port is open.
-      if (!guest->bytes.empty())
-        SHOAL_LOG(kWarning) << "refused " << from << ": it left in the middle of a greeting";
+      // Ranks look in that way whether a neighbour's unix socket can be reached; on a network port it is a scanner.
+      if (guest->spoke || guest->address.family() != AF_UNIX) {
+        Refused(*guest, guest->spoke ? "it left in the middle of a greeting" : "it left without a word");
+      }
       return Progress::kGone;
     }
-    guest->bytes.append(bytes, got);
-    const size_t known = std::min(guest->bytes.size(), sizeof header.magic);
-    bool sane = std::memcmp(guest->bytes.data(), &kMagic, known) == 0;
-    if (sane && guest->bytes.size() >= kHeaderBytes) {
-      std::memcpy(&header, guest->bytes.data(), sizeof header);
-      sane = header.length <= kStrangerBodyMax;
-    }
-    if (!sane) {
-      SHOAL_LOG(kWarning) << "refused " << from << ": it does not speak Shoal's protocol";
+    const absl::Status status = Take(guest, std::string_view(bytes, got));
+    if (!status.ok()) {
+      Refused(*guest, StdSv(status.message()));
       return Progress::kGone;
     }
+  }
+}
+
+void Greeter::DropLate() {
+  const int64_t now_ns = NowNs();
+  // All have the same patience: who came first is late first.
+  while (!guests_.empty() && guests_.front()->deadline_ns <= now_ns) {
+    Refused(*guests_.front(), guests_.front()->spoke ? "it stopped in the middle of a greeting" : "it says nothing");
+    guests_.pop_front();
   }
 }
 
@@ -102,25 +168,28 @@ absl::StatusOr<Greeter::Event> Greeter::Next(const std::vector<int>& watched, in
     std::vector<pollfd> entries;
     for (int fd : watched) entries.push_back({fd, POLLIN, 0});
     for (int fd : listeners_) entries.push_back({fd, POLLIN, 0});
-    for (const Guest& guest : guests_) entries.push_back({guest.socket.get(), POLLIN, 0});
-    const int ready = poll(entries.data(), entries.size(), PollTimeoutMs(deadline_ns));
+    for (const auto& guest : guests_) entries.push_back({guest->socket.get(), POLLIN, 0});
+    const int64_t late_ns = guests_.empty() ? kNeverNs : guests_.front()->deadline_ns;
+    const int ready = poll(entries.data(), entries.size(), PollTimeoutMs(std::min(deadline_ns, late_ns)));
+    DropLate();
     if (ready <= 0) {
       if (NowNs() >= deadline_ns) return absl::DeadlineExceededError("nobody came");
       continue;
     }
     for (size_t i = 0; i < watched.size(); ++i) {
-      if (entries[i].revents != 0) return Event{Fd(), {}, watched[i]};
+      if (entries[i].revents != 0) return Event{.readable = watched[i]};
     }
-    const size_t first_guest = watched.size() + listeners_.size();
     for (size_t i = 0; i < guests_.size(); ++i) {
-      if (entries[first_guest + i].revents == 0) continue;
-      Event event;
-      const Progress progress = ReadSome(&guests_[i], &event.frame);
+      const Progress progress = ReadSome(guests_[i].get());
       if (progress == Progress::kMore) continue;
-      if (progress == Progress::kFrame) event.socket = std::move(guests_[i].socket);
-      guests_.erase(guests_.begin() + i);
-      if (progress == Progress::kFrame) return event;
-      break;  // Indices have moved: poll again.
+      const std::unique_ptr<Guest> guest = std::move(guests_[i]);
+      guests_.erase(guests_.begin() + i--);
+      if (progress == Progress::kGone) continue;
+      Event event;
+      event.socket = std::move(guest->socket);
+      if (guest->handshake.has_value()) event.purpose = guest->handshake->purpose();
+      event.frame = guest->frame.TakeFrame();
+      return event;
     }
     SHOAL_RETURN_IF_ERROR(AcceptAll());
   }

@@ -67,7 +67,6 @@ class Handshake {
 
   Credentials credentials_;
   State state_;
-  Nonce own_nonce_;
   std::string dialler_nonce_, acceptor_nonce_;
   std::string input_, output_;
 };

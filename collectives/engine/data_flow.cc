@@ -1,0 +1,161 @@
+#include "collectives/engine/data_flow.h"
+
+#include <sys/uio.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr size_t kBufferBytes = 64 << 10;
+constexpr size_t kDirectBytes = 16 << 10;  // From here on, payload is read straight to where it belongs.
+
+absl::Status Gone(const char* what) {
+  return absl::UnavailableError(absl::StrCat("data connection: ", what, ": ", std::strerror(errno)));
+}
+
+}  // namespace
+
+DataFlow::DataFlow(Fd socket, uint64_t epoch) : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes) {}
+
+void DataFlow::Close() {
+  if (!socket_.valid()) return;
+  // Closing with unread bytes resets the connection, and what the peer has not got yet would be lost.
+  while (recv(socket_.get(), buffer_.data(), buffer_.size(), 0) > 0) {
+  }
+  (void)shutdown(socket_.get(), SHUT_WR);
+  socket_.Reset();
+}
+
+void DataFlow::Add(Frame frame) {
+  queued_bytes_ += frame.header.bytes;
+  frames_.push_back(std::move(frame));
+}
+
+absl::Status DataFlow::Write(Sink* sink, int64_t* moved) {
+  blocked_ = false;
+  while (!frames_.empty()) {
+    iovec parts[2 * kFramesMax];
+    int count = 0;
+    size_t skip = first_sent_, wanted = 0;
+    for (Frame& frame : frames_) {
+      const size_t header_skip = std::min(skip, sizeof frame.header);
+      if (header_skip < sizeof frame.header) {
+        parts[count++] = {reinterpret_cast<char*>(&frame.header) + header_skip, sizeof frame.header - header_skip};
+        wanted += sizeof frame.header - header_skip;
+      }
+      skip -= header_skip;
+      if (frame.header.bytes > skip) {
+        parts[count++] = {const_cast<std::byte*>(frame.payload) + skip, frame.header.bytes - skip};
+        wanted += frame.header.bytes - skip;
+      }
+      skip = 0;
+    }
+    msghdr message = {};
+    message.msg_iov = parts;
+    message.msg_iovlen = count;
+    const ssize_t sent = sendmsg(socket_.get(), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0 && errno == EINTR) continue;
+    // Out of kernel memory: it may be there next time, and the peer's reading frees some.
+    if (sent < 0 && (errno == EAGAIN || errno == EWOULDBLOCK || errno == ENOBUFS || errno == ENOMEM)) {
+      blocked_ = true;
+      return absl::OkStatus();
+    }
+    if (sent < 0) return Gone("send");
+    *moved += sent;
+    EndFrames(sink, sent);
+    if (static_cast<size_t>(sent) < wanted) {
+      blocked_ = true;
+      return absl::OkStatus();
+    }
+  }
+  return absl::OkStatus();
+}
+
+void DataFlow::EndFrames(Sink* sink, size_t sent) {
+  first_sent_ += sent;
+  while (!frames_.empty()) {
+    const size_t whole = sizeof(DataHeader) + frames_.front().header.bytes;
+    if (first_sent_ < whole) return;
+    first_sent_ -= whole;
+    const Frame frame = std::move(frames_.front());
+    frames_.pop_front();
+    queued_bytes_ -= frame.header.bytes;
+    if (frame.owner != nullptr) sink->OnSent(frame.owner, frame.header);
+  }
+}
+
+void DataFlow::Detach(uint64_t group) {
+  for (Frame& frame : frames_) {
+    if (frame.header.group != group || frame.owner == nullptr) continue;
+    frame.kept = std::make_unique<std::byte[]>(frame.header.bytes);
+    if (frame.header.bytes > 0) std::memcpy(frame.kept.get(), frame.payload, frame.header.bytes);
+    frame.payload = frame.kept.get();
+    frame.owner = nullptr;
+  }
+  if (in_payload_ && in_.group == group) target_ = nullptr;
+}
+
+void DataFlow::TakePayload(Sink* sink, size_t bytes) {
+  if (target_ != nullptr) target_ += bytes;
+  payload_left_ -= bytes;
+  if (payload_left_ > 0) return;
+  in_payload_ = false;
+  sink->OnPayload(in_);
+}
+
+absl::Status DataFlow::Consume(Sink* sink) {
+  while (begin_ < end_) {
+    if (in_payload_) {
+      const size_t take = std::min(end_ - begin_, payload_left_);
+      if (target_ != nullptr) std::memcpy(target_, buffer_.data() + begin_, take);
+      begin_ += take;
+      TakePayload(sink, take);
+      continue;
+    }
+    if (end_ - begin_ < sizeof(DataHeader)) break;
+    SHOAL_RETURN_IF_ERROR(ParseDataHeader(buffer_.data() + begin_, epoch_, &in_));
+    begin_ += sizeof(DataHeader);
+    SHOAL_ASSIGN_OR_RETURN(target_, sink->OnHeader(in_));
+    payload_left_ = in_.bytes;
+    in_payload_ = payload_left_ > 0;
+  }
+  // The beginning of a header stays.
+  std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+  end_ -= begin_;
+  begin_ = 0;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<DataFlow::Progress> DataFlow::Read(Sink* sink, int64_t budget, int64_t* moved) {
+  while (budget > 0) {
+    const bool direct = in_payload_ && target_ != nullptr && payload_left_ >= kDirectBytes;
+    // Behind a large payload only the next header is read ahead: what follows it is large as well, and is not copied twice.
+    iovec parts[2] = {{target_, payload_left_}, {buffer_.data() + end_, sizeof(DataHeader)}};
+    if (!direct) parts[1].iov_len = buffer_.size() - end_;
+    msghdr message = {};
+    message.msg_iov = direct ? parts : parts + 1;
+    message.msg_iovlen = direct ? 2 : 1;
+    const size_t room = direct ? parts[0].iov_len + parts[1].iov_len : parts[1].iov_len;
+    const ssize_t got = recvmsg(socket_.get(), &message, MSG_DONTWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Progress::kNothingMore;
+    if (got < 0) return Gone("receive");
+    if (got == 0) return Progress::kEnd;
+    *moved += got;
+    budget -= got;
+    const size_t straight = direct ? std::min<size_t>(got, payload_left_) : 0;
+    if (straight > 0) TakePayload(sink, straight);
+    end_ += got - straight;
+    SHOAL_RETURN_IF_ERROR(Consume(sink));
+    // A short read has emptied the socket: what comes now announces itself.
+    if (static_cast<size_t>(got) < room) return Progress::kNothingMore;
+  }
+  return Progress::kMore;
+}
+
+}  // namespace shoal

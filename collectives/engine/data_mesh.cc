@@ -1,0 +1,479 @@
+#include "collectives/engine/data_mesh.h"
+
+#include <sched.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "collectives/engine/data_flow.h"
+#include "collectives/engine/data_port.h"
+#include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
+#include "runtime/base/mutex.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr int64_t kReadBudget = 1 << 20;   // Per flow and turn, so that no peer starves another.
+constexpr int64_t kSliceBytes = 256 << 10;
+constexpr size_t kDirectFlows = 4;         // Up to here every socket is asked, without asking epoll first.
+constexpr int kReadyMax = 64;
+// A sleeping thread's wake-up costs 25 us and more: waiting begins with asking again and again, which goes on longer when
+// it pays. Others that want the core get it in between.
+constexpr int64_t kSpinMaxNs = 100'000, kSpinMinNs = 5'000;
+constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake; this bounds a lost one.
+// How long the control connection has to say why a peer's data connections closed.
+constexpr int64_t kGraceNs = 500'000'000;
+constexpr size_t kEarlyGroupsMax = 4096;
+constexpr uint64_t kWakeTag = ~uint64_t{0};
+
+}  // namespace
+
+struct DataMesh::Impl {
+  struct Flow final : DataFlow::Sink {
+    Flow(Impl* mesh, int rank, Fd socket, uint64_t epoch) : mesh(mesh), rank(rank), bytes(std::move(socket), epoch) {}
+    absl::StatusOr<std::byte*> OnHeader(const DataHeader& header) override;
+    void OnPayload(const DataHeader& header) override;
+    void OnSent(void* owner, const DataHeader& header) override;
+
+    Impl* const mesh;
+    const int rank;
+    DataFlow bytes;
+  };
+  struct Peer {
+    std::vector<Flow*> flows;
+    absl::Status status;    // Why nothing is sent to it any more.
+    int64_t closed_ns = 0;  // When that began; what it had sent before is still read.
+  };
+
+  explicit Impl(uint64_t epoch) { shared.epoch = epoch; }
+  absl::Status Start(std::vector<DataPeer> data_peers);
+
+  Port* Find(uint64_t group);
+  // Lets go of all memory of a failed port.
+  void Detach(Port* port);
+  void DetachFailed(Port* port) {
+    if (!port->failure.ok() && !port->detached) Detach(port);
+  }
+  // What follows from the state of the world: the group's end, a peer that is gone.
+  void CheckPort(Port* port);
+  void ClosePeer(int rank, const absl::Status& status);
+
+  // Move what can be moved now; true when something was.
+  bool Pump();
+  void PumpOut(int rank, int64_t* moved);
+  bool NextFrame(int rank, DataFlow::Frame* frame);
+  void ReadFlow(Flow* flow, int64_t* moved);
+  int PollFlows(int64_t timeout_ns, epoll_event* ready);
+  void HandleReady(const epoll_event* ready, int count, int64_t* moved);
+  void ArmBlocked();
+  void WakeWaiters();
+
+  bool Ready(const Port* port) const;
+  void Lead(Port* port, int64_t until_ns) ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  void Sleep(Port* port, int64_t until_ns) ABSL_NO_THREAD_SAFETY_ANALYSIS;
+  void WriteWake() const;
+
+  Mutex mutex;
+  Port::Shared shared;
+  Fd epoll, wake;
+  std::vector<Peer> peers;
+  std::vector<std::unique_ptr<Flow>> flows;
+  size_t open_flows = 0;
+  bool some_closed = false;
+  absl::flat_hash_map<uint64_t, std::unique_ptr<Port>> ports;
+  absl::flat_hash_set<uint64_t> closed_groups;
+  size_t early_groups = 0;
+  Port* leader = nullptr;  // Whose thread asks the sockets; the other waiting threads sleep meanwhile.
+  bool asleep = false;     // The leader, in the kernel.
+  std::vector<Port*> waiters;
+  int64_t spin_ns = kSpinMaxNs;
+};
+
+// ---- Flows: frames to ports.
+
+absl::StatusOr<std::byte*> DataMesh::Impl::Flow::OnHeader(const DataHeader& header) {
+  Port* port = mesh->Find(header.group);
+  if (port == nullptr) {
+    if (mesh->closed_groups.contains(header.group)) return nullptr;
+    if (mesh->early_groups >= kEarlyGroupsMax) return absl::DataLossError("speaks of too many groups that this rank does not have");
+    ++mesh->early_groups;
+    port = (mesh->ports[header.group] = std::make_unique<Port>(&mesh->shared, header.group)).get();
+  }
+  absl::StatusOr<std::byte*> into = port->OnHeader(rank, header);
+  mesh->DetachFailed(port);
+  return into;
+}
+
+void DataMesh::Impl::Flow::OnPayload(const DataHeader& header) {
+  Port* port = mesh->Find(header.group);
+  if (port == nullptr) return;
+  port->OnPayload(rank, header);
+  mesh->DetachFailed(port);
+}
+
+void DataMesh::Impl::Flow::OnSent(void* owner, const DataHeader& header) {
+  auto* out = static_cast<Port::Outgoing*>(owner);
+  out->port->OnSent(out, header);
+}
+
+// ---- Peers.
+
+absl::Status DataMesh::Impl::Start(std::vector<DataPeer> data_peers) {
+  epoll = Fd(epoll_create1(EPOLL_CLOEXEC));
+  if (!epoll.valid()) return ErrnoStatus(errno, "epoll_create1");
+  wake = Fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
+  if (!wake.valid()) return ErrnoStatus(errno, "eventfd");
+  epoll_event event = {};
+  event.events = EPOLLIN;
+  event.data.u64 = kWakeTag;
+  if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, wake.get(), &event) != 0) return ErrnoStatus(errno, "epoll_ctl");
+  peers.resize(data_peers.size());
+  shared.outboxes = std::vector<Port::Outbox>(data_peers.size());
+  for (size_t rank = 0; rank < data_peers.size(); ++rank) {
+    shared.names.push_back(std::move(data_peers[rank].name));
+    if (data_peers[rank].flows.empty()) peers[rank].status = absl::InternalError("no data connection");
+    for (Fd& socket : data_peers[rank].flows) {
+      event.data.u64 = flows.size();
+      if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, socket.get(), &event) != 0) return ErrnoStatus(errno, "epoll_ctl");
+      flows.push_back(std::make_unique<Flow>(this, static_cast<int>(rank), std::move(socket), shared.epoch));
+      peers[rank].flows.push_back(flows.back().get());
+    }
+  }
+  open_flows = flows.size();
+  return absl::OkStatus();
+}
+
+DataMesh::Port* DataMesh::Impl::Find(uint64_t group) {
+  const auto found = ports.find(group);
+  return found == ports.end() ? nullptr : found->second.get();
+}
+
+void DataMesh::Impl::Detach(Port* port) {
+  for (const auto& flow : flows) flow->bytes.Detach(port->key);
+  port->detached = true;
+}
+
+void DataMesh::Impl::ClosePeer(int rank, const absl::Status& status) {
+  Peer& peer = peers[rank];
+  if (!peer.status.ok()) return;
+  peer.status = status;
+  peer.closed_ns = NowNs();
+  some_closed = true;
+  if (!absl::IsDataLoss(status)) return;
+  for (Flow* flow : peer.flows) {
+    if (flow->bytes.open()) --open_flows;
+    flow->bytes.Close();
+  }
+}
+
+void DataMesh::Impl::CheckPort(Port* port) {
+  if (!port->failure.ok() || port->life == nullptr) return DetachFailed(port);
+  if (port->life->Ended()) {
+    port->Fail(port->life->status());
+    return Detach(port);
+  }
+  if (!some_closed) return;
+  for (const int rank : port->life->ranks()) {
+    const Peer& peer = peers[rank];
+    if (peer.status.ok() || !port->Pending(rank)) continue;
+    // Nonsense needs no second witness. Of a closed connection the control connection knows more, in a moment.
+    if (!absl::IsDataLoss(peer.status) && NowNs() - peer.closed_ns < kGraceNs) continue;
+    port->Fail(Annotate(peer.status, shared.names[rank]));
+    return Detach(port);
+  }
+}
+
+// ---- Bytes.
+
+bool DataMesh::Impl::NextFrame(int rank, DataFlow::Frame* frame) {
+  Port::Outbox& box = shared.outboxes[rank];
+  if (!box.small.empty()) {
+    *frame = std::move(box.small.front());
+    box.small.pop_front();
+    return true;
+  }
+  if (box.large.empty()) return false;
+  Port::Outgoing* out = box.large.front();
+  box.large.pop_front();
+  DataHeader header = out->header;
+  header.offset = out->cut;
+  header.bytes = std::min<int64_t>(header.total - out->cut, kSliceBytes);
+  *frame = {header, out->data + out->cut, out};
+  out->cut += header.bytes;
+  if (out->cut < static_cast<int64_t>(header.total)) box.large.push_back(out);
+  return true;
+}
+
+void DataMesh::Impl::PumpOut(int rank, int64_t* moved) {
+  Peer& peer = peers[rank];
+  for (Flow* flow : peer.flows) {
+    while (peer.status.ok() && flow->bytes.open()) {
+      DataFlow::Frame frame;
+      while (!flow->bytes.Full() && NextFrame(rank, &frame)) flow->bytes.Add(std::move(frame));
+      if (flow->bytes.Empty()) break;
+      const absl::Status status = flow->bytes.Write(flow, moved);
+      if (!status.ok()) ClosePeer(rank, status);
+      if (flow->bytes.blocked()) break;
+    }
+  }
+}
+
+void DataMesh::Impl::ReadFlow(Flow* flow, int64_t* moved) {
+  if (!flow->bytes.open()) return;
+  const absl::StatusOr<DataFlow::Progress> progress = flow->bytes.Read(flow, kReadBudget, moved);
+  if (progress.ok() && *progress != DataFlow::Progress::kEnd) return;
+  ClosePeer(flow->rank, progress.ok() ? absl::UnavailableError("data connection closed") : progress.status());
+  *moved += 1;
+  // The peer's other flows may still have what it sent before.
+  if (flow->bytes.open()) --open_flows;
+  flow->bytes.Close();
+}
+
+void DataMesh::Impl::ArmBlocked() {
+  for (size_t i = 0; i < flows.size(); ++i) {
+    DataFlow& bytes = flows[i]->bytes;
+    if (!bytes.open() || bytes.armed == bytes.blocked()) continue;
+    bytes.armed = bytes.blocked();
+    epoll_event event = {};
+    event.events = bytes.armed ? EPOLLIN | EPOLLOUT : EPOLLIN;
+    event.data.u64 = i;
+    (void)epoll_ctl(epoll.get(), EPOLL_CTL_MOD, bytes.fd(), &event);
+  }
+}
+
+int DataMesh::Impl::PollFlows(int64_t timeout_ns, epoll_event* ready) {
+  const timespec timeout = {timeout_ns / 1'000'000'000, timeout_ns % 1'000'000'000};
+  return epoll_pwait2(epoll.get(), ready, kReadyMax, &timeout, nullptr);
+}
+
+void DataMesh::Impl::HandleReady(const epoll_event* ready, int count, int64_t* moved) {
+  for (int i = 0; i < count; ++i) {
+    if (ready[i].data.u64 == kWakeTag) {
+      uint64_t drained = 0;
+      (void)!read(wake.get(), &drained, sizeof drained);
+      continue;
+    }
+    Flow* flow = flows[ready[i].data.u64].get();
+    if ((ready[i].events & EPOLLOUT) != 0) PumpOut(flow->rank, moved);
+    if ((ready[i].events & ~EPOLLOUT) != 0) ReadFlow(flow, moved);
+  }
+}
+
+bool DataMesh::Impl::Pump() {
+  int64_t moved = 0;
+  while (!shared.dirty.empty()) {
+    const int rank = shared.dirty.back();
+    shared.dirty.pop_back();
+    shared.outboxes[rank].listed = false;
+    PumpOut(rank, &moved);
+  }
+  if (open_flows <= kDirectFlows) {
+    for (const auto& flow : flows) {
+      if (flow->bytes.blocked()) PumpOut(flow->rank, &moved);
+      ReadFlow(flow.get(), &moved);
+    }
+  } else {
+    ArmBlocked();
+    epoll_event ready[kReadyMax];
+    HandleReady(ready, PollFlows(0, ready), &moved);
+  }
+  // What came may have made something ready to be sent.
+  while (!shared.dirty.empty()) {
+    const int rank = shared.dirty.back();
+    shared.dirty.pop_back();
+    shared.outboxes[rank].listed = false;
+    PumpOut(rank, &moved);
+  }
+  if (moved > 0) WakeWaiters();
+  return moved > 0;
+}
+
+// ---- Waiting.
+
+void DataMesh::Impl::WakeWaiters() {
+  for (Port* port : waiters) {
+    if (Ready(port)) port->changed.NotifyOne();
+  }
+  if (!asleep) return;
+  // This thread has moved the bytes of the one that leads, or filled a socket that only the kernel can empty.
+  ArmBlocked();
+  if (Ready(leader)) WriteWake();
+}
+
+bool DataMesh::Impl::Ready(const Port* port) const {
+  return !port->events.empty() || port->woken || !port->failure.ok() || port->life->Ended();
+}
+
+void DataMesh::Impl::WriteWake() const {
+  const uint64_t one = 1;
+  (void)!write(wake.get(), &one, sizeof one);
+}
+
+void DataMesh::Impl::Lead(Port* port, int64_t until_ns) {
+  const int64_t begin_ns = NowNs();
+  int64_t now_ns = begin_ns;
+  bool spun_out = false;
+  while (!Ready(port) && now_ns < until_ns) {
+    if (Pump()) continue;
+    now_ns = NowNs();
+    if (now_ns - begin_ns < spin_ns) {
+      mutex.Unlock();
+      (void)sched_yield();
+      mutex.Lock();
+      continue;
+    }
+    spun_out = true;
+    ArmBlocked();
+    epoll_event ready[kReadyMax];
+    asleep = true;
+    mutex.Unlock();
+    const int count = PollFlows(std::clamp<int64_t>(until_ns - now_ns, 0, kSleepMaxNs), ready);
+    mutex.Lock();
+    asleep = false;
+    int64_t moved = 0;
+    HandleReady(ready, count, &moved);
+    if (moved > 0) WakeWaiters();
+    now_ns = NowNs();
+    CheckPort(port);
+  }
+  // Longer where it would have sufficed, shorter where it was in vain.
+  const int64_t waited_ns = now_ns - begin_ns;
+  spin_ns = spun_out && waited_ns > 2 * kSpinMaxNs ? std::max(spin_ns / 2, kSpinMinNs) : std::min(2 * spin_ns, kSpinMaxNs);
+}
+
+void DataMesh::Impl::Sleep(Port* port, int64_t until_ns) {
+  waiters.push_back(port);
+  const int64_t bound_ns = std::min(until_ns, NowNs() + kSleepMaxNs);
+  // The leader announces what it found; when it leaves, one of the others takes its place.
+  while (!Ready(port) && leader != nullptr && port->changed.WaitUntil(&mutex, SteadyTime(bound_ns))) {
+  }
+  std::erase(waiters, port);
+}
+
+// ---- The mesh.
+
+DataMesh::DataMesh(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+DataMesh::~DataMesh() {
+  MutexLock lock(&impl_->mutex);
+  impl_->ports.clear();
+  for (const auto& flow : impl_->flows) flow->bytes.Close();
+}
+
+absl::StatusOr<std::unique_ptr<DataMesh>> DataMesh::Create(uint64_t epoch, std::vector<DataPeer> peers) {
+  auto impl = std::make_unique<Impl>(epoch);
+  SHOAL_RETURN_IF_ERROR(impl->Start(std::move(peers)), "the data connections");
+  return std::unique_ptr<DataMesh>(new DataMesh(std::move(impl)));
+}
+
+DataMesh::Port* DataMesh::Open(const GroupLife* life) {
+  MutexLock lock(&impl_->mutex);
+  Port* port = impl_->Find(life->key());
+  if (port != nullptr) {
+    SHOAL_CHECK(port->life == nullptr) << "group " << life->key() << " is open already";
+    --impl_->early_groups;
+  } else {
+    port = (impl_->ports[life->key()] = std::make_unique<Port>(&impl_->shared, life->key())).get();
+  }
+  port->life = life;
+  return port;
+}
+
+void DataMesh::Close(Port* port) {
+  MutexLock lock(&impl_->mutex);
+  port->Fail(absl::CancelledError("the group is closed"));
+  impl_->Detach(port);
+  impl_->closed_groups.insert(port->key);
+  impl_->ports.erase(port->key);
+}
+
+void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
+  MutexLock lock(&impl_->mutex);
+  const int rank = port->life->ranks()[member];
+  port->Send(rank, id, data, bytes, token);
+  impl_->DetachFailed(port);
+  // Small messages leave together with the next Poll or Wait; large ones are worth a call of their own.
+  int64_t moved = 0;
+  if (bytes > kEagerBytesMax) impl_->PumpOut(rank, &moved);
+  if (moved > 0) impl_->WakeWaiters();
+}
+
+void DataMesh::Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token,
+                       Into whose) {
+  MutexLock lock(&impl_->mutex);
+  port->Receive(port->life->ranks()[member], id, into, bytes, token, whose);
+  impl_->DetachFailed(port);
+}
+
+void DataMesh::Release(Port* port, const std::byte* view) {
+  MutexLock lock(&impl_->mutex);
+  port->Release(view);
+}
+
+void DataMesh::Finish(Port* port, MessageId id) {
+  MutexLock lock(&impl_->mutex);
+  port->Finish(id);
+  impl_->DetachFailed(port);
+}
+
+absl::Status DataMesh::Poll(Port* port, std::vector<Channel::Event>* events) {
+  MutexLock lock(&impl_->mutex);
+  impl_->CheckPort(port);
+  if (port->failure.ok()) impl_->Pump();
+  impl_->DetachFailed(port);
+  if (!port->failure.ok()) return port->failure;
+  events->insert(events->end(), port->events.begin(), port->events.end());
+  port->events.clear();
+  return absl::OkStatus();
+}
+
+absl::Status DataMesh::Wait(Port* port, int64_t until_ns) {
+  Impl& impl = *impl_;
+  MutexLock lock(&impl.mutex);
+  while (true) {
+    impl.CheckPort(port);
+    if (impl.Ready(port) || NowNs() >= until_ns) break;
+    if (impl.leader != nullptr) {
+      impl.Sleep(port, until_ns);
+      continue;
+    }
+    impl.leader = port;
+    impl.Lead(port, until_ns);
+    impl.leader = nullptr;
+    if (!impl.waiters.empty()) impl.waiters.front()->changed.NotifyOne();
+  }
+  port->woken = false;
+  return port->failure;
+}
+
+void DataMesh::Wake(Port* port) {
+  MutexLock lock(&impl_->mutex);
+  port->woken = true;
+  port->changed.NotifyOne();
+  if (impl_->leader == port && impl_->asleep) impl_->WriteWake();
+}
+
+std::vector<int> DataMesh::Awaited(const Port* port) const {
+  MutexLock lock(&impl_->mutex);
+  std::vector<int> members;
+  const std::vector<int>& ranks = port->life->ranks();
+  for (size_t member = 0; member < ranks.size(); ++member) {
+    if (port->Pending(ranks[member])) members.push_back(static_cast<int>(member));
+  }
+  return members;
+}
+
+Mismatch DataMesh::MismatchOf(const Port* port) const {
+  MutexLock lock(&impl_->mutex);
+  Mismatch mismatch = port->mismatch;
+  const std::vector<int>& ranks = port->life->ranks();
+  mismatch.member = static_cast<int>(std::find(ranks.begin(), ranks.end(), mismatch.member) - ranks.begin());
+  return mismatch;
+}
+
+}  // namespace shoal
