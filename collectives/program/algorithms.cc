@@ -9,7 +9,9 @@ namespace shoal {
 absl::Span<const Algorithm> Algorithms() {
   static const auto* const all = [] {
     auto* const algorithms = new std::vector<Algorithm>;
-    for (absl::Span<const Algorithm> family : {DirectAlgorithms()}) {
+    for (absl::Span<const Algorithm> family : 
+         {DirectAlgorithms(), RingAlgorithms(), RecursiveAlgorithms(), TreeAlgorithms(), AllToAllAlgorithms(),
+          TwoLevelAlgorithms(), SparseAlgorithms()}) {
       algorithms->insert(algorithms->end(), family.begin(), family.end());
     }
     return algorithms;

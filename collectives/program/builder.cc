@@ -195,4 +195,39 @@ Region Builder::PieceOf(const Region& region, int64_t k) const {
   return Sub(region, begin, std::min(piece_, region.count - begin));
 }
 
+void Builder::SendPieces(int peer, const Region& region) {
+  ForPieces(region, [&](const Region& piece) { Send(peer, piece); });
+}
+
+void Builder::ReceivePieces(int peer, const Region& into) {
+  ForPieces(into, [&](const Region& piece) { Receive(peer, piece); });
+}
+
+void Builder::CopyPieces(const Region& from, const Region& to) {
+  const int64_t pieces = PiecesOf(from.count);
+  for (int64_t k = 0; k < pieces; ++k) Copy(PieceOf(from, k), PieceOf(to, k));
+}
+
+void Builder::FinishPieces(const Region& from, const Region& to) {
+  const int64_t pieces = PiecesOf(from.count);
+  for (int64_t k = 0; k < pieces; ++k) Reduce({PieceOf(from, k)}, PieceOf(to, k), /*final=*/true);
+}
+
+void Builder::ExchangePieces(int to, const Region& mine, int from, const Region& into) {
+  const int64_t pieces = std::max(PiecesOf(mine.count), PiecesOf(into.count));
+  for (int64_t k = 0; k < pieces; ++k) {
+    Send(to, PieceOf(mine, k));
+    Receive(from, PieceOf(into, k));
+  }
+}
+
+PieceRing::PieceRing(Builder* builder, int64_t count) {
+  constexpr int64_t kPlaces = 4;
+  const int64_t places = std::min(kPlaces, builder->PiecesOf(count));
+  const int64_t longest = places > 0 ? builder->PieceOf(In(0, count), 0).count : 0;
+  for (int64_t i = 0; i < places; ++i) places_.push_back(builder->Scratch(longest));
+}
+
+Region PieceRing::Next(int64_t count) { return Sub(places_[next_++ % places_.size()], 0, count); }
+
 }  // namespace shoal

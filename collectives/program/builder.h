@@ -97,6 +97,25 @@ class Builder {
     for (int64_t k = 0; k < pieces; ++k) each(PieceOf(region, k));
   }
 
+  // Whole regions, piece by piece. Finish: copies, and ends a reduction which has one contribution.
+  void SendPieces(int peer, const Region& region);
+  void ReceivePieces(int peer, const Region& into);
+  void CopyPieces(const Region& from, const Region& to);
+  void FinishPieces(const Region& from, const Region& to);
+  // `mine` to `to` and `into` from `from`, a piece of each in turn.
+  void ExchangePieces(int to, const Region& mine, int from, const Region& into);
+  // Likewise, but what comes is handed to each(view, k).
+  template <class Each>
+  void ExchangeViews(int to, const Region& mine, int from, int64_t count, Each each) {
+    const Region sizes = In(0, count);
+    const int64_t pieces = std::max(PiecesOf(mine.count), PiecesOf(count));
+    for (int64_t k = 0; k < pieces; ++k) {
+      Send(to, PieceOf(mine, k));
+      const Region view = ReceiveView(from, PieceOf(sizes, k).count);
+      if (view.count > 0) each(view, k);
+    }
+  }
+
   Program Finish() && { return std::move(program_); }
 
  private:
@@ -120,5 +139,20 @@ class Builder {
   std::vector<int32_t> after_;
   std::vector<uint32_t> sent_, received_;  // Messages so far, by peer.
 };
+
+// Scratch memory for a few pieces in turn, where what is put is sent on piece by piece.
+class PieceRing {
+ public:
+  // For pieces of a region of `count` elements at most.
+  PieceRing(Builder* builder, int64_t count);
+  Region Next(int64_t count);
+
+ private:
+  std::vector<Region> places_;
+  size_t next_ = 0;
+};
+
+// Parts of algorithms that many ranks share begin at multiples of it.
+inline constexpr int64_t kSmallPartUnit = 16;
 
 }  // namespace shoal

@@ -86,7 +86,7 @@ void AllGather(const Problem& p, Builder* b) {
 
 void Broadcast(const Problem& p, Builder* b) {
   if (p.rank != p.root) {
-    b->ForPieces(Out(0, p.elements), [&](Region piece) { b->Receive(p.root, piece); });
+    b->ReceivePieces(p.root, Out(0, p.elements));
     return;
   }
   b->ForPieces(In(0, p.elements), [&](Region piece) {
@@ -97,7 +97,7 @@ void Broadcast(const Problem& p, Builder* b) {
 void Reduce(const Problem& p, Builder* b) {
   const Region in = In(0, p.elements);
   if (p.rank != p.root) {
-    b->ForPieces(in, [&](Region piece) { b->Send(p.root, piece); });
+    b->SendPieces(p.root, in);
     return;
   }
   const int64_t rounds = b->PiecesOf(p.elements);
@@ -114,7 +114,7 @@ void Reduce(const Problem& p, Builder* b) {
 void Gather(const Problem& p, Builder* b) {
   const Region own = In(0, p.counts[p.rank]);
   if (p.rank != p.root) {
-    b->ForPieces(own, [&](Region piece) { b->Send(p.root, piece); });
+    b->SendPieces(p.root, own);
     return;
   }
   const Parts parts = Parts::Of(p.counts);
@@ -128,7 +128,7 @@ void Gather(const Problem& p, Builder* b) {
 void Scatter(const Problem& p, Builder* b) {
   const Region own = Out(0, p.counts[p.rank]);
   if (p.rank != p.root) {
-    b->ForPieces(own, [&](Region piece) { b->Receive(p.root, piece); });
+    b->ReceivePieces(p.root, own);
     return;
   }
   const Parts parts = Parts::Of(p.counts);
@@ -157,7 +157,7 @@ void SparseAllGather(const Problem& p, Builder* b) {
         for (int holder : move.holders) b->Send(holder, piece);
       });
     } else if (std::binary_search(move.holders.begin(), move.holders.end(), p.rank)) {
-      b->ForPieces(Out(begin, count), [&](Region piece) { b->Receive(move.owner, piece); });
+      b->ReceivePieces(move.owner, Out(begin, count));
     }
   }
 }
@@ -167,7 +167,7 @@ void SparseReduceScatter(const Problem& p, Builder* b) {
   for (const SparseMove& move : p.moves) {
     const int64_t begin = chunks.Begin(move.chunk), count = chunks.Count(move.chunk);
     if (std::binary_search(move.holders.begin(), move.holders.end(), p.rank)) {
-      b->ForPieces(In(begin, count), [&](Region piece) { b->Send(move.owner, piece); });
+      b->SendPieces(move.owner, In(begin, count));
     }
     if (move.owner != p.rank) continue;
     std::vector<int> members = move.holders;
@@ -182,12 +182,8 @@ void SparseReduceScatter(const Problem& p, Builder* b) {
 }
 
 // Of Communicator::Send and Receive: `root` is the other side.
-void Send(const Problem& p, Builder* b) {
-  b->ForPieces(In(0, p.elements), [&](Region piece) { b->Send(p.root, piece); });
-}
-void Receive(const Problem& p, Builder* b) {
-  b->ForPieces(Out(0, p.elements), [&](Region piece) { b->Receive(p.root, piece); });
-}
+void Send(const Problem& p, Builder* b) { b->SendPieces(p.root, In(0, p.elements)); }
+void Receive(const Problem& p, Builder* b) { b->ReceivePieces(p.root, Out(0, p.elements)); }
 
 Program MakeDirect(const Problem& p) {
   Builder b(p);

@@ -6,5 +6,11 @@
 namespace shoal {
 
 absl::Span<const Algorithm> DirectAlgorithms();
+absl::Span<const Algorithm> RingAlgorithms();
+absl::Span<const Algorithm> RecursiveAlgorithms();
+absl::Span<const Algorithm> TreeAlgorithms();
+absl::Span<const Algorithm> AllToAllAlgorithms();
+absl::Span<const Algorithm> TwoLevelAlgorithms();
+absl::Span<const Algorithm> SparseAlgorithms();
 
 }  // namespace shoal
