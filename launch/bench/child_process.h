@@ -1,5 +1,6 @@
-// A child of this process in a process group of its own: its standard output comes line by line, its standard error is kept
-// for when it fails, and it never outlives the caller's interest. Not thread-safe; call from a process without other threads.
+// A child of this process in a process group of its own: its standard output comes line by line, its standard
+// error is kept for when it fails, and it never outlives the caller's interest. Not thread-safe; call from a
+// process without other threads.
 #pragma once
 
 #include <sys/types.h>
@@ -23,11 +24,13 @@ class ChildProcess {
   enum class Read { kLine, kEnd, kTimeout };
   // Blocks for `timeout` at most.
   Read ReadLine(absl::Duration timeout, std::string* line);
-  // After kEnd: blocks until the child has ended. "": it returned 0; otherwise how it ended and the end of its stderr.
+  // After kEnd: blocks until the child has ended. "": it returned 0; otherwise how it ended and the end of
+  // its stderr.
   std::string Result();
 
  private:
-  ChildProcess(pid_t pid, int stdout_fd, int stderr_fd) : pid_(pid), stdout_fd_(stdout_fd), stderr_fd_(stderr_fd) {}
+  ChildProcess(pid_t pid, int stdout_fd, int stderr_fd)
+      : pid_(pid), stdout_fd_(stdout_fd), stderr_fd_(stderr_fd) {}
   bool Reap(absl::Duration timeout);
   std::string StderrTail() const;
 

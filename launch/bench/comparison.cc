@@ -50,7 +50,8 @@ int PrintCoreLatency() {
   std::thread other([&] {
     PinTo(1);
     for (int i = 0; i < kProbeRoundTrips; ++i) {
-      while (turn.load(std::memory_order_acquire) != 2 * i + 1) {}
+      while (turn.load(std::memory_order_acquire) != 2 * i + 1) {
+      }
       turn.store(2 * i + 2, std::memory_order_release);
     }
   });
@@ -58,7 +59,8 @@ int PrintCoreLatency() {
   const double begin = BenchNowUs();
   for (int i = 0; i < kProbeRoundTrips; ++i) {
     turn.store(2 * i + 1, std::memory_order_release);
-    while (turn.load(std::memory_order_acquire) != 2 * i + 2) {}
+    while (turn.load(std::memory_order_acquire) != 2 * i + 2) {
+    }
   }
   printf("%.0f\n", (BenchNowUs() - begin) * 1e3 / (2 * kProbeRoundTrips));
   other.join();
@@ -70,7 +72,8 @@ std::string ProbeText() {
   if (std::thread::hardware_concurrency() < 2) return "one core, no latency between cores";
   std::string line;
   const auto child = ChildProcess::Start(PrintCoreLatency);
-  if (!child.ok() || (*child)->ReadLine(absl::Seconds(10), &line) != ChildProcess::Read::kLine) return "probe failed";
+  if (!child.ok() || (*child)->ReadLine(absl::Seconds(10), &line) != ChildProcess::Read::kLine)
+    return "probe failed";
   return absl::StrCat("core to core ", line, " ns");
 }
 
@@ -98,9 +101,10 @@ class ContenderRun {
   absl::StatusOr<size_t> RunOnce(const std::vector<int64_t>& sizes) {
     const Contender& contender = result_.contender;
     SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<ChildProcess> child, ChildProcess::Start([&] {
-      if (contender.library == "shoal") return RunOwnRanks(bench_, options_.own, sizes);
-      return Execute(CommandOf(contender, bench_, sizes, options_.folder));
-    }));
+                             if (contender.library == "shoal")
+                               return RunOwnRanks(bench_, options_.own, sizes);
+                             return Execute(CommandOf(contender, bench_, sizes, options_.folder));
+                           }));
     const absl::Duration patience = options_.patience + absl::Seconds(10 * options_.seconds);
     size_t done = 0;
     bool begun = false;
@@ -114,13 +118,17 @@ class ContenderRun {
       }
       const bool hung = read == ChildProcess::Read::kTimeout;
       const std::string cause = hung ? "no word" : child->Result();
-      options_.say(absl::StrCat(Name(), ", ", bench_.op, ", ", SizeName(sizes[done]), ": ", cause));
+      const bool unknown = contender.library == "limit" && cause.empty();
+      if (!unknown)
+        options_.say(absl::StrCat(Name(), ", ", bench_.op, ", ", SizeName(sizes[done]), ": ",
+                                  cause.empty() ? "no result" : cause));
       // A library that does not even start would fail at every size.
       const size_t lost = begun ? done + 1 : sizes.size();
       for (; done < lost; ++done) result_.sizes[sizes[done]].failure = hung ? "hung" : "failed";
       return done;
     }
-    while (child->ReadLine(kFarewell, &line) == ChildProcess::Read::kLine) {}
+    while (child->ReadLine(kFarewell, &line) == ChildProcess::Read::kLine) {
+    }
     return done;
   }
 
@@ -138,7 +146,9 @@ class ContenderRun {
       if (absl::SimpleAtod(fields[i], &us)) samples.push_back(us);
     }
     if (samples.empty()) return false;
-    if (wrong > 0) options_.say(absl::StrCat(Name(), ", ", bench_.op, ", ", SizeName(bytes), ": ", wrong, " wrong elements"));
+    if (wrong > 0)
+      options_.say(
+          absl::StrCat(Name(), ", ", bench_.op, ", ", SizeName(bytes), ": ", wrong, " wrong elements"));
     size.wrong += wrong;
     size.rounds_us.push_back(std::move(samples));
     return true;
@@ -146,7 +156,8 @@ class ContenderRun {
 
   std::string Name() const {
     const Contender& contender = result_.contender;
-    return contender.algorithm.empty() ? contender.library : absl::StrCat(contender.library, " ", contender.algorithm);
+    return contender.algorithm.empty() ? contender.library
+                                       : absl::StrCat(contender.library, " ", contender.algorithm);
   }
 
   const ComparisonOptions& options_;
@@ -174,13 +185,16 @@ BenchRow MakeRow(const BenchCase& bench, const ContenderResult& result, int64_t 
 // Of one library's algorithms the fastest right one stands for it at each size.
 std::vector<BenchRow> MakeRows(const BenchCase& bench, const std::vector<ContenderResult>& results) {
   const auto better = [](const BenchRow& a, const BenchRow& b) {
-    const auto rank = [](const BenchRow& row) { return std::tuple(!row.failure.empty(), row.wrong > 0, row.us.median); };
+    const auto rank = [](const BenchRow& row) {
+      return std::tuple(!row.failure.empty(), row.wrong > 0, row.us.median);
+    };
     return rank(a) < rank(b);
   };
   std::vector<BenchRow> rows;
   for (const ContenderResult& result : results) {
     for (const auto& [bytes, unused] : result.sizes) {
       BenchRow row = MakeRow(bench, result, bytes);
+      if (row.library == "limit" && !row.failure.empty()) continue;
       const auto same = std::find_if(rows.begin(), rows.end(), [&](const BenchRow& other) {
         return other.library == row.library && other.bytes == row.bytes;
       });
@@ -198,14 +212,15 @@ absl::StatusOr<std::vector<BenchRow>> CompareCase(const ComparisonOptions& optio
   const std::vector<int64_t> sizes = bench.op == "barrier" ? std::vector<int64_t>{0} : options.sizes;
   std::vector<Contender> contenders = PeerContenders(options.peers, bench.op);
   contenders.insert(contenders.begin(), {"shoal", ""});
+  if (options.limits) contenders.push_back({"limit", ""});
   std::vector<ContenderResult> results;
   for (const Contender& contender : contenders) {
     results.push_back({contender});
     for (int64_t bytes : sizes) results.back().sizes[bytes] = {};
   }
   for (int round = 0; round < options.rounds; ++round) {
-    options.say(absl::StrFormat("%s, %d ranks, %s: round %d of %d%s", bench.op, bench.ranks, bench.transport, round + 1,
-                                options.rounds, options.probe ? ", " + ProbeText() : ""));
+    options.say(absl::StrFormat("%s, %d ranks, %s: round %d of %d%s", bench.op, bench.ranks, bench.transport,
+                                round + 1, options.rounds, options.probe ? ", " + ProbeText() : ""));
     for (size_t turn = 0; turn < results.size(); ++turn) {
       // Nobody always follows the same other.
       ContenderResult& result = results[round % 2 == 0 ? turn : results.size() - 1 - turn];

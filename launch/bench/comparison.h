@@ -19,17 +19,20 @@ struct ComparisonOptions {
   double seconds = 0.1;  // For each size, library and round, about.
   int rounds = 3;
   bool in_place = true;
-  bool probe = false;       // Measure the cores' distance in each round.
-  std::string folder;       // Of the peers' programs.
+  bool limits = false;  // Measure what the machine allows, where that is known.
+  bool probe = false;   // Measure the cores' distance in each round.
+  std::string folder;   // Of the peers' programs.
   OwnOptions own;
-  absl::Duration patience = absl::Seconds(30);  // Beyond ten times `seconds`: who says nothing for so long hangs.
+  absl::Duration patience =
+      absl::Seconds(30);  // Beyond ten times `seconds`: who says nothing for so long hangs.
 
   std::function<void(const std::string& line)> say;  // Progress.
-  std::function<absl::Status(absl::Span<const BenchRow> rows)> on_rows;  // Of an operation on a transport, when complete.
+  std::function<absl::Status(absl::Span<const BenchRow> rows)>
+      on_rows;  // Of an operation on a transport, when complete.
 };
 
-// All combinations (pingpong with two ranks only). A library that fails or hangs at a size has a row that says so. Errors:
-// those of on_rows, and UNAVAILABLE when no process can be started.
+// All combinations (pingpong with two ranks only). A library that fails or hangs at a size has a row that
+// says so. Errors: those of on_rows, and UNAVAILABLE when no process can be started.
 absl::StatusOr<std::vector<BenchRow>> Compare(const ComparisonOptions& options);
 
 }  // namespace shoal

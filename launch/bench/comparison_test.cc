@@ -83,5 +83,17 @@ TEST_F(Comparison, APeerThatDoesNotStartFailsAtAllSizesAndSaysWhy) {
   EXPECT_THAT(said_, ::testing::HasSubstr("exit status 4: no such network"));
 }
 
+TEST_F(Comparison, ALimitThatIsNotKnownHasNoRow) {
+  options_.peers = {};
+  options_.limits = true;
+  options_.folder = folder_ + "/peers";
+  std::filesystem::create_directory(options_.folder);
+  WritePeer("");
+  std::filesystem::rename(folder_ + "/gloo_bench", folder_ + "/bench_limits");
+  const auto rows = Compare(options_);
+  ASSERT_TRUE(rows.ok()) << rows.status();
+  EXPECT_EQ(rows->size(), 2u);  // Our own.
+}
+
 }  // namespace
 }  // namespace shoal

@@ -50,8 +50,12 @@ struct RankBench {
 // Reads or writes an element as a double.
 template <class T>
 struct Element {
-  static double Get(const void* data, int64_t i) { return static_cast<double>(static_cast<float>(static_cast<const T*>(data)[i])); }
-  static void Set(void* data, int64_t i, double value) { static_cast<T*>(data)[i] = T(static_cast<float>(value)); }
+  static double Get(const void* data, int64_t i) {
+    return static_cast<double>(static_cast<float>(static_cast<const T*>(data)[i]));
+  }
+  static void Set(void* data, int64_t i, double value) {
+    static_cast<T*>(data)[i] = T(static_cast<float>(value));
+  }
 };
 template <>
 struct Element<double> {
@@ -61,32 +65,48 @@ struct Element<double> {
 // Whole numbers modulo their range.
 template <class T>
 struct IntegerElement {
-  static double Get(const void* data, int64_t i) { return static_cast<double>(static_cast<const T*>(data)[i]); }
-  static void Set(void* data, int64_t i, double value) { static_cast<T*>(data)[i] = static_cast<T>(static_cast<int64_t>(value)); }
+  static double Get(const void* data, int64_t i) {
+    return static_cast<double>(static_cast<const T*>(data)[i]);
+  }
+  static void Set(void* data, int64_t i, double value) {
+    static_cast<T*>(data)[i] = static_cast<T>(static_cast<int64_t>(value));
+  }
 };
 
 template <class Visitor>
 void WithElement(DType dtype, const Visitor& visit) {
   switch (dtype) {
-    case DType::kF32: return visit(Element<float>());
-    case DType::kBF16: return visit(Element<BFloat16>());
-    case DType::kF16: return visit(Element<_Float16>());
-    case DType::kF64: return visit(Element<double>());
-    case DType::kI8: return visit(IntegerElement<int8_t>());
-    case DType::kU8: return visit(IntegerElement<uint8_t>());
-    case DType::kI32: return visit(IntegerElement<int32_t>());
-    case DType::kI64: return visit(IntegerElement<int64_t>());
+    case DType::kF32:
+      return visit(Element<float>());
+    case DType::kBF16:
+      return visit(Element<BFloat16>());
+    case DType::kF16:
+      return visit(Element<_Float16>());
+    case DType::kF64:
+      return visit(Element<double>());
+    case DType::kI8:
+      return visit(IntegerElement<int8_t>());
+    case DType::kU8:
+      return visit(IntegerElement<uint8_t>());
+    case DType::kI32:
+      return visit(IntegerElement<int32_t>());
+    case DType::kI64:
+      return visit(IntegerElement<int64_t>());
   }
 }
 
-// How far an element may be from what is expected, as a share of the largest one of the result. As is, sums of small whole
-// numbers are exact; products round, and quantised formats promise no more than their step.
+// How far an element may be from what is expected, as a share of the largest one of the result. As is, sums
+// of small whole numbers are exact; products round, and quantised formats promise no more than their step.
 double Tolerance(const OwnOptions& options) {
   switch (options.wire) {
-    case WireFormat::kBf16: return 1.0 / 64;
-    case WireFormat::kInt8: return 1.0 / 50;
-    case WireFormat::kFp8: return 1.0 / 6;
-    case WireFormat::kAsIs: break;
+    case WireFormat::kBf16:
+      return 1.0 / 64;
+    case WireFormat::kInt8:
+      return 1.0 / 50;
+    case WireFormat::kFp8:
+      return 1.0 / 6;
+    case WireFormat::kAsIs:
+      break;
   }
   if (options.redop != ReduceOp::kProduct && options.redop != ReduceOp::kAverage) return 0;
   return SizeOf(options.dtype) >= 4 ? 1e-6 : 1.0 / 128;
@@ -118,9 +138,11 @@ int64_t CountWrong(const RankBench& rank) {
       return element.Get(one, 0);
     };
     double largest = 0;
-    for (int64_t i = 0; i < std::min<int64_t>(checked, 7); ++i) largest = std::max(largest, std::abs(expected(i)));
+    for (int64_t i = 0; i < std::min<int64_t>(checked, 7); ++i)
+      largest = std::max(largest, std::abs(expected(i)));
     const double tolerance = Tolerance(rank.options) * largest;
-    for (int64_t i = 0; i < checked; ++i) wrong += !(std::abs(element.Get(result, i) - expected(i)) <= tolerance);
+    for (int64_t i = 0; i < checked; ++i)
+      wrong += !(std::abs(element.Get(result, i) - expected(i)) <= tolerance);
   });
   return wrong;
 }
@@ -133,19 +155,26 @@ std::function<Work(int root)> MakeIssue(RankBench& rank) {
   const Tensor in = rank.in.Elements(0, {rank.whole}), out = rank.out.Elements(0, {rank.whole});
   const Tensor in_part = rank.in.Elements(0, {rank.part}), out_part = rank.out.Elements(0, {rank.part});
   const std::vector<int64_t>& counts = rank.counts;
-  const OpOptions options = {.label = "bench", .wire = rank.options.wire, .order = rank.options.order, .algorithm = rank.options.algorithm};
-  const OpOptions exact = {.label = "bench", .order = rank.options.order, .algorithm = rank.options.algorithm};
+  const OpOptions options = {.label = "bench",
+                             .wire = rank.options.wire,
+                             .order = rank.options.order,
+                             .algorithm = rank.options.algorithm};
+  const OpOptions exact = {
+      .label = "bench", .order = rank.options.order, .algorithm = rank.options.algorithm};
   if (op == "all_reduce") {
     const Tensor from = rank.bench.in_place ? out : in;
     return [=, &group](int) { return group.AllReduce(from, out, redop, options); };
   }
-  if (op == "reduce_scatter") return [=, &group](int) { return group.ReduceScatter(in, counts, out_part, redop, options); };
+  if (op == "reduce_scatter")
+    return [=, &group](int) { return group.ReduceScatter(in, counts, out_part, redop, options); };
   if (op == "all_gather") return [=, &group](int) { return group.AllGather(in_part, counts, out, exact); };
   if (op == "all_to_all") return [=, &group](int) { return group.AllToAll(in, counts, out, counts, exact); };
   if (op == "broadcast") return [=, &group](int root) { return group.Broadcast(in, root, exact); };
   if (op == "reduce") return [=, &group](int root) { return group.Reduce(in, out, root, redop, exact); };
-  if (op == "gather") return [=, &group](int root) { return group.Gather(in_part, counts, out, root, exact); };
-  if (op == "scatter") return [=, &group](int root) { return group.Scatter(in, counts, out_part, root, exact); };
+  if (op == "gather")
+    return [=, &group](int root) { return group.Gather(in_part, counts, out, root, exact); };
+  if (op == "scatter")
+    return [=, &group](int root) { return group.Scatter(in, counts, out_part, root, exact); };
   if (op == "barrier") return [=, &group](int) { return group.Barrier(exact); };
   SHOAL_CHECK(op == "pingpong") << op;
   if (group.index() > 1) return [](int) { return Work(); };
@@ -167,7 +196,9 @@ void Run(void* context) {
   SHOAL_CHECK_OK(rank.issue(rank.calls++ % rank.group.size()).Await());
 }
 
-void Meet(void* context) { SHOAL_CHECK_OK(static_cast<RankBench*>(context)->group.Barrier({.label = "bench"}).Await()); }
+void Meet(void* context) {
+  SHOAL_CHECK_OK(static_cast<RankBench*>(context)->group.Barrier({.label = "bench"}).Await());
+}
 
 int Agree(void* context, int value) {
   RankBench& rank = *static_cast<RankBench*>(context);
@@ -202,7 +233,9 @@ void BindToCore(int index) {
   }
 }
 
-int64_t PartElements(int64_t bytes, DType dtype, int ranks) { return std::max<int64_t>(bytes / SizeOf(dtype) / ranks, 1); }
+int64_t PartElements(int64_t bytes, DType dtype, int ranks) {
+  return std::max<int64_t>(bytes / SizeOf(dtype) / ranks, 1);
+}
 
 void MeasureSize(RankBench& rank, int64_t bytes) {
   const int me = rank.group.index();
@@ -231,8 +264,8 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
   Meet(&rank);
 }
 
-absl::Status RunRank(int index, const std::string& rendezvous, const BenchCase& bench, const OwnOptions& options,
-                     absl::Span<const int64_t> sizes, Shared& shared) {
+absl::Status RunRank(int index, const std::string& rendezvous, const BenchCase& bench,
+                     const OwnOptions& options, absl::Span<const int64_t> sizes, Shared& shared) {
   if (options.bind) BindToCore(index);
   WorldOptions world;
   world.rank = index;
@@ -242,7 +275,8 @@ absl::Status RunRank(int index, const std::string& rendezvous, const BenchCase& 
   world.transport = bench.transport == "tcp" ? "tcp" : "auto";
   world.timeout = kTimeout;
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> group, ConnectWorld(world));
-  const int64_t most = PartElements(*std::max_element(sizes.begin(), sizes.end()), options.dtype, bench.ranks) * bench.ranks;
+  const int64_t most =
+      PartElements(*std::max_element(sizes.begin(), sizes.end()), options.dtype, bench.ranks) * bench.ranks;
   SHOAL_ASSIGN_OR_RETURN(const Tensor in, group->Allocate({most}, options.dtype));
   SHOAL_ASSIGN_OR_RETURN(const Tensor out, group->Allocate({most}, options.dtype));
   RankBench rank = {*group, bench, options, shared, in, out};
@@ -258,37 +292,52 @@ absl::StatusOr<Value> OneOf(std::string_view what, std::string_view name,
     if (name == known) return value;
     absl::StrAppend(&names, names.empty() ? "" : ", ", std::string(known));
   }
-  return absl::InvalidArgumentError(absl::StrCat("no ", std::string(what), " \"", std::string(name), "\": there are ", names));
+  return absl::InvalidArgumentError(
+      absl::StrCat("no ", std::string(what), " \"", std::string(name), "\": there are ", names));
 }
 
 }  // namespace
 
 absl::StatusOr<DType> ParseDType(std::string_view name) {
   return OneOf<DType>("element type", name,
-                      {{"f32", DType::kF32}, {"bf16", DType::kBF16}, {"f16", DType::kF16}, {"f64", DType::kF64},
-                       {"i8", DType::kI8}, {"u8", DType::kU8}, {"i32", DType::kI32}, {"i64", DType::kI64}});
+                      {{"f32", DType::kF32},
+                       {"bf16", DType::kBF16},
+                       {"f16", DType::kF16},
+                       {"f64", DType::kF64},
+                       {"i8", DType::kI8},
+                       {"u8", DType::kU8},
+                       {"i32", DType::kI32},
+                       {"i64", DType::kI64}});
 }
 
 absl::StatusOr<ReduceOp> ParseRedop(std::string_view name) {
   return OneOf<ReduceOp>("reduction", name,
-                         {{"sum", ReduceOp::kSum}, {"product", ReduceOp::kProduct}, {"min", ReduceOp::kMin},
-                          {"max", ReduceOp::kMax}, {"average", ReduceOp::kAverage}});
+                         {{"sum", ReduceOp::kSum},
+                          {"product", ReduceOp::kProduct},
+                          {"min", ReduceOp::kMin},
+                          {"max", ReduceOp::kMax},
+                          {"average", ReduceOp::kAverage}});
 }
 
 absl::Status ParseOpOptions(std::string_view text, OwnOptions* options) {
-  for (absl::string_view part : absl::StrSplit(absl::string_view(text.data(), text.size()), ',', absl::SkipEmpty())) {
+  for (absl::string_view part :
+       absl::StrSplit(absl::string_view(text.data(), text.size()), ',', absl::SkipEmpty())) {
     const std::pair<std::string, std::string> pair = absl::StrSplit(part, absl::MaxSplits('=', 1));
     const auto& [key, value] = pair;
     if (key == "wire") {
       SHOAL_ASSIGN_OR_RETURN(options->wire, OneOf<WireFormat>("wire format", value,
-                                                              {{"as_is", WireFormat::kAsIs}, {"bf16", WireFormat::kBf16},
-                                                               {"int8", WireFormat::kInt8}, {"fp8", WireFormat::kFp8}}));
+                                                              {{"as_is", WireFormat::kAsIs},
+                                                               {"bf16", WireFormat::kBf16},
+                                                               {"int8", WireFormat::kInt8},
+                                                               {"fp8", WireFormat::kFp8}}));
     } else if (key == "order") {
-      SHOAL_ASSIGN_OR_RETURN(options->order, OneOf<Order>("order", value, {{"fast", Order::kFast}, {"fixed", Order::kFixed}}));
+      SHOAL_ASSIGN_OR_RETURN(
+          options->order, OneOf<Order>("order", value, {{"fast", Order::kFast}, {"fixed", Order::kFixed}}));
     } else if (key == "algorithm") {
       options->algorithm = value;
     } else {
-      return absl::InvalidArgumentError(absl::StrCat("no option \"", key, "\" of an operation: there are wire, order and algorithm"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("no option \"", key, "\" of an operation: there are wire, order and algorithm"));
     }
   }
   return absl::OkStatus();
@@ -298,11 +347,16 @@ double ExpectedElement(std::string_view op, ReduceOp redop, int rank, int ranks,
   const auto reduced = [&](int64_t at) {
     const double first = BenchInput(0, at), sum = first * ranks * (ranks + 1) / 2;
     switch (redop) {
-      case ReduceOp::kSum: return sum;
-      case ReduceOp::kAverage: return sum / ranks;
-      case ReduceOp::kMin: return first;
-      case ReduceOp::kMax: return first * ranks;
-      case ReduceOp::kProduct: break;
+      case ReduceOp::kSum:
+        return sum;
+      case ReduceOp::kAverage:
+        return sum / ranks;
+      case ReduceOp::kMin:
+        return first;
+      case ReduceOp::kMax:
+        return first * ranks;
+      case ReduceOp::kProduct:
+        break;
     }
     double product = 1;
     for (int r = 0; r < ranks; ++r) product *= BenchInput(r, at);

@@ -19,7 +19,8 @@ TEST(ParseOpOptions, TakesPartsInAnyOrder) {
 
 TEST(ParseOpOptions, NamesWhatItDoesNotKnow) {
   OwnOptions options;
-  EXPECT_THAT(std::string(ParseOpOptions("wire=int4", &options).message()), HasSubstr("\"int4\": there are as_is, bf16"));
+  EXPECT_THAT(std::string(ParseOpOptions("wire=int4", &options).message()),
+              HasSubstr("\"int4\": there are as_is, bf16"));
   EXPECT_THAT(std::string(ParseOpOptions("root=1", &options).message()), HasSubstr("\"root\""));
 }
 

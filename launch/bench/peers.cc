@@ -58,15 +58,20 @@ void AddMpi(const Contender& peer, const BenchCase& bench, PeerCommand* command)
   auto& environment = command->environment;
   if (open) {
     command->argv.push_back("--oversubscribe");
-    environment.insert(environment.end(), {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}});
+    environment.insert(environment.end(),
+                       {{"OMPI_ALLOW_RUN_AS_ROOT", "1"}, {"OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"}});
   }
   if (open && tcp) {
-    command->argv.insert(command->argv.end(), {"--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca", "btl_tcp_if_include", "lo"});
+    command->argv.insert(command->argv.end(), {"--mca", "pml", "ob1", "--mca", "btl", "tcp,self", "--mca",
+                                               "btl_tcp_if_include", "lo"});
   } else if (tcp) {  // MPICH reaches TCP through UCX, once it is told that no rank is near.
-    environment.insert(environment.end(), {{"MPIR_CVAR_NOLOCAL", "1"}, {"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}});
+    environment.insert(environment.end(),
+                       {{"MPIR_CVAR_NOLOCAL", "1"}, {"UCX_TLS", "tcp,self"}, {"UCX_NET_DEVICES", "lo"}});
   }
-  if (absl::EndsWith(peer.library, "_warm")) {  // The allocator keeps what it has: no page faults after the first call.
-    environment.insert(environment.end(), {{"MALLOC_MMAP_MAX_", "0"}, {"MALLOC_TRIM_THRESHOLD_", "1099511627776"}});
+  if (absl::EndsWith(peer.library,
+                     "_warm")) {  // The allocator keeps what it has: no page faults after the first call.
+    environment.insert(environment.end(),
+                       {{"MALLOC_MMAP_MAX_", "0"}, {"MALLOC_TRIM_THRESHOLD_", "1099511627776"}});
   }
 }
 
@@ -89,29 +94,36 @@ absl::Status CheckPeers(absl::Span<const std::string> peers, const std::string& 
   for (const std::string& name : peers) {
     const Peer* peer = FindPeer(name);
     if (peer == nullptr) {
-      return absl::InvalidArgumentError(absl::StrCat("no peer \"", name, "\": there are openmpi, mpich and gloo"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("no peer \"", name, "\": there are openmpi, mpich and gloo"));
     }
     const std::string program = absl::StrCat(folder, "/", peer->program);
     const bool has_launcher = *peer->launcher == '\0' || InPath(peer->launcher);
     if (has_launcher && access(program.c_str(), X_OK) == 0) continue;
-    return absl::NotFoundError(absl::StrCat(
-        name, ": there is no ", has_launcher ? program : std::string(peer->launcher), "; install it with\n  apt-get install ",
-        peer->packages, "\nand build the peers' programs with\n  tests/bench/peers/build ", folder));
+    return absl::NotFoundError(
+        absl::StrCat(name, ": there is no ", has_launcher ? program : std::string(peer->launcher),
+                     "; install it with\n  apt-get install ", peer->packages,
+                     "\nand build the peers' programs with\n  tests/bench/peers/build ", folder));
   }
   return absl::OkStatus();
 }
 
+std::string LimitsProgram(const std::string& folder) { return folder + "/../bench_limits"; }
+
 PeerCommand CommandOf(const Contender& contender, const BenchCase& bench, absl::Span<const int64_t> sizes,
                       const std::string& folder) {
-  const Peer& peer = *FindPeer(BaseName(contender.library));
-  const std::string program = absl::StrCat(folder, "/", peer.program), seconds = absl::StrFormat("%g", bench.seconds);
+  const std::string ranks = absl::StrCat(bench.ranks), seconds = absl::StrFormat("%g", bench.seconds);
   PeerCommand command;
-  if (*peer.launcher == '\0') {
-    command.argv = {program, absl::StrCat(bench.ranks), bench.op, contender.algorithm, seconds};
+  if (contender.library == "limit") {
+    command.argv = {LimitsProgram(folder), bench.transport, bench.op, ranks, seconds};
+  } else if (contender.library == "gloo") {
+    command.argv = {absl::StrCat(folder, "/gloo_bench"), ranks, bench.op, contender.algorithm, seconds};
   } else {
-    command.argv = {peer.launcher};
+    const Peer& mpi = *FindPeer(BaseName(contender.library));
+    command.argv = {mpi.launcher};
     AddMpi(contender, bench, &command);
-    command.argv.insert(command.argv.end(), {program, bench.op, absl::EndsWith(contender.library, "_warm") ? "warm" : "default",
+    command.argv.insert(command.argv.end(), {absl::StrCat(folder, "/", mpi.program), bench.op,
+                                             absl::EndsWith(contender.library, "_warm") ? "warm" : "default",
                                              seconds, bench.in_place ? "1" : "0"});
   }
   for (int64_t bytes : sizes) command.argv.push_back(absl::StrCat(bytes));

@@ -1,4 +1,5 @@
-// The libraries that `shoal bench collectives` compares with: how each is started, and what must be installed for it.
+// The libraries that `shoal bench collectives` compares with: how each is started, and what must be installed
+// for it.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +23,21 @@ struct BenchCase {
 };
 
 struct Contender {
-  std::string library;    // As in BenchRow.
+  std::string library;    // As in BenchRow. "limit": bench_limits, what the machine allows (LimitsProgram).
   std::string algorithm;  // Gloo's; otherwise empty.
 };
 
-// What `peers` ("openmpi", "mpich", "gloo") take part with: each MPI as shipped and warm, Gloo with each of its algorithms.
+// What `peers` ("openmpi", "mpich", "gloo") take part with: each MPI as shipped and warm, Gloo with each of
+// its algorithms.
 std::vector<Contender> PeerContenders(absl::Span<const std::string> peers, std::string_view op);
 
-// NOT_FOUND: what is missing of `peers`, and the Debian packages or the command that provide it. `folder`: of the peers'
-// programs. INVALID_ARGUMENT: a peer that is not known.
+// NOT_FOUND: what is missing of `peers`, and the Debian packages or the command that provide it. `folder`: of
+// the peers' programs. INVALID_ARGUMENT: a peer that is not known.
 absl::Status CheckPeers(absl::Span<const std::string> peers, const std::string& folder);
+
+// Beside the peers' folder. Takes TRANSPORT OP RANKS SECONDS BYTES... and prints what sampling.h says; sizes
+// for which it knows no limit it may leave out at the end.
+std::string LimitsProgram(const std::string& folder);
 
 struct PeerCommand {
   std::vector<std::string> argv;

@@ -26,15 +26,21 @@ TEST(PeerContenders, EachMpiRunsTwiceAndGlooWithEachAlgorithm) {
 }
 
 TEST(CommandOf, GivesThePeerOperationTimeAndSizes) {
-  EXPECT_EQ(Line(CommandOf({"mpich", ""}, kShm, {8, 64}, "/p")), "mpirun.mpich -n 4 /p/mpi_bench_mpich all_reduce default 0.5 1 8 64");
+  EXPECT_EQ(Line(CommandOf({"mpich", ""}, kShm, {8, 64}, "/p")),
+            "mpirun.mpich -n 4 /p/mpi_bench_mpich all_reduce default 0.5 1 8 64");
   EXPECT_EQ(Line(CommandOf({"gloo", "ring"}, kShm, {8}, "/p")), "/p/gloo_bench 4 all_reduce ring 0.5 8");
+}
+
+TEST(CommandOf, LimitsLieBesideThePeers) {
+  EXPECT_EQ(Line(CommandOf({"limit", ""}, kShm, {8}, "/p/q")), "/p/q/../bench_limits shm all_reduce 4 0.5 8");
 }
 
 TEST(CommandOf, WarmKeepsTheAllocatorsMemory) {
   const PeerCommand warm = CommandOf({"openmpi_warm", ""}, kShm, {8}, "/p");
   EXPECT_THAT(Line(warm), HasSubstr("mpi_bench_openmpi all_reduce warm"));
   EXPECT_THAT(warm.environment, Contains(Pair("MALLOC_MMAP_MAX_", "0")));
-  EXPECT_THAT(CommandOf({"openmpi", ""}, kShm, {8}, "/p").environment, Not(Contains(Pair("MALLOC_MMAP_MAX_", "0"))));
+  EXPECT_THAT(CommandOf({"openmpi", ""}, kShm, {8}, "/p").environment,
+              Not(Contains(Pair("MALLOC_MMAP_MAX_", "0"))));
 }
 
 TEST(CommandOf, TcpKeepsMpiFromSharedMemory) {

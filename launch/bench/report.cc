@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/ascii.h"
+#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -33,7 +34,8 @@ absl::StatusOr<int64_t> ParseSize(absl::string_view text) {
   }
   int64_t value = 0;
   if (!absl::SimpleAtoi(digits, &value) || value < 1 || value > kMaxSize >> shift) {
-    return absl::InvalidArgumentError(absl::StrCat("\"", text, "\" is no size: wanted a number such as 8, 64K or 256M"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("\"", text, "\" is no size: wanted a number such as 8, 64K or 256M"));
   }
   return value << shift;
 }
@@ -63,12 +65,21 @@ bool IsWarm(const BenchRow& row) { return absl::EndsWith(row.library, "_warm"); 
 
 bool HasTime(const BenchRow* row) { return row != nullptr && std::isfinite(row->us.median); }
 
-double BestOver(const Comparison& line, bool with_warm) {
-  double best = std::numeric_limits<double>::infinity();
+// The fastest peer of those that `counts` takes; null without one.
+template <class Counts>
+const BenchRow* BestPeer(const Comparison& line, const Counts& counts) {
+  const BenchRow* best = nullptr;
   for (const BenchRow* peer : line.peers) {
-    if (HasTime(peer) && peer->wrong == 0 && (with_warm || !IsWarm(*peer))) best = std::min(best, peer->us.median);
+    if (!HasTime(peer) || peer->wrong > 0 || !counts(*peer)) continue;
+    if (best == nullptr || peer->us.median < best->us.median) best = peer;
   }
-  return HasTime(line.own) && std::isfinite(best) ? best / line.own->us.median : 0;
+  return best;
+}
+
+bool Any(const BenchRow&) { return true; }
+
+double RatioOf(const BenchRow* peer, const BenchRow* own) {
+  return HasTime(own) && peer != nullptr ? peer->us.median / own->us.median : 0;
 }
 
 int OpIndex(std::string_view op) {
@@ -102,6 +113,11 @@ std::string PeerTime(const BenchRow* row, std::string (*format)(double us)) {
 }
 
 std::string PlainUs(double us) { return absl::StrFormat("%.2f", us); }
+
+std::string TableTitle(const Table& table) {
+  return absl::StrCat(table.ranks, " ranks, ",
+                      table.transport == "shm" ? "shared memory" : "TCP on loopback");
+}
 
 double BusGbPerSecond(const BenchRow& row) {
   return row.bytes / row.us.median * 1e-3 * BusFactor(row.op, row.ranks);
@@ -166,7 +182,8 @@ std::string CsvText(absl::Span<const BenchRow> rows) {
   std::string text = absl::StrCat(std::string(kCsvHeading), "\n");
   for (const BenchRow& row : rows) {
     absl::StrAppend(&text, row.library, ",", row.transport, ",", row.op, ",", row.bytes, ",", row.ranks, ",",
-                    Number(row.us.median, "nan"), ",", Number(row.us.p10, "nan"), ",", Number(row.us.p90, "nan"), "\n");
+                    Number(row.us.median, "nan"), ",", Number(row.us.p10, "nan"), ",",
+                    Number(row.us.p90, "nan"), "\n");
   }
   return text;
 }
@@ -180,15 +197,18 @@ absl::StatusOr<std::vector<BenchRow>> ParseCsv(std::string_view text) {
     if (line.empty() || line == absl::string_view(kCsvHeading.data(), kCsvHeading.size())) continue;
     const std::vector<std::string> fields = absl::StrSplit(line, ',');
     BenchRow row;
-    if (fields.size() != 8 || !absl::SimpleAtoi(fields[3], &row.bytes) || !absl::SimpleAtoi(fields[4], &row.ranks) ||
-        row.bytes < 0 || row.ranks < 1 || !absl::SimpleAtod(fields[5], &row.us.median) ||
-        !absl::SimpleAtod(fields[6], &row.us.p10) || !absl::SimpleAtod(fields[7], &row.us.p90)) {
-      return absl::InvalidArgumentError(absl::StrCat("line ", number, ": wanted ", std::string(kCsvHeading), ", got \"", line, "\""));
+    if (fields.size() != 8 || !absl::SimpleAtoi(fields[3], &row.bytes) ||
+        !absl::SimpleAtoi(fields[4], &row.ranks) || row.bytes < 0 || row.ranks < 1 ||
+        !absl::SimpleAtod(fields[5], &row.us.median) || !absl::SimpleAtod(fields[6], &row.us.p10) ||
+        !absl::SimpleAtod(fields[7], &row.us.p90)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("line ", number, ": wanted ", std::string(kCsvHeading), ", got \"", line, "\""));
     }
     row.library = fields[0];
     row.transport = fields[1];
     row.op = fields[2];
-    const auto [at, is_new] = known.try_emplace({row.library, row.transport, row.op, row.bytes, row.ranks}, rows.size());
+    const auto [at, is_new] =
+        known.try_emplace({row.library, row.transport, row.op, row.bytes, row.ranks}, rows.size());
     if (is_new) {
       rows.push_back(row);
     } else {
@@ -198,8 +218,13 @@ absl::StatusOr<std::vector<BenchRow>> ParseCsv(std::string_view text) {
   return rows;
 }
 
-double Comparison::RatioShipped() const { return BestOver(*this, false); }
-double Comparison::RatioBest() const { return BestOver(*this, true); }
+double Comparison::RatioShipped() const {
+  return RatioOf(BestPeer(*this, [](const BenchRow& peer) { return !IsWarm(peer); }), own);
+}
+double Comparison::RatioBest() const { return RatioOf(BestPeer(*this, Any), own); }
+double Comparison::RatioTo(std::string_view library) const {
+  return RatioOf(BestPeer(*this, [&](const BenchRow& peer) { return peer.library == library; }), own);
+}
 double Comparison::RatioToLimit() const {
   return HasTime(own) && HasTime(limit) ? own->us.median / limit->us.median : 0;
 }
@@ -230,18 +255,21 @@ std::vector<Table> MakeTables(absl::Span<const BenchRow> rows) {
     for (std::string_view library : kPeerOrder) {
       const std::string name(library);
       const auto has = [&](const Comparison& line) { return RowOf(line, name) != nullptr; };
-      if (std::any_of(tables[i].lines.begin(), tables[i].lines.end(), has)) tables[i].libraries.push_back(name);
+      if (std::any_of(tables[i].lines.begin(), tables[i].lines.end(), has))
+        tables[i].libraries.push_back(name);
     }
   }
   return tables;
 }
 
 std::string TableText(const Table& table, const ElementNames& element) {
-  std::string text = absl::StrFormat("# transport %s, %d ranks; times in us, median of rounds\n", table.transport, table.ranks);
-  absl::StrAppendFormat(&text, "# %-14s %10s %10s %5s %7s %10s %10s %10s %7s %7s %6s", "op", "bytes", "count", "type",
-                        "redop", "time", "p10", "p90", "algbw", "busbw", "#wrong");
+  std::string text = absl::StrFormat("# transport %s, %d ranks; times in us, median of rounds\n",
+                                     table.transport, table.ranks);
+  absl::StrAppendFormat(&text, "# %-14s %10s %10s %5s %7s %10s %10s %10s %7s %7s %6s", "op", "bytes", "count",
+                        "type", "redop", "time", "p10", "p90", "algbw", "busbw", "#wrong");
   for (const std::string& library : table.libraries) absl::StrAppendFormat(&text, " %12s", library);
-  const bool limits = std::any_of(table.lines.begin(), table.lines.end(), [](const auto& line) { return line.limit; });
+  const bool limits =
+      std::any_of(table.lines.begin(), table.lines.end(), [](const auto& line) { return line.limit; });
   if (!table.libraries.empty()) absl::StrAppendFormat(&text, " %8s %8s", "shipped", "best");
   if (limits) absl::StrAppendFormat(&text, " %8s", "limit");
   text += "\n";
@@ -249,11 +277,11 @@ std::string TableText(const Table& table, const ElementNames& element) {
     if (line.own == nullptr) continue;
     const BenchRow& own = *line.own;
     const bool reduces = own.op == "all_reduce" || own.op == "reduce_scatter" || own.op == "reduce";
-    absl::StrAppendFormat(&text, "  %-14s %10d %10d %5s %7s", own.op, own.bytes, ElementsOf(own, element.size), element.type,
-                          reduces ? element.redop : "none");
+    absl::StrAppendFormat(&text, "  %-14s %10d %10d %5s %7s", own.op, own.bytes,
+                          ElementsOf(own, element.size), element.type, reduces ? element.redop : "none");
     if (HasTime(&own)) {
-      absl::StrAppendFormat(&text, " %10.2f %10.2f %10.2f %7.2f %7.2f %6d", own.us.median, own.us.p10, own.us.p90,
-                            own.bytes / own.us.median * 1e-3, BusGbPerSecond(own), own.wrong);
+      absl::StrAppendFormat(&text, " %10.2f %10.2f %10.2f %7.2f %7.2f %6d", own.us.median, own.us.p10,
+                            own.us.p90, own.bytes / own.us.median * 1e-3, BusGbPerSecond(own), own.wrong);
     } else {
       absl::StrAppendFormat(&text, " %s", own.failure.empty() ? "failed" : own.failure);
     }
@@ -270,13 +298,18 @@ std::string TableText(const Table& table, const ElementNames& element) {
 }
 
 std::string TableMarkdown(const Table& table) {
-  const bool limits = std::any_of(table.lines.begin(), table.lines.end(), [](const auto& line) { return line.limit; });
+  const bool limits =
+      std::any_of(table.lines.begin(), table.lines.end(), [](const auto& line) { return line.limit; });
+  const bool with_gloo = table.transport == "tcp" && std::find(table.libraries.begin(), table.libraries.end(),
+                                                               "gloo") != table.libraries.end();
   std::vector<std::string> titles = {"op", "bytes", "Shoal (p10..p90)", "bus GB/s"};
   for (const std::string& library : table.libraries) titles.push_back(PeerTitle(library));
   if (!table.libraries.empty()) titles.insert(titles.end(), {"as shipped", "any tuning"});
+  if (with_gloo) titles.push_back("Gloo alone");
   if (limits) titles.push_back("over the limit");
-  std::string text = absl::StrFormat("### %d ranks, %s\n\n", table.ranks, table.transport == "shm" ? "shared memory" : "TCP on loopback");
-  absl::StrAppend(&text, "| ", absl::StrJoin(titles, " | "), " |\n|", absl::StrJoin(std::vector<std::string>(titles.size(), "---"), "|"), "|\n");
+  std::string text = absl::StrFormat("### %s\n\n", TableTitle(table));
+  absl::StrAppend(&text, "| ", absl::StrJoin(titles, " | "), " |\n|",
+                  absl::StrJoin(std::vector<std::string>(titles.size(), "---"), "|"), "|\n");
   for (const Comparison& line : table.lines) {
     if (line.own == nullptr) continue;
     const BenchRow& own = *line.own;
@@ -288,11 +321,39 @@ std::string TableMarkdown(const Table& table) {
       cells.insert(cells.end(), {"failed", "-"});
     }
     for (const std::string& library : table.libraries) cells.push_back(PeerTime(RowOf(line, library), Time));
-    if (!table.libraries.empty()) cells.insert(cells.end(), {Ratio(line.RatioShipped()), Ratio(line.RatioBest())});
+    if (!table.libraries.empty())
+      cells.insert(cells.end(), {Ratio(line.RatioShipped()), Ratio(line.RatioBest())});
+    if (with_gloo) cells.push_back(Ratio(line.RatioTo("gloo")));
     if (limits) cells.push_back(Ratio(line.RatioToLimit()));
     absl::StrAppend(&text, "| ", absl::StrJoin(cells, " | "), " |\n");
   }
   return text;
+}
+
+std::string SectionMarkdown(absl::Span<const Table> tables) {
+  std::string text =
+      "## Collectives beside OpenMPI, MPICH and Gloo\n\n"
+      "Median of rounds in which all libraries take turns; microseconds unless marked. f32, sums, all_reduce "
+      "in place; bytes are a "
+      "rank's whole\nbuffer. A sample is the time of the slowest rank from a barrier on; roots move on from "
+      "call to call. *Warm*: the "
+      "same library without\npage faults (allocator kept, 2 MiB pages). Gloo knows TCP alone, and stands "
+      "there with the fastest of its "
+      "algorithms. \"as shipped\" and\n\"any tuning\": best such peer's median / Shoal's, so above 1 Shoal "
+      "is faster.\n\n";
+  for (const Table& table : tables) absl::StrAppend(&text, TableMarkdown(table), "\n");
+  std::string slower;
+  for (const Table& table : tables) {
+    for (const Comparison& line : table.lines) {
+      const double ratio = line.RatioBest();
+      if (ratio == 0 || ratio >= 1) continue;
+      absl::StrAppend(&slower, "- ", TableTitle(table), ", ", line.own->op, ", ", SizeName(line.own->bytes),
+                      ": ", PeerTitle(BestPeer(line, Any)->library), " takes ", Ratio(ratio),
+                      " of Shoal's time\n");
+    }
+  }
+  return absl::StrCat(text, "### Where a peer is faster\n\n",
+                      slower.empty() ? "Nowhere in these tables.\n" : slower);
 }
 
 }  // namespace shoal

@@ -11,17 +11,19 @@
 
 namespace shoal {
 
-// The operations that are measured, in the order of the tables. pingpong: half the time of a message from rank 0 to rank 1
-// and back.
-inline constexpr std::string_view kBenchOps[] = {"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast",
-                                                 "reduce",     "gather",         "scatter",    "barrier",    "pingpong"};
+// The operations that are measured, in the order of the tables. pingpong: half the time of a message from
+// rank 0 to rank 1 and back.
+inline constexpr std::string_view kBenchOps[] = {"all_reduce", "reduce_scatter", "all_gather", "all_to_all",
+                                                 "broadcast",  "reduce",         "gather",     "scatter",
+                                                 "barrier",    "pingpong"};
 
-// "8:256M" is 8, the powers of four between, and 256M; "8,1K,64K" a list; both mix. K, M and G are powers of 1024. Ascending,
-// without repetition. INVALID_ARGUMENT names the part that is no size.
+// "8:256M" is 8, the powers of four between, and 256M; "8,1K,64K" a list; both mix. K, M and G are powers of
+// 1024. Ascending, without repetition. INVALID_ARGUMENT names the part that is no size.
 absl::StatusOr<std::vector<int64_t>> ParseSizes(std::string_view text);
 std::string SizeName(int64_t bytes);  // "8", "64K", "256M"
 
-// Bus bandwidth = algorithm bandwidth (bytes / time) times this, as nccl-tests has it: what the slowest link must carry.
+// Bus bandwidth = algorithm bandwidth (bytes / time) times this, as nccl-tests has it: what the slowest link
+// must carry.
 double BusFactor(std::string_view op, int ranks);
 
 struct Spread {
@@ -55,10 +57,11 @@ struct Comparison {
   const BenchRow* limit = nullptr;
   std::vector<const BenchRow*> peers;  // In the order of PeerLibraries().
 
-  // Best peer's median / ours, of peers whose result was right; 0 without one or without own times. As shipped: without the
-  // warm ones.
+  // Best peer's median / ours, of peers whose result was right; 0 without one or without own times. As
+  // shipped: without the warm ones.
   double RatioShipped() const;
   double RatioBest() const;
+  double RatioTo(std::string_view library) const;
   double RatioToLimit() const;  // Ours / the limit; 0 without one.
 };
 
@@ -78,5 +81,8 @@ struct ElementNames {
 // In the manner of nccl-tests, with the peers' medians and the ratios behind.
 std::string TableText(const Table& table, const ElementNames& element);
 std::string TableMarkdown(const Table& table);
+
+// The section of docs/performance.md: how it was measured, all tables, and where a peer was faster.
+std::string SectionMarkdown(absl::Span<const Table> tables);
 
 }  // namespace shoal

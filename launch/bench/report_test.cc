@@ -55,12 +55,14 @@ TEST(Summarise, TakesTheMedianOfRoundsAndPercentilesOfSamples) {
   EXPECT_DOUBLE_EQ(spread.p90, 22);
 }
 
-BenchRow Row(const std::string& library, int64_t bytes, double us, const std::string& op = "all_reduce", int ranks = 2) {
+BenchRow Row(const std::string& library, int64_t bytes, double us, const std::string& op = "all_reduce",
+             int ranks = 2) {
   return {library, "shm", op, bytes, ranks, {us, us / 2, us * 2}};
 }
 
 TEST(Csv, ComesBackAsItWas) {
-  const std::vector<BenchRow> rows = {Row("shoal", 8, 0.125), Row("gloo", 8, std::numeric_limits<double>::quiet_NaN())};
+  const std::vector<BenchRow> rows = {Row("shoal", 8, 0.125),
+                                      Row("gloo", 8, std::numeric_limits<double>::quiet_NaN())};
   const auto back = ParseCsv(CsvText(rows));
   ASSERT_TRUE(back.ok()) << back.status();
   ASSERT_EQ(back->size(), 2u);
@@ -70,20 +72,23 @@ TEST(Csv, ComesBackAsItWas) {
 }
 
 TEST(Csv, OfSeveralRowsTheLastCounts) {
-  const auto rows = ParseCsv(CsvText(std::vector<BenchRow>{Row("shoal", 8, 1), Row("shoal", 16, 2), Row("shoal", 8, 3)}));
+  const auto rows =
+      ParseCsv(CsvText(std::vector<BenchRow>{Row("shoal", 8, 1), Row("shoal", 16, 2), Row("shoal", 8, 3)}));
   ASSERT_EQ(rows->size(), 2u);
   EXPECT_DOUBLE_EQ((*rows)[0].us.median, 3);
 }
 
 TEST(Csv, WrongLinesAreNamed) {
-  const auto rows = ParseCsv("library,transport,op,bytes,ranks,median_us,p10_us,p90_us\nshoal,shm,all_reduce,8,2,1,1\n");
+  const auto rows =
+      ParseCsv("library,transport,op,bytes,ranks,median_us,p10_us,p90_us\nshoal,shm,all_reduce,8,2,1,1\n");
   EXPECT_THAT(std::string(rows.status().message()), HasSubstr("line 2"));
   EXPECT_FALSE(ParseCsv("shoal,shm,all_reduce,8,0,1,1,1\n").ok());
 }
 
 TEST(Table, RatiosAreOfTheBestPeerWithAndWithoutTheWarmOnes) {
-  const std::vector<BenchRow> rows = {Row("openmpi", 64, 30),    Row("mpich", 64, 20), Row("openmpi_warm", 64, 10),
-                                      Row("shoal", 64, 5),       Row("limit", 64, 4),  Row("gloo", 64, std::nan("")),
+  const std::vector<BenchRow> rows = {Row("openmpi", 64, 30),        Row("mpich", 64, 20),
+                                      Row("openmpi_warm", 64, 10),   Row("shoal", 64, 5),
+                                      Row("limit", 64, 4),           Row("gloo", 64, std::nan("")),
                                       Row("shoal", 8, std::nan("")), Row("mpich", 8, 1)};
   const std::vector<Table> tables = MakeTables(rows);
   ASSERT_EQ(tables.size(), 1u);
@@ -108,17 +113,35 @@ TEST(Table, OneForEachTransportAndNumberOfRanksByOperationThenSize) {
 }
 
 TEST(Table, PrintsTimesBandwidthsWrongElementsAndFailures) {
-  std::vector<BenchRow> rows = {Row("shoal", 1 << 20, 100), Row("openmpi", 1 << 20, 250), Row("gloo", 1 << 20, 1)};
+  std::vector<BenchRow> rows = {Row("shoal", 1 << 20, 100), Row("openmpi", 1 << 20, 250),
+                                Row("gloo", 1 << 20, 1)};
   rows[0].wrong = 7;
   rows[2].us.median = std::nan("");
   rows[2].failure = "hung";
   const std::vector<Table> tables = MakeTables(rows);
   const std::string text = TableText(tables[0], {});
-  EXPECT_THAT(text, HasSubstr("    262144   f32     sum     100.00      50.00     200.00   10.49   10.49      7"));
+  EXPECT_THAT(text,
+              HasSubstr("    262144   f32     sum     100.00      50.00     200.00   10.49   10.49      7"));
   EXPECT_THAT(text, HasSubstr("hung"));
   EXPECT_THAT(text, HasSubstr("2.50x"));
   EXPECT_THAT(TableMarkdown(tables[0]),
               HasSubstr("| all_reduce | 1M | 100 (50.0..200) | 10.49 | 250 | hung | 2.50x | 2.50x |"));
+}
+
+TEST(Section, ListsWhereAPeerIsFaster) {
+  const std::vector<BenchRow> rows = {Row("shoal", 8, 2), Row("mpich", 8, 1), Row("shoal", 64, 1),
+                                      Row("mpich", 64, 2)};
+  const std::string text = SectionMarkdown(MakeTables(rows));
+  EXPECT_THAT(text,
+              HasSubstr("- 2 ranks, shared memory, all_reduce, 8: MPICH takes 0.50x of Shoal's time\n"));
+  EXPECT_THAT(text, Not(HasSubstr("all_reduce, 64:")));
+  EXPECT_THAT(SectionMarkdown(MakeTables(absl::MakeConstSpan(rows).subspan(2))), HasSubstr("Nowhere"));
+}
+
+TEST(Table, OverTcpGlooHasARatioOfItsOwn) {
+  std::vector<BenchRow> rows = {Row("shoal", 8, 2), Row("mpich", 8, 3), Row("gloo", 8, 5)};
+  for (BenchRow& row : rows) row.transport = "tcp";
+  EXPECT_THAT(TableMarkdown(MakeTables(rows)[0]), HasSubstr("| 1.50x | 1.50x | 2.50x |"));
 }
 
 }  // namespace

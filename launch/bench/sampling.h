@@ -1,15 +1,16 @@
-// How every program of the comparison fills, checks and times an operation: one file for Shoal's own ranks and for the
-// peers' programs (tests/bench/peers), so that all are measured alike. C11 and C++.
+// How every program of the comparison fills, checks and times an operation: one file for Shoal's own ranks
+// and for the peers' programs (tests/bench/peers), so that all are measured alike. C11 and C++.
 //
-// A sample: all ranks meet in a barrier, then run the operation `inner` times back to back; its time is that of the
-// slowest rank, divided by `inner`, which is chosen so that a sample takes at least 50 us (a clock read costs 20 to 40 ns).
-// Samples are taken in blocks; rank 0 decides after each whether there is time for another. In operations with a root the
-// root moves on by one from call to call: with one root for all, a rank that only sends would run ahead, and a message's
-// rate would pass for its latency.
+// A sample: all ranks meet in a barrier, then run the operation `inner` times back to back; its time is that
+// of the slowest rank, divided by `inner`, which is chosen so that a sample takes at least 50 us (a clock
+// read costs 20 to 40 ns). Samples are taken in blocks; rank 0 decides after each whether there is time for
+// another. In operations with a root the root moves on by one from call to call: with one root for all, a
+// rank that only sends would run ahead, and a message's rate would pass for its latency.
 //
 // A program prints, on rank 0's standard output,
 //   begin BYTES                              before a size
-//   result BYTES WRONG SAMPLE_US SAMPLE_US ...   after it; WRONG elements on all ranks differed from what was expected
+//   result BYTES WRONG SAMPLE_US SAMPLE_US ...   after it; WRONG elements on all ranks differed from what was
+//   expected
 #pragma once
 
 #include <stdint.h>
@@ -37,8 +38,8 @@ static inline double BenchTime(const struct BenchOperation* operation, int inner
   return (BenchNowUs() - begin) / inner;
 }
 
-// Runs on all ranks alike for about `seconds`, at least one block; `samples_us` has room for kBenchMaxSamples. Returns
-// their number, equal on all ranks; each rank has its own times.
+// Runs on all ranks alike for about `seconds`, at least one block; `samples_us` has room for
+// kBenchMaxSamples. Returns their number, equal on all ranks; each rank has its own times.
 static inline int BenchSample(const struct BenchOperation* operation, double seconds, double* samples_us) {
   BenchTime(operation, 2);
   double one = BenchTime(operation, 1);
@@ -54,5 +55,6 @@ static inline int BenchSample(const struct BenchOperation* operation, double sec
   return count;
 }
 
-// Element `i` of what rank `rank` puts in: small whole numbers, so that sums are exact in every type and order.
+// Element `i` of what rank `rank` puts in: small whole numbers, so that sums are exact in every type and
+// order.
 static inline double BenchInput(int rank, int64_t i) { return (double)(rank + 1) * (double)(1 + i % 7); }

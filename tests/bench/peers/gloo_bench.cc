@@ -2,24 +2,8 @@
 //
 //   gloo_bench RANKS OP ALGORITHM SECONDS BYTES...
 //
-// f32 sums, over TCP on loopback. Forks its ranks, which meet in a new folder under /tmp. Sampling and output are
-// those of launch/bench/sampling.h. ALGORITHM: `default`, or one of the names in Prepare().
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include <algorithm>
-#include <filesystem>
-#include <functional>
-#include <memory>
-#include <stdexcept>
-#include <string>
-#include <vector>
-
+// f32 sums, over TCP on loopback. Forks its ranks, which meet in a new folder under /tmp. Sampling and output
+// are those of launch/bench/sampling.h. ALGORITHM: `default`, or one of the names in Prepare().
 #include <gloo/allgather.h>
 #include <gloo/allgather_ring.h>
 #include <gloo/allreduce.h>
@@ -38,6 +22,21 @@
 #include <gloo/rendezvous/file_store.h>
 #include <gloo/scatter.h>
 #include <gloo/transport/tcp/device.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "launch/bench/sampling.h"
 
@@ -70,7 +69,8 @@ std::function<void()> PrepareAllReduce(const Case& c) {
   const std::vector<float*> data = {c.out};
   const int count = static_cast<int>(c.whole);
   if (c.algorithm == "c_ring") return Object<gloo::AllreduceRing<float>>(c.context, data, count);
-  if (c.algorithm == "c_ring_chunked") return Object<gloo::AllreduceRingChunked<float>>(c.context, data, count);
+  if (c.algorithm == "c_ring_chunked")
+    return Object<gloo::AllreduceRingChunked<float>>(c.context, data, count);
   if (c.algorithm == "c_hd") return Object<gloo::AllreduceHalvingDoubling<float>>(c.context, data, count);
   if (c.algorithm == "c_bcube") return Object<gloo::AllreduceBcube<float>>(c.context, data, count);
   auto options = std::make_shared<gloo::AllreduceOptions>(c.context);
@@ -105,12 +105,13 @@ std::function<void()> Prepare(const Case& c, int root) {
   if (c.op == "all_reduce") return PrepareAllReduce(c);
   if (c.op == "pingpong") return PreparePingPong(c);
   if (c.op == "reduce_scatter") {  // In place: the rank's part ends at the front of the buffer.
-    return Object<gloo::ReduceScatterHalvingDoubling<float>>(c.context, std::vector<float*>{c.out}, int(c.whole),
-                                                             std::vector<int>(c.size, int(c.part)));
+    return Object<gloo::ReduceScatterHalvingDoubling<float>>(
+        c.context, std::vector<float*>{c.out}, int(c.whole), std::vector<int>(c.size, int(c.part)));
   }
   if (c.op == "all_gather") {
     if (c.algorithm == "c_ring")
-      return Object<gloo::AllgatherRing<float>>(c.context, std::vector<const float*>{c.in}, c.out, int(c.part));
+      return Object<gloo::AllgatherRing<float>>(c.context, std::vector<const float*>{c.in}, c.out,
+                                                int(c.part));
     auto options = std::make_shared<gloo::AllgatherOptions>(c.context);
     options->setInput(c.in, c.part);
     options->setOutput(c.out, c.whole);
@@ -181,7 +182,8 @@ void Barrier(Case& c) {
 int64_t CountWrong(Case& c) {
   const bool gives_part = c.op == "all_gather" || c.op == "gather";
   std::fill_n(c.out, c.whole, -1.0f);
-  for (size_t i = 0; i < (gives_part ? c.part : c.whole); ++i) c.in[i] = static_cast<float>(BenchInput(c.rank, i));
+  for (size_t i = 0; i < (gives_part ? c.part : c.whole); ++i)
+    c.in[i] = static_cast<float>(BenchInput(c.rank, i));
   if (c.op == "all_reduce" || c.op == "reduce_scatter") std::copy_n(c.in, c.whole, c.out);
   Barrier(c);  // Some algorithms write into a peer's buffer whenever they are ready.
   c.Run();

@@ -1,9 +1,11 @@
-/* One MPI library in the comparison of `shoal bench collectives`; built once with each library's compiler wrapper.
+/* One MPI library in the comparison of `shoal bench collectives`; built once with each library's compiler
+ * wrapper.
  *
  *   mpirun ... mpi_bench OP default|warm SECONDS IN_PLACE BYTES...
  *
- * f32 sums. Sampling and output are those of launch/bench/sampling.h. `warm` puts the buffers on 2 MiB pages (the
- * caller sets the allocator's variables); otherwise they come as malloc gives them. IN_PLACE (0 or 1) concerns all_reduce. */
+ * f32 sums. Sampling and output are those of launch/bench/sampling.h. `warm` puts the buffers on 2 MiB pages
+ * (the caller sets the allocator's variables); otherwise they come as malloc gives them. IN_PLACE (0 or 1)
+ * concerns all_reduce. */
 #define _GNU_SOURCE
 #define OMPI_SKIP_MPICXX
 #include <mpi.h>
@@ -16,9 +18,22 @@
 
 #include "launch/bench/sampling.h"
 
-enum Op { kAllReduce, kReduceScatter, kAllGather, kAllToAll, kBroadcast, kReduce, kGather, kScatter, kBarrier, kPingPong, kOps };
-static const char* const kNames[kOps] = {"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast",
-                                         "reduce",     "gather",         "scatter",    "barrier",    "pingpong"};
+enum Op {
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kAllToAll,
+  kBroadcast,
+  kReduce,
+  kGather,
+  kScatter,
+  kBarrier,
+  kPingPong,
+  kOps
+};
+static const char* const kNames[kOps] = {"all_reduce", "reduce_scatter", "all_gather", "all_to_all",
+                                         "broadcast",  "reduce",         "gather",     "scatter",
+                                         "barrier",    "pingpong"};
 
 struct Case {
   enum Op op;
@@ -33,22 +48,41 @@ static void Run(void* context) {
   const int root = c->calls++ % c->size;
   const MPI_Comm all = MPI_COMM_WORLD;
   switch (c->op) {
-    case kAllReduce: MPI_Allreduce(c->in_place ? MPI_IN_PLACE : c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, all); break;
-    case kReduceScatter: MPI_Reduce_scatter_block(c->in, c->out, c->part, MPI_FLOAT, MPI_SUM, all); break;
-    case kAllGather: MPI_Allgather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all); break;
-    case kAllToAll: MPI_Alltoall(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all); break;
-    case kBroadcast: MPI_Bcast(c->in, c->whole, MPI_FLOAT, root, all); break;
-    case kReduce: MPI_Reduce(c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, root, all); break;
-    case kGather: MPI_Gather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all); break;
-    case kScatter: MPI_Scatter(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all); break;
-    case kBarrier: MPI_Barrier(all); break;
+    case kAllReduce:
+      MPI_Allreduce(c->in_place ? MPI_IN_PLACE : c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, all);
+      break;
+    case kReduceScatter:
+      MPI_Reduce_scatter_block(c->in, c->out, c->part, MPI_FLOAT, MPI_SUM, all);
+      break;
+    case kAllGather:
+      MPI_Allgather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all);
+      break;
+    case kAllToAll:
+      MPI_Alltoall(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, all);
+      break;
+    case kBroadcast:
+      MPI_Bcast(c->in, c->whole, MPI_FLOAT, root, all);
+      break;
+    case kReduce:
+      MPI_Reduce(c->in, c->out, c->whole, MPI_FLOAT, MPI_SUM, root, all);
+      break;
+    case kGather:
+      MPI_Gather(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all);
+      break;
+    case kScatter:
+      MPI_Scatter(c->in, c->part, MPI_FLOAT, c->out, c->part, MPI_FLOAT, root, all);
+      break;
+    case kBarrier:
+      MPI_Barrier(all);
+      break;
     case kPingPong:
       if (c->rank == 0) MPI_Send(c->in, c->whole, MPI_FLOAT, 1, 7, all);
       if (c->rank == 0) MPI_Recv(c->out, c->whole, MPI_FLOAT, 1, 7, all, MPI_STATUS_IGNORE);
       if (c->rank == 1) MPI_Recv(c->out, c->whole, MPI_FLOAT, 0, 7, all, MPI_STATUS_IGNORE);
       if (c->rank == 1) MPI_Send(c->out, c->whole, MPI_FLOAT, 0, 7, all);
       break;
-    case kOps: break;
+    case kOps:
+      break;
   }
 }
 
@@ -73,12 +107,20 @@ static void Fill(const struct Case* c) {
 static double Expected(const struct Case* c, int i) {
   const double sum = c->size * (c->size + 1) / 2;
   switch (c->op) {
-    case kAllReduce: case kReduce: return sum * BenchInput(0, i);
-    case kReduceScatter: return sum * BenchInput(0, (int64_t)c->rank * c->part + i);
-    case kAllGather: case kGather: return BenchInput(i / c->part, i % c->part);
-    case kAllToAll: return BenchInput(i / c->part, (int64_t)c->rank * c->part + i % c->part);
-    case kScatter: return BenchInput(0, (int64_t)c->rank * c->part + i);
-    default: return BenchInput(0, i);
+    case kAllReduce:
+    case kReduce:
+      return sum * BenchInput(0, i);
+    case kReduceScatter:
+      return sum * BenchInput(0, (int64_t)c->rank * c->part + i);
+    case kAllGather:
+    case kGather:
+      return BenchInput(i / c->part, i % c->part);
+    case kAllToAll:
+      return BenchInput(i / c->part, (int64_t)c->rank * c->part + i % c->part);
+    case kScatter:
+      return BenchInput(0, (int64_t)c->rank * c->part + i);
+    default:
+      return BenchInput(0, i);
   }
 }
 
