@@ -56,6 +56,15 @@ class MemoryChannel final : public Channel {
     }
   }
 
+  void Probe(int member, MessageId id) override {
+    MutexLock lock(&network_.mutex_);
+    for (const auto& [key, wanted] : network_.wanted_) {
+      const bool fits = wanted.id.op != id.op || wanted.id.signature == id.signature;
+      if (std::get<1>(key) == member && !fits) network_.Fail(member, {member_, wanted.id, id, wanted.bytes, 0});
+    }
+    network_.changed_.NotifyAll();
+  }
+
   absl::Status Poll(std::vector<Event>* events) override {
     MutexLock lock(&network_.mutex_);
     MemoryNetwork::Member& own = network_.members_[member_];

@@ -50,7 +50,8 @@ void OpQueue::RunFront() {
   --finishing_;
 }
 
-void OpQueue::Help(QueuedWork& state) {
+void OpQueue::Help(QueuedWork& state, int64_t deadline_ns) {
+  if (deadline_ns != kNeverNs) return;  // An engine does not stop in the middle.
   bool wake = false;
   {
     MutexLock lock(&mutex_);

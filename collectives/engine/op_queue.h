@@ -14,15 +14,14 @@
 
 namespace shoal {
 
-class OpQueue : public std::enable_shared_from_this<OpQueue> {
+class OpQueue : public WorkRunner, public std::enable_shared_from_this<OpQueue> {
  public:
   // Borrows `engine` until Close(). `on_start` is called as each operation starts.
   OpQueue(Engine* engine, std::function<void(const Op&)> on_start)
       : engine_(engine), on_start_(std::move(on_start)) {}
 
   Work Push(Op op);
-  // Runs operations on this thread until `state` is done or another thread runs one.
-  void Help(QueuedWork& state);
+  void Help(QueuedWork& state, int64_t deadline_ns) override;
   bool Idle();
   // Waits until no operation is left, then joins the thread. Call once, when the operations are bound to end.
   void Close();

@@ -1,6 +1,7 @@
 #include "collectives/engine/work_state.h"
 
-#include "collectives/engine/op_queue.h"
+#include <thread>
+
 #include "collectives/transport/clock.h"
 
 namespace shoal {
@@ -25,9 +26,8 @@ void QueuedWork::Finish(const absl::Status& result) {
 
 absl::Status QueuedWork::Await(absl::Time deadline) {
   const int64_t deadline_ns = SteadyDeadlineNs(deadline);
-  // A thread that helps may stay until the operation ends, so only one without a deadline of its own does.
-  if (!Done() && deadline_ns == kNeverNs) {
-    if (std::shared_ptr<OpQueue> queue = queue_.lock()) queue->Help(*this);
+  if (!Done()) {
+    if (std::shared_ptr<WorkRunner> queue = queue_.lock()) queue->Help(*this, deadline_ns);
   }
   for (const int64_t end = NowNs() + kSpinNs; !Done() && NowNs() < end;) std::this_thread::yield();
   MutexLock lock(&mutex_);
@@ -56,7 +56,7 @@ void QueuedWork::OnDone(std::function<void(const absl::Status&)> callback) {
 
 Work EndedWork(const absl::Status& status) {
   if (status.ok()) return Work();
-  auto state = std::make_shared<QueuedWork>(std::weak_ptr<OpQueue>());
+  auto state = std::make_shared<QueuedWork>(std::weak_ptr<WorkRunner>());
   state->Finish(status);
   return Work(std::move(state));
 }

@@ -12,7 +12,15 @@
 
 namespace shoal {
 
-class OpQueue;
+class QueuedWork;
+
+// Runs operations on threads that wait for them.
+class WorkRunner {
+ public:
+  virtual ~WorkRunner() = default;
+  // Runs operations on this thread until `work` is done, `deadline_ns` has passed or another thread runs them.
+  virtual void Help(QueuedWork& work, int64_t deadline_ns) = 0;
+};
 
 // What a handle asks of an operation, as Work says it. Thread-safe.
 struct Work::State {
@@ -27,7 +35,7 @@ class QueuedWork final : public Work::State {
  public:
   // The queue that runs the operation, so that a thread which waits for it can do so instead of waking another one. Weak: a
   // handle may outlive the communicator.
-  explicit QueuedWork(std::weak_ptr<OpQueue> queue) : queue_(std::move(queue)) {}
+  explicit QueuedWork(std::weak_ptr<WorkRunner> queue) : queue_(std::move(queue)) {}
 
   bool Done() override { return done_.load(std::memory_order_acquire); }
   absl::Status Await(absl::Time deadline) override;
@@ -37,7 +45,7 @@ class QueuedWork final : public Work::State {
   void Finish(const absl::Status& result);
 
  private:
-  const std::weak_ptr<OpQueue> queue_;
+  const std::weak_ptr<WorkRunner> queue_;
   std::atomic<bool> done_{false};  // Set under the mutex; status_ is final once it is true.
   Mutex mutex_;
   CondVar ended_;

@@ -1,0 +1,446 @@
+#include "collectives/engine/executor.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+constexpr uint64_t kTransferBit = uint64_t{1} << 63;
+// Tokens of collectives are instructions' indices; those of transfers count from here.
+constexpr uint64_t kFirstTransferToken = uint64_t{1} << 40;
+
+// Most operations are awaited as soon as they are issued: then the thread need not be woken for them. While the group is
+// in use it looks by itself, this often, for operations that nobody runs; having found one, it is woken for the next
+// ones at once.
+constexpr int64_t kLookNs = 2'000'000;
+constexpr int64_t kInUseNs = 50'000'000;
+constexpr int kUnawaitedAfter = 64;
+// Between two looks at operations that run elsewhere and that nobody awaits.
+constexpr int64_t kAttendNs = 50'000;
+// After so long an operation's members are told what this rank waits in.
+constexpr int64_t kProbeNs = 3'000'000;
+// How long a driver sleeps at most before it looks whether the peers it waits for have left.
+constexpr int64_t kWaitNs = 50'000'000;
+
+}  // namespace
+
+Executor::Executor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host)
+    : channel_(std::move(channel)), life_(std::move(life)), host_(host), deadline_ns_(kNeverNs) {
+  life_->AddSleeper(this);
+}
+
+Executor::~Executor() {
+  if (channel_ != nullptr) life_->RemoveSleeper(this);
+}
+
+void Executor::Wake() { channel_->Wake(); }
+
+Work Executor::Push(Op op) {
+  auto state = std::make_shared<QueuedWork>(weak_from_this());
+  op.state = state;
+  const bool is_transfer = op.kind == OpKind::kSend || op.kind == OpKind::kReceive;
+  bool notify = false, wake = false;
+  {
+    MutexLock lock(&mutex_);
+    op.seq = is_transfer ? ++transfers_issued_ : NextSeq();  // Transfers stand outside of the common order.
+    const int64_t deadline_ns = op.deadline_ns;
+    if (is_transfer) {
+      transfer_deadlines_.insert(deadline_ns);
+      ++open_transfers_;
+      issued_transfers_.push_back(std::move(op));
+      new_transfers_.store(true, std::memory_order_release);
+    } else {
+      queue_.push_back(std::move(op));
+    }
+    const bool closer = deadline_ns < deadline_ns_.load(std::memory_order_relaxed);
+    if (closer) deadline_ns_.store(deadline_ns, std::memory_order_relaxed);
+    // A driver looks for the next collective by itself, when it has ended the one before.
+    wake = driving_ && (is_transfer || closer);
+    if (!thread_.joinable()) thread_ = std::thread([this] { RunThread(); });
+    notify = !driving_ && (asleep_ || unawaited_ > 0);
+    if (unawaited_ > 0) --unawaited_;
+    pushed_ns_ = NowNs();
+  }
+  if (notify) changed_.NotifyAll();
+  if (wake) channel_->Wake();
+  return Work(std::move(state));
+}
+
+void Executor::Attend(std::function<bool()> poll) {
+  {
+    MutexLock lock(&mutex_);
+    attended_.push_back(std::move(poll));
+    if (!thread_.joinable()) thread_ = std::thread([this] { RunThread(); });
+  }
+  changed_.NotifyAll();
+}
+
+bool Executor::HasWork() const { return !queue_.empty() || open_transfers_ > 0; }
+
+void Executor::SetDeadline() {
+  int64_t earliest = transfer_deadlines_.empty() ? kNeverNs : *transfer_deadlines_.begin();
+  for (const Op& op : queue_) earliest = std::min(earliest, op.deadline_ns);
+  deadline_ns_.store(earliest, std::memory_order_relaxed);
+}
+
+bool Executor::Idle() {
+  MutexLock lock(&mutex_);
+  return !HasWork();
+}
+
+void Executor::Help(QueuedWork& work, int64_t deadline_ns) {
+  bool notify = false;
+  {
+    MutexLock lock(&mutex_);
+    if (driving_) {
+      somebody_waits_ = true;
+      return;
+    }
+    Drive([&work] { return work.Done(); }, deadline_ns);
+    // Operations are left for whoever awaits them, or for the thread, which finds them by itself soon.
+    notify = closing_ || (!driving_ && HasWork() && (asleep_ || somebody_waits_ || unawaited_ > 0));
+    if (!HasWork()) somebody_waits_ = false;
+  }
+  if (notify) changed_.NotifyAll();
+}
+
+void Executor::SleepUntilNeeded() {
+  const bool in_use = NowNs() - pushed_ns_ < kInUseNs;
+  if (in_use && !closing_) {
+    if (changed_.WaitUntil(&mutex_, SteadyTime(NowNs() + kLookNs))) return;
+    if (!driving_ && HasWork()) unawaited_ = kUnawaitedAfter;  // Nobody came for it.
+    return;
+  }
+  asleep_ = true;
+  changed_.Wait(&mutex_);
+  asleep_ = false;
+}
+
+void Executor::AttendOnce() {
+  std::vector<std::function<bool()>> attended;
+  attended.swap(attended_);
+  mutex_.Unlock();
+  attended.erase(std::remove_if(attended.begin(), attended.end(), [](const auto& poll) { return !poll(); }),
+                 attended.end());
+  mutex_.Lock();
+  attended_.insert(attended_.end(), attended.begin(), attended.end());
+  if (attended_.empty()) return;
+  const int64_t until_ns = NowNs() + kAttendNs;
+  if (!driving_ && HasWork()) {
+    Drive([] { return false; }, until_ns);
+  } else {
+    (void)changed_.WaitUntil(&mutex_, SteadyTime(until_ns));
+  }
+}
+
+void Executor::RunThread() {
+  MutexLock lock(&mutex_);
+  while (true) {
+    if (!attended_.empty()) {
+      AttendOnce();
+      continue;
+    }
+    if (driving_ || !HasWork()) {
+      if (closing_ && !driving_ && telling_ == 0 && !HasWork()) return;
+      SleepUntilNeeded();
+      continue;
+    }
+    Drive([] { return false; }, kNeverNs);
+  }
+}
+
+void Executor::Close() {
+  std::thread thread;
+  {
+    MutexLock lock(&mutex_);
+    closing_ = true;
+    thread = std::move(thread_);
+  }
+  changed_.NotifyAll();
+  if (thread.joinable()) thread.join();  // It leaves when nothing is queued, running or being told.
+  life_->RemoveSleeper(this);
+  channel_.reset();
+}
+
+// ---- The driver.
+
+template <class Until>
+void Executor::Drive(const Until& until, int64_t deadline_ns) {
+  driving_ = true;
+  while (!until() && HasWork()) {
+    mutex_.Unlock();
+    const bool advanced = Advance();
+    const bool late = !advanced && deadline_ns != kNeverNs && NowNs() >= deadline_ns;
+    if (!advanced && !late && ended_.empty()) {
+      CheckWaiting();
+      if (ended_.empty()) {
+        const int64_t wait_ns = front_ != nullptr && !probed_ ? kProbeNs : kWaitNs;
+        const int64_t until_ns =
+            std::min({deadline_ns, deadline_ns_.load(std::memory_order_relaxed), NowNs() + wait_ns});
+        (void)channel_->Wait(until_ns);  // The next Poll says the same.
+      }
+    }
+    mutex_.Lock();
+    if (!ended_.empty() && !TellEnded()) return;
+    if (late) break;
+  }
+  driving_ = false;
+}
+
+bool Executor::TellEnded() {
+  std::vector<Ended> ended;
+  ended.swap(ended_);
+  SetDeadline();
+  driving_ = false;
+  ++telling_;
+  mutex_.Unlock();
+  for (auto& [state, status] : ended) state->Finish(status);
+  ended.clear();
+  mutex_.Lock();
+  --telling_;
+  if (ended_.capacity() == 0) ended_.swap(ended);
+  if (driving_) return false;
+  driving_ = true;
+  return true;
+}
+
+bool Executor::Advance() {
+  AcceptNew();
+  if (failed_ || life_->Ended()) {
+    FailAll();
+    return true;
+  }
+  if (front_ == nullptr) StartFront();
+  bool did = front_ != nullptr && run_.Step();
+  events_.clear();
+  const absl::Status polled = channel_->Poll(&events_);
+  if (!polled.ok()) {
+    if (absl::IsFailedPrecondition(polled)) {
+      EndGroup(MismatchText(channel_->mismatch()));
+    } else {
+      EndGroup(std::string(polled.message()));
+    }
+    return true;
+  }
+  for (const Channel::Event& event : events_) {
+    if (event.token >= kFirstTransferToken) {
+      EndTransfer(event.token);
+    } else {
+      run_.OnEvent(event);
+    }
+    did = true;
+  }
+  if (front_ != nullptr && run_.Done()) {
+    FinishFront();
+    did = true;
+  }
+  return did;
+}
+
+void Executor::AcceptNew() {
+  if (!new_transfers_.load(std::memory_order_acquire)) return;
+  std::deque<Op> taken;
+  {
+    MutexLock lock(&mutex_);
+    taken.swap(issued_transfers_);
+    new_transfers_.store(false, std::memory_order_relaxed);
+  }
+  for (Op& op : taken) PostTransfer(std::move(op));
+}
+
+void Executor::PostTransfer(Op op) {
+  const bool sends = op.kind == OpKind::kSend;
+  const int member = op.root;
+  const uint64_t number = ++transfer_numbers_[{op.kind, member, op.tag}];
+  const MessageId id = {kTransferBit | number, op.tag, Signature(op)};
+  const uint64_t token = kFirstTransferToken + transfers_posted_++;
+  const Tensor& data = sends ? op.in : op.out;
+  auto* const bytes = static_cast<std::byte*>(data.raw());
+  const int64_t size = data.bytes();
+  transfers_.emplace(token, Transfer{std::move(op), id});
+  if (failed_ || life_->Ended()) return;
+  if (sends) {
+    channel_->Send(member, id, bytes, size, token);
+  } else {
+    channel_->Receive(member, id, bytes, size, token);
+  }
+}
+
+void Executor::StartFront() {
+  {
+    MutexLock lock(&mutex_);
+    if (queue_.empty()) return;
+    front_ = &queue_.front();
+  }
+  life_->note().Start(front_->kind, front_->label, front_->seq);
+  started_ns_ = NowNs();
+  probed_ = false;
+  prelude_ = host_->Prelude(*front_);
+  Op& op = prelude_ != nullptr ? *prelude_ : *front_;
+  // The group's own operations are numbered beside the others, by the one that they come before.
+  const uint64_t number = prelude_ != nullptr ? front_->seq | kTransferBit | kTransferBit >> 1 : front_->seq;
+  const absl::Status started = Start(op, number);
+  if (!started.ok()) EndGroup(absl::StrCat(host_->Name(life_->index()), ": ", OpName(op), ": ", AbslSv(std::string(started.message()))));
+}
+
+absl::Status Executor::Start(Op& op, uint64_t number) {
+  SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<const PreparedProgram> program, host_->Prepare(op));
+  Operands operands;
+  operands.in = static_cast<const std::byte*>(op.in.raw());
+  operands.out = static_cast<std::byte*>(op.out.raw());
+  operands.dtype = op.dtype;
+  operands.reduce = op.reduce;
+  operands.group_size = static_cast<int>(life_->ranks().size());
+  if (!op.chunks.empty()) {
+    operands.chunk_begins = Displacements(op.counts);
+    for (const Tensor& chunk : op.chunks) operands.chunks.push_back(static_cast<std::byte*>(chunk.raw()));
+  }
+  const int64_t scratch_bytes = program->ScratchBytes(operands.dtype);
+  if (scratch_bytes > 0) {
+    SHOAL_ASSIGN_OR_RETURN(operands.scratch, host_->Scratch(scratch_bytes));
+  }
+  run_.Start(std::move(program), std::move(operands), channel_.get(), {number, 0, Signature(op)}, /*base_token=*/0);
+  return absl::OkStatus();
+}
+
+void Executor::FinishFront() {
+  if (prelude_ != nullptr) {
+    prelude_ = nullptr;
+    host_->PreludeEnded();
+    started_ns_ = NowNs();
+    const absl::Status started = Start(*front_, front_->seq);
+    if (!started.ok()) EndGroup(absl::StrCat(OpName(*front_), ": ", AbslSv(std::string(started.message()))));
+    return;
+  }
+  channel_->Finish({front_->seq, 0, Signature(*front_)});
+  host_->Observe(*front_, NowNs() - started_ns_);
+  EndFront(absl::OkStatus());
+}
+
+void Executor::EndFront(const absl::Status& status) {
+  Op op;
+  {
+    MutexLock lock(&mutex_);
+    op = std::move(queue_.front());
+    queue_.pop_front();
+  }
+  front_ = prelude_ = nullptr;
+  life_->note().End();
+  ended_.emplace_back(std::move(op.state), Annotate(status, OpName(op)));
+  // Here its tensors are let go, before anybody is told, so that nobody finds them in use.
+}
+
+void Executor::EndTransfer(uint64_t token) {
+  const auto found = transfers_.find(token);
+  SHOAL_CHECK(found != transfers_.end()) << "token " << token;
+  Op op = std::move(found->second.op);
+  transfers_.erase(found);
+  {
+    MutexLock lock(&mutex_);
+    --open_transfers_;
+    transfer_deadlines_.erase(transfer_deadlines_.find(op.deadline_ns));
+  }
+  ended_.emplace_back(std::move(op.state), absl::OkStatus());
+}
+
+std::vector<int> Executor::Missing() const {
+  const std::vector<int> awaited = channel_->Awaited();
+  // Who has sent something for this operation is in it, and waits for somebody else.
+  std::vector<int> silent;
+  for (int member : awaited) {
+    if (front_ == nullptr || !run_.HeardFrom(member)) silent.push_back(member);
+  }
+  return silent.empty() ? awaited : silent;
+}
+
+std::string Executor::NameOfRunning() const {
+  if (front_ != nullptr) return OpName(*front_);
+  const Op* first = nullptr;
+  for (const auto& [token, transfer] : transfers_) {
+    if (first == nullptr || transfer.op.deadline_ns < first->deadline_ns) first = &transfer.op;
+  }
+  return first == nullptr ? "waiting" : OpName(*first);
+}
+
+void Executor::CheckWaiting() {
+  if (NowNs() >= deadline_ns_.load(std::memory_order_relaxed)) {
+    return EndGroup(absl::StrCat(NameOfRunning(), ": deadline passed: ", host_->Names(Missing()), " had not arrived"));
+  }
+  if (front_ != nullptr && !probed_ && NowNs() - started_ns_ >= kProbeNs) ProbeAwaited();
+  std::vector<int> left;
+  for (int member : channel_->Awaited()) {
+    if (host_->Left(member)) left.push_back(member);
+  }
+  if (left.empty()) return;
+  // What they did, they did before they said goodbye: look again.
+  if (Advance() || !ended_.empty()) return;
+  const std::vector<int> awaited = channel_->Awaited();
+  for (int member : left) {
+    if (std::find(awaited.begin(), awaited.end(), member) != awaited.end()) {
+      return EndGroup(absl::StrCat(host_->Name(member), " left"));
+    }
+  }
+}
+
+void Executor::ProbeAwaited() {
+  probed_ = true;
+  const MessageId id = {front_->seq, 0, Signature(*front_)};
+  if (prelude_ != nullptr) return;
+  for (int member : channel_->Awaited()) channel_->Probe(member, id);
+}
+
+std::string Executor::MismatchText(const Mismatch& mismatch) const {
+  const std::string own = host_->Name(life_->index()), peer = host_->Name(mismatch.member);
+  const bool transfer = (mismatch.theirs.op & kTransferBit) != 0;
+  if (transfer || mismatch.ours.signature == mismatch.theirs.signature) {
+    const std::string what = transfer ? absl::StrCat("message with tag ", mismatch.theirs.tag) : NameOfRunning();
+    return absl::StrCat(what, ": ", peer, " sends ", mismatch.their_bytes, " bytes to ", own, ", which expects ",
+                        mismatch.our_bytes);
+  }
+  std::string ours = absl::StrCat("past operation #", mismatch.ours.op);
+  if (front_ != nullptr && front_->seq == mismatch.ours.op) {
+    ours = OpName(*front_);
+  } else if (mismatch.ours.signature != 0) {
+    ours = absl::StrCat(KindNameOf(mismatch.ours.signature), " #", mismatch.ours.op);
+  }
+  return absl::StrCat(own, " is in ", ours, ", ", peer, " in ", KindNameOf(mismatch.theirs.signature), " #",
+                      mismatch.theirs.op, ": not the same operation, or with other arguments");
+}
+
+void Executor::EndGroup(const std::string& cause) {
+  (void)life_->End(cause);
+  FailAll();
+}
+
+void Executor::FailAll() {
+  failed_ = true;  // From now on the channel is left alone.
+  const absl::Status status = life_->status();
+  SHOAL_CHECK(!status.ok());
+  if (front_ != nullptr) EndFront(status);
+  while (true) {
+    Op op;
+    {
+      MutexLock lock(&mutex_);
+      if (queue_.empty()) break;
+      op = std::move(queue_.front());
+      queue_.pop_front();
+    }
+    ended_.emplace_back(std::move(op.state), Annotate(status, OpName(op)));
+  }
+  AcceptNew();
+  for (auto& [token, transfer] : transfers_) {
+    ended_.emplace_back(std::move(transfer.op.state), Annotate(status, OpName(transfer.op)));
+  }
+  transfers_.clear();
+  MutexLock lock(&mutex_);
+  open_transfers_ = issued_transfers_.size();
+  transfer_deadlines_.clear();
+  for (const Op& op : issued_transfers_) transfer_deadlines_.insert(op.deadline_ns);
+}
+
+}  // namespace shoal

@@ -1,0 +1,145 @@
+// Runs the operations of one group over its channel: collectives one after the other in the order of issue, sends and
+// receives all at once. They run on a thread that awaits one of them, or, when nobody does, on the executor's own thread
+// (started by the first operation): waking a sleeping thread costs 25 us, more than a small operation. Whoever runs moves
+// everybody's bytes. Thread-safe.
+#pragma once
+
+#include <atomic>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/statusor.h"
+#include "collectives/engine/group_life.h"
+#include "collectives/engine/op.h"
+#include "collectives/engine/program_run.h"
+#include "collectives/transport/channel.h"
+#include "runtime/base/mutex.h"
+
+namespace shoal {
+
+// What the executor asks of its group. Called on whatever thread runs operations, one call at a time.
+class ExecutorHost {
+ public:
+  virtual ~ExecutorHost() = default;
+  // For errors: "rank 2 (pid 71, host b)"; of several members also what they did last.
+  virtual std::string Name(int member) = 0;
+  virtual std::string Names(const std::vector<int>& members) = 0;
+  // The member said goodbye: what it has not done by now it never will.
+  virtual bool Left(int member) = 0;
+  // The program of an operation. The pointer stays the same for equal operations.
+  virtual absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Op& op) = 0;
+  // Memory for a run, which stays as it is until the next call. RESOURCE_EXHAUSTED: the system has too little.
+  virtual absl::StatusOr<std::byte*> Scratch(int64_t bytes) = 0;
+  // How long the operation took here, after it completed.
+  virtual void Observe(const Op& /*op*/, int64_t /*ns*/) {}
+  // An operation of the group's own that must run before `op`, on all ranks alike; null: none. Ended calls it back.
+  virtual Op* Prelude(const Op& /*op*/) { return nullptr; }
+  virtual void PreludeEnded() {}
+};
+
+class Executor final : public WorkRunner, public Sleeper, public std::enable_shared_from_this<Executor> {
+ public:
+  // Borrows `host` until Close().
+  Executor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host);
+  ~Executor() override;
+
+  // Numbers the operation (Op::seq) and queues it. Send and receive: matched by peer and tag, in the order of issue.
+  Work Push(Op op);
+  // A number for an operation that runs elsewhere, in the same order on all ranks.
+  uint64_t NextSeq() { return issued_.fetch_add(1, std::memory_order_relaxed) + 1; }
+  void Help(QueuedWork& work, int64_t deadline_ns) override;
+  // Has the executor's thread call `poll` until it returns false. Thread-safe, never blocks.
+  void Attend(std::function<bool()> poll);
+
+  bool Idle();
+  // Waits until no operation is left, then joins the thread and closes the channel. Call once, when the operations are
+  // bound to end and no more will come; handles may outlive it.
+  void Close();
+
+  // The group ended or a member left.
+  void Wake() override;
+
+ private:
+  using Ended = std::pair<std::shared_ptr<QueuedWork>, absl::Status>;
+
+  void RunThread();
+  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void SetDeadline() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AttendOnce() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void SleepUntilNeeded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Runs operations while this thread is the driver; returns when `until` is true, `deadline_ns` has passed, nothing is
+  // left, or, after callbacks ran, another thread drives.
+  template <class Until>
+  void Drive(const Until& until, int64_t deadline_ns) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Tells those who wait. Not the driver meanwhile: callbacks may await. True when this thread drives again.
+  bool TellEnded() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // Of the driver, without the lock.
+  bool Advance();            // True when something happened.
+  void AcceptNew();
+  void StartFront();
+  absl::Status Start(Op& op, uint64_t number);
+  void PostTransfer(Op op);
+  void FinishFront();
+  void EndFront(const absl::Status& status);
+  void EndTransfer(uint64_t token);
+  void CheckWaiting();       // Deadlines and peers that left.
+  void ProbeAwaited();
+  void EndGroup(const std::string& cause);
+  void FailAll();
+  std::string MismatchText(const Mismatch& mismatch) const;
+  std::string NameOfRunning() const;
+  std::vector<int> Missing() const;
+
+  std::unique_ptr<Channel> channel_;  // Null once closed.
+  const std::shared_ptr<GroupLife> life_;
+  ExecutorHost* const host_;
+  std::atomic<uint64_t> issued_{0};
+  std::atomic<int64_t> deadline_ns_;  // The earliest of all operations.
+  std::atomic<bool> new_transfers_{false};
+
+  // The driver's.
+  struct Transfer {
+    Op op;
+    MessageId id;
+  };
+  ProgramRun run_;
+  Op* front_ = nullptr;     // Runs; in queue_.
+  Op* prelude_ = nullptr;   // Runs before the front one.
+  bool failed_ = false;
+  int64_t started_ns_ = 0;
+  bool probed_ = false;  // The members that the front operation waits for.
+  absl::flat_hash_map<uint64_t, Transfer> transfers_;  // By token.
+  uint64_t transfers_posted_ = 0;
+  std::map<std::tuple<OpKind, int, uint32_t>, uint64_t> transfer_numbers_;  // By direction, member and tag.
+  std::vector<Channel::Event> events_;
+  std::vector<Ended> ended_;
+
+  Mutex mutex_;
+  CondVar changed_;
+  std::deque<Op> queue_ ABSL_GUARDED_BY(mutex_);          // Collectives. A deque's elements stay where they are.
+  std::deque<Op> issued_transfers_ ABSL_GUARDED_BY(mutex_);
+  std::multiset<int64_t> transfer_deadlines_ ABSL_GUARDED_BY(mutex_);
+  std::vector<std::function<bool()>> attended_ ABSL_GUARDED_BY(mutex_);
+  uint64_t transfers_issued_ ABSL_GUARDED_BY(mutex_) = 0;
+  size_t open_transfers_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool driving_ ABSL_GUARDED_BY(mutex_) = false;
+  int telling_ ABSL_GUARDED_BY(mutex_) = 0;  // Threads that run callbacks.
+  bool closing_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread thread_ ABSL_GUARDED_BY(mutex_);
+  // Whether the thread must be told of new operations, or finds them itself.
+  bool asleep_ ABSL_GUARDED_BY(mutex_) = false;
+  bool somebody_waits_ ABSL_GUARDED_BY(mutex_) = false;  // For an operation that another thread runs.
+  int unawaited_ ABSL_GUARDED_BY(mutex_) = 0;  // Operations to come for which the thread is woken at once.
+  int64_t pushed_ns_ ABSL_GUARDED_BY(mutex_) = 0;
+};
+
+}  // namespace shoal

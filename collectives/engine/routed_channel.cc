@@ -1,0 +1,83 @@
+#include "collectives/engine/routed_channel.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "collectives/transport/clock.h"
+
+namespace shoal {
+namespace {
+
+// While both are awaited each is waited for in turn, for so long: there is no call that sleeps on both.
+constexpr int64_t kTurnNs = 50'000;
+
+}  // namespace
+
+RoutedChannel::RoutedChannel(std::vector<bool> on_host, std::unique_ptr<Channel> host, std::unique_ptr<Channel> network)
+    : on_host_(std::move(on_host)) {
+  host_.channel = std::move(host);
+  network_.channel = std::move(network);
+}
+
+void RoutedChannel::Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
+  ++PartOf(member).open;
+  PartOf(member).channel->Send(member, id, data, bytes, token);
+}
+
+void RoutedChannel::Receive(int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token) {
+  ++PartOf(member).open;
+  PartOf(member).channel->Receive(member, id, into, bytes, token);
+}
+
+void RoutedChannel::ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) {
+  ++PartOf(member).open;
+  PartOf(member).channel->ReceiveView(member, id, bytes, token);
+}
+
+void RoutedChannel::Release(int member, MessageId id, const std::byte* view) {
+  PartOf(member).channel->Release(member, id, view);
+}
+
+void RoutedChannel::Finish(MessageId id) {
+  host_.channel->Finish(id);
+  network_.channel->Finish(id);
+}
+
+void RoutedChannel::Probe(int member, MessageId id) { PartOf(member).channel->Probe(member, id); }
+
+absl::Status RoutedChannel::PollPart(Part* part, std::vector<Event>* events) {
+  const size_t before = events->size();
+  const absl::Status status = part->channel->Poll(events);
+  part->open -= static_cast<int64_t>(events->size() - before);
+  if (!status.ok()) failed_ = part->channel.get();
+  return status;
+}
+
+absl::Status RoutedChannel::Poll(std::vector<Event>* events) {
+  const absl::Status status = PollPart(&host_, events);
+  return status.ok() ? PollPart(&network_, events) : status;
+}
+
+absl::Status RoutedChannel::Wait(int64_t until_ns) {
+  if (network_.open == 0) return host_.channel->Wait(until_ns);
+  if (host_.open == 0) return network_.channel->Wait(until_ns);
+  const absl::Status status = host_.channel->Wait(std::min(until_ns, NowNs() + kTurnNs));
+  return status.ok() ? network_.channel->Wait(std::min(until_ns, NowNs() + kTurnNs)) : status;
+}
+
+void RoutedChannel::Wake() {
+  host_.channel->Wake();
+  network_.channel->Wake();
+}
+
+std::vector<int> RoutedChannel::Awaited() const {
+  std::vector<int> all = host_.channel->Awaited();
+  const std::vector<int> others = network_.channel->Awaited();
+  all.insert(all.end(), others.begin(), others.end());
+  std::sort(all.begin(), all.end());
+  return all;
+}
+
+Mismatch RoutedChannel::mismatch() const { return failed_ == nullptr ? Mismatch{} : failed_->mismatch(); }
+
+}  // namespace shoal
