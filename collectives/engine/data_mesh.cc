@@ -421,6 +421,11 @@ void DataMesh::Finish(Port* port, MessageId id) {
   impl_->DetachFailed(port);
 }
 
+void DataMesh::Probe(Port* port, int member, MessageId id) {
+  MutexLock lock(&impl_->mutex);
+  port->Probe(port->life->ranks()[member], id);
+}
+
 absl::Status DataMesh::Poll(Port* port, std::vector<Channel::Event>* events) {
   MutexLock lock(&impl_->mutex);
   impl_->CheckPort(port);

@@ -40,6 +40,7 @@ class DataMesh {
   void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token, Into whose);
   void Release(Port* port, const std::byte* view);
   void Finish(Port* port, MessageId id);
+  void Probe(Port* port, int member, MessageId id);
   absl::Status Poll(Port* port, std::vector<Channel::Event>* events);
   absl::Status Wait(Port* port, int64_t until_ns);
   void Wake(Port* port);

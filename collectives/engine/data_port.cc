@@ -107,7 +107,8 @@ bool DataMesh::Port::AgreePosted(int rank, MessageId id, int64_t bytes) {
 bool DataMesh::Port::AgreeSeen(int rank, const DataHeader& header) {
   if ((header.op & kPairBit) != 0 || header.type == DataType::kCredit) return true;
   if (header.op <= finished_op) {
-    if (header.type == DataType::kSlice) return true;  // An error of its own.
+    // A slice is an error of its own; who probes may be behind.
+    if (header.type == DataType::kSlice || header.type == DataType::kProbe) return true;
     FailMismatch(rank, {finished_op, 0, 0}, 0, header);
     return false;
   }
@@ -141,6 +142,10 @@ void DataMesh::Port::Finish(MessageId id) {
       if (over(ready.op)) return FailMismatch(rank, id, 0, ready);
     }
   }
+}
+
+void DataMesh::Port::Probe(int rank, MessageId id) {
+  if (failure.ok()) Post(rank, NewHeader(DataType::kProbe, id, 0), nullptr);
 }
 
 // ---- The caller's side.
@@ -235,7 +240,7 @@ void DataMesh::Port::Release(const std::byte* view) {
 
 absl::StatusOr<std::byte*> DataMesh::Port::OnHeader(int rank, const DataHeader& header) {
   if (!failure.ok()) return nullptr;
-  if (!AgreeSeen(rank, header)) return nullptr;
+  if (!AgreeSeen(rank, header) || header.type == DataType::kProbe) return nullptr;
   Side& side = At(rank);
   if (header.type == DataType::kReady) return OnReady(rank, header);
   if (header.type == DataType::kCredit) {

@@ -57,6 +57,7 @@ struct DataMesh::Port {
   void Receive(int rank, MessageId id, std::byte* into, int64_t bytes, uint64_t token, Into whose);
   void Release(const std::byte* view);
   void Finish(MessageId id);
+  void Probe(int rank, MessageId id);
   bool Pending(int rank) const;
 
   // The network's side. An error: the rank sends what it must not.

@@ -16,6 +16,7 @@ void TcpChannel::ReceiveView(int member, MessageId id, int64_t bytes, uint64_t t
 }
 void TcpChannel::Release(int, MessageId, const std::byte* view) { mesh_->Release(port_, view); }
 void TcpChannel::Finish(MessageId id) { mesh_->Finish(port_, id); }
+void TcpChannel::Probe(int member, MessageId id) { mesh_->Probe(port_, member, id); }
 absl::Status TcpChannel::Poll(std::vector<Event>* events) { return mesh_->Poll(port_, events); }
 absl::Status TcpChannel::Wait(int64_t until_ns) { return mesh_->Wait(port_, until_ns); }
 void TcpChannel::Wake() { mesh_->Wake(port_); }

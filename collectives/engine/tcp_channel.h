@@ -27,6 +27,7 @@ class TcpChannel final : public Channel {
   void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) override;
   void Release(int member, MessageId id, const std::byte* view) override;
   void Finish(MessageId id) override;
+  void Probe(int member, MessageId id) override;
   absl::Status Poll(std::vector<Event>* events) override;
   absl::Status Wait(int64_t until_ns) override;
   void Wake() override;

@@ -21,6 +21,7 @@ constexpr uint32_t kFirstBodyMax = 1 << 20;  // Of the first frame after it.
 constexpr uint32_t kBodyMax = 16 << 20;
 constexpr size_t kGuestsMax = 1024;
 constexpr int64_t kPatienceNs = 5'000'000'000;  // For a proof and a frame.
+constexpr int64_t kClosedNs = 50'000'000;
 constexpr double kLogBurst = 20, kLogsPerSecond = 1;
 
 struct Header {
@@ -76,6 +77,10 @@ Frame FrameReader::TakeFrame() {
 // ---- The door.
 
 void Greeter::Refused(const Guest& guest, std::string_view reason) {
+  Log(absl::StrCat("refused ", guest.address.ToString(), ": ", AbslSv(reason)));
+}
+
+void Greeter::Log(const std::string& line) {
   const int64_t now_ns = NowNs();
   log_budget_ = std::min(kLogBurst, log_budget_ + (now_ns - logged_ns_) * 1e-9 * kLogsPerSecond);
   logged_ns_ = now_ns;
@@ -86,7 +91,7 @@ void Greeter::Refused(const Guest& guest, std::string_view reason) {
   log_budget_ -= 1;
   const std::string more = unlogged_ == 0 ? "" : absl::StrCat(" (and ", unlogged_, " others since the last such line)");
   unlogged_ = 0;
-  SHOAL_LOG(kWarning) << "refused " << guest.address.ToString() << ": " << reason << more;
+  SHOAL_LOG(kWarning) << line << more;
 }
 
 void Greeter::Admit(Fd socket) {
@@ -110,6 +115,11 @@ absl::Status Greeter::AcceptAll() {
         Refused(*guests_.front(), "no descriptors left, and it came first");
         guests_.pop_front();
         continue;
+      }
+      if (absl::IsResourceExhausted(socket.status())) {
+        Log(absl::StrCat("nobody is let in for now: ", socket.status().message()));
+        closed_until_ns_ = NowNs() + kClosedNs;
+        return absl::OkStatus();
       }
       SHOAL_RETURN_IF_ERROR(socket.status());
       if (!socket->valid()) break;
@@ -167,9 +177,11 @@ absl::StatusOr<Greeter::Event> Greeter::Next(const std::vector<int>& watched, in
   while (true) {
     std::vector<pollfd> entries;
     for (int fd : watched) entries.push_back({fd, POLLIN, 0});
-    for (int fd : listeners_) entries.push_back({fd, POLLIN, 0});
+    const bool closed = NowNs() < closed_until_ns_;
+    for (int fd : listeners_) entries.push_back({closed ? -1 : fd, POLLIN, 0});
     for (const auto& guest : guests_) entries.push_back({guest->socket.get(), POLLIN, 0});
-    const int64_t late_ns = guests_.empty() ? kNeverNs : guests_.front()->deadline_ns;
+    int64_t late_ns = guests_.empty() ? kNeverNs : guests_.front()->deadline_ns;
+    if (closed) late_ns = std::min(late_ns, closed_until_ns_);
     const int ready = poll(entries.data(), entries.size(), PollTimeoutMs(std::min(deadline_ns, late_ns)));
     DropLate();
     if (ready <= 0) {
@@ -191,7 +203,7 @@ absl::StatusOr<Greeter::Event> Greeter::Next(const std::vector<int>& watched, in
       event.frame = guest->frame.TakeFrame();
       return event;
     }
-    SHOAL_RETURN_IF_ERROR(AcceptAll());
+    if (!closed) SHOAL_RETURN_IF_ERROR(AcceptAll());
   }
 }
 

@@ -22,9 +22,8 @@ enum class FrameType : uint32_t {
   kRefused = 3,    // Rank 0: not of this job. The dialler may try again.
   kFailed = 4,     // Rank 0: the job cannot form (status code, text).
   kTable = 5,      // Rank 0: all ranks.
-  kHost = 6,       // Rank to rank 0: with which rank I share memory.
-  kHosts = 7,      // Rank 0: all answers.
-  kPeerHello = 8,  // Higher rank to lower: this connection is ours.
+  kPeerHello = 8,  // Higher rank to lower: this connection is ours (mesh.h).
+  kMember = 9,     // Member to coordinator: messages follow (message_link.h).
 };
 
 struct Frame {
@@ -69,7 +68,7 @@ class Greeter {
     Frame frame;
     int readable = -1;  // Otherwise the watched descriptor that has something to read.
   };
-  // Blocks. DEADLINE_EXCEEDED. `watched` are descriptors to wait for as well.
+  // Blocks. DEADLINE_EXCEEDED. Without descriptors strangers wait outside. `watched` are descriptors to wait for as well.
   absl::StatusOr<Event> Next(const std::vector<int>& watched, int64_t deadline_ns);
 
  private:
@@ -88,6 +87,7 @@ class Greeter {
   Progress ReadSome(Guest* guest);
   absl::Status Take(Guest* guest, std::string_view bytes);
   void DropLate();
+  void Log(const std::string& line);
   void Refused(const Guest& guest, std::string_view reason);
 
   std::vector<int> listeners_;
@@ -97,6 +97,7 @@ class Greeter {
   double log_budget_ = 20;
   int64_t logged_ns_ = 0;
   int64_t unlogged_ = 0;
+  int64_t closed_until_ns_ = 0;  // No descriptors are left: nobody is let in before then.
 };
 
 }  // namespace shoal

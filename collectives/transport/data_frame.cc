@@ -26,6 +26,7 @@ absl::Status ParseDataHeader(const std::byte* bytes, uint64_t epoch, DataHeader*
       break;
     case DataType::kReady:
     case DataType::kCredit:
+    case DataType::kProbe:
       sane = payload == 0 && header->offset == 0;
       break;
   }

@@ -19,6 +19,7 @@ enum class DataType : uint8_t {
   kSlice = 3,     // Part of a message that was asked for.
   kAnnounce = 4,  // A small message beyond the window: waits for kReady.
   kCredit = 5,    // To the sender of small messages: `total` bytes of the group's window are free again.
+  kProbe = 6,     // Tells in which operation the sender is.
 };
 
 struct DataHeader {

@@ -224,18 +224,22 @@ Handshake::Nonce FreshNonce() {
   return nonce;
 }
 
-absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials, int64_t deadline_ns) {
-  SHOAL_ASSIGN_OR_RETURN(Fd fd, Dial(address, deadline_ns));
-  const std::string where = absl::StrCat("dial ", address.ToString());
+absl::Status Authenticate(int fd, const Credentials& credentials, int64_t deadline_ns) {
   Handshake handshake = Handshake::Dialler(credentials, FreshNonce());
   while (true) {
     const std::string output = handshake.TakeOutput();
-    SHOAL_RETURN_IF_ERROR(SendAll(fd.get(), output.data(), output.size(), deadline_ns), where);
-    if (handshake.Done()) return fd;
+    SHOAL_RETURN_IF_ERROR(SendAll(fd, output.data(), output.size(), deadline_ns));
+    if (handshake.Done()) return absl::OkStatus();
     std::string input(handshake.Wanted(), '\0');
-    SHOAL_RETURN_IF_ERROR(ReceiveAll(fd.get(), input.data(), input.size(), deadline_ns), where);
-    SHOAL_RETURN_IF_ERROR(handshake.Take(input), where);
+    SHOAL_RETURN_IF_ERROR(ReceiveAll(fd, input.data(), input.size(), deadline_ns));
+    SHOAL_RETURN_IF_ERROR(handshake.Take(input));
   }
+}
+
+absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials, int64_t deadline_ns) {
+  SHOAL_ASSIGN_OR_RETURN(Fd fd, Dial(address, deadline_ns));
+  SHOAL_RETURN_IF_ERROR(Authenticate(fd.get(), credentials, deadline_ns), "dial ", address.ToString());
+  return fd;
 }
 
 }  // namespace shoal

@@ -74,8 +74,11 @@ class Handshake {
 // From the system's generator. CHECKs that there is one.
 Handshake::Nonce FreshNonce();
 
-// One attempt to connect and to prove both ends. Blocks until `deadline_ns` (NowNs()). Errors as Dial and Handshake::Take
-// name the address; UNAVAILABLE also: the acceptor closed before it answered.
+// The dialler's part on a connection. Blocks until `deadline_ns` (NowNs()). Errors as Handshake::Take; UNAVAILABLE: the
+// acceptor closed before it answered; DEADLINE_EXCEEDED.
+absl::Status Authenticate(int fd, const Credentials& credentials, int64_t deadline_ns);
+
+// One attempt to connect and to prove both ends. Blocks. Errors as Dial and Authenticate, with the address.
 absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials, int64_t deadline_ns);
 
 }  // namespace shoal
