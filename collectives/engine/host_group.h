@@ -23,7 +23,7 @@ constexpr int kHostRanksMax = 256;  // Of one group on one host.
 struct GroupPage;  // The layout of a member's segment: engine/group_page.h.
 
 // Members are counted by seat here: their position among the members on this host.
-class HostGroup {
+class HostGroup final : public Sleeper {
  public:
   // `members`: the indices in the group of those on this host, ascending, this process among them. Waits for
   // the others, until `deadline_ns`. DEADLINE_EXCEEDED names who did not come; RESOURCE_EXHAUSTED: too little
@@ -31,12 +31,12 @@ class HostGroup {
   static absl::StatusOr<std::shared_ptr<HostGroup>> Create(std::shared_ptr<SharedMemory> memory,
                                                            std::shared_ptr<GroupLife> life,
                                                            std::vector<int> members, int64_t deadline_ns);
-  ~HostGroup();
+  ~HostGroup() override;
 
-  // The group is over. Call it before any Work of the group ends: from then on no peer trusts what it read in
-  // this process's buffers, nor waits for it. Wakes who sleeps, here and in the peers. Thread-safe, never
-  // blocks.
-  void End(const std::string& cause);
+  // The group is over: from now on no peer trusts what it read in this process's buffers, nor waits for it.
+  // Wakes who sleeps in the peers.
+  void Fence(const std::string& cause) override;
+  void Wake() override { RingOwn(); }
 
   int seats() const { return static_cast<int>(members_.size()); }
   int own_seat() const { return own_; }
@@ -50,6 +50,9 @@ class HostGroup {
 
   // OK, or ABORTED because the group ended here or in a peer (which ends it here too).
   absl::Status CheckAlive();
+  // Of one peer: OK if what this thread has read in the peer's memory before the call is what the peer meant
+  // to be read.
+  absl::Status CheckPeer(int seat);
 
   // Sleeping. A thread that is about to sleep announces it, looks once more, and sleeps; peers ring after
   // they wrote.
@@ -64,13 +67,15 @@ class HostGroup {
  private:
   HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<GroupLife> life, std::vector<int> members);
   absl::Status FindPeers(int64_t deadline_ns);
+  bool FindPeer(int seat);
 
   const std::shared_ptr<SharedMemory> memory_;
   const std::shared_ptr<GroupLife> life_;
   const std::vector<int> members_;
   int own_ = 0;
   bool crowded_ = false;
-  std::vector<std::shared_ptr<Segment>> segments_;  // By seat.
+  bool joined_ = false;
+  std::vector<std::shared_ptr<const Segment>> segments_;  // By seat.
   std::vector<GroupPage*> pages_;
 };
 

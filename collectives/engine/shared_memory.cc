@@ -165,6 +165,7 @@ absl::Status SharedMemory::AddPeerSegment(int rank, uint64_t id, int64_t bytes, 
   {
     MutexLock lock(&mutex_);
     peers_[rank][id] = std::move(segment);
+    ranks_on_host_.insert(rank);
   }
   announced_.NotifyAll();
   return absl::OkStatus();
@@ -195,6 +196,11 @@ absl::StatusOr<std::byte*> SharedMemory::FindPeer(int rank, Place place, int64_t
     return absl::OutOfRangeError(absl::StrCat("rank ", rank, " points past the end of its shared memory"));
   }
   return segment->base() + place.offset;
+}
+
+int SharedMemory::RanksOnHost() {
+  MutexLock lock(&mutex_);
+  return static_cast<int>(ranks_on_host_.size()) + 1;
 }
 
 void SharedMemory::AwaitAnnouncement() {

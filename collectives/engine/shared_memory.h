@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <set>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
@@ -59,6 +60,8 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
   void RemovePeerSegment(int rank, uint64_t id);
   // Null while the peer's announcement has not arrived (it was sent before the peer used the memory).
   std::shared_ptr<const Segment> FindPeerSegment(int rank, uint64_t id);
+  // The ranks that have announced memory, and this one.
+  int RanksOnHost();
   // Counts the peers' segments that are gone: who keeps some looks now and then. Cheap.
   uint64_t Removed() const { return removed_.load(std::memory_order_acquire); }
   // OUT_OF_RANGE: the segment is smaller.
@@ -78,6 +81,7 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
   CondVar announced_;
   bool fenced_ ABSL_GUARDED_BY(mutex_) = false;
   std::atomic<uint64_t> removed_{0};
+  std::set<int> ranks_on_host_ ABSL_GUARDED_BY(mutex_);
   std::vector<absl::flat_hash_map<uint64_t, std::shared_ptr<Segment>>> peers_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -1,0 +1,194 @@
+#include "collectives/engine/host_group.h"
+
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstring>
+
+#include "absl/strings/str_join.h"
+#include "collectives/engine/group_page.h"
+#include "collectives/transport/clock.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+// Whatever should have rung: look again after this.
+constexpr int64_t kSleepNs = 50'000'000;
+constexpr int kYields = 200;
+
+void FutexWait(std::atomic<uint32_t>* word, uint32_t seen, int64_t ns) {
+  const timespec timeout = {ns / 1'000'000'000, ns % 1'000'000'000};
+  (void)syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAIT, seen, &timeout, nullptr, 0);
+}
+
+void FutexWakeAll(std::atomic<uint32_t>* word) {
+  (void)syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Whether ranks must share cores. `on_host`: of the whole job. Ranks that a launcher bound to cores of their
+// own have small sets; others have all cores in common.
+bool Crowded(const std::vector<GroupPage*>& pages, const GroupPage& own, int on_host) {
+  cpu_set_t all;
+  CPU_ZERO(&all);
+  for (const GroupPage* page : pages) CPU_OR(&all, &all, &page->cores);
+  if (CPU_COUNT(&all) < static_cast<int>(pages.size())) return true;
+  const int cores = CPU_COUNT(&own.cores);
+  return cores > 1 && on_host > cores;
+}
+
+}  // namespace
+
+HostGroup::HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<GroupLife> life,
+                     std::vector<int> members)
+    : memory_(std::move(memory)),
+      life_(std::move(life)),
+      members_(std::move(members)),
+      own_(SeatOf(life_->index())),
+      segments_(members_.size()),
+      pages_(members_.size(), nullptr) {}
+
+absl::StatusOr<std::shared_ptr<HostGroup>> HostGroup::Create(std::shared_ptr<SharedMemory> memory,
+                                                             std::shared_ptr<GroupLife> life,
+                                                             std::vector<int> members, int64_t deadline_ns) {
+  if (members.size() > kHostRanksMax) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(members.size(), " ranks on one host, ", kHostRanksMax, " at most"));
+  }
+  std::shared_ptr<HostGroup> group(new HostGroup(std::move(memory), std::move(life), std::move(members)));
+  SHOAL_ASSIGN_OR_RETURN(
+      std::shared_ptr<Segment> segment,
+      group->memory_->NewGroupSegment(group->life_->key(), GroupLayout(group->seats()).bytes()),
+      "memory of a group");
+  auto* page = new (segment->base()) GroupPage;  // Of zeroed memory.
+  page->seats = group->seats();
+  CPU_ZERO(&page->cores);
+  if (sched_getaffinity(0, sizeof page->cores, &page->cores) != 0) CPU_SET(0, &page->cores);
+  page->ready.store(1, std::memory_order_release);
+  group->pages_[group->own_] = page;
+  group->segments_[group->own_] = std::move(segment);
+  SHOAL_RETURN_IF_ERROR(group->FindPeers(deadline_ns));
+  group->joined_ = true;
+  group->life_->AddSleeper(group.get());
+  group->crowded_ = Crowded(group->pages_, *page, group->memory_->RanksOnHost());
+  return group;
+}
+
+HostGroup::~HostGroup() {
+  if (joined_) life_->RemoveSleeper(this);
+}
+
+int HostGroup::SeatOf(int member) const {
+  const auto found = std::lower_bound(members_.begin(), members_.end(), member);
+  return found != members_.end() && *found == member ? static_cast<int>(found - members_.begin()) : -1;
+}
+
+bool HostGroup::FindPeer(int seat) {
+  if (pages_[seat] != nullptr) return true;
+  std::shared_ptr<const Segment> segment =
+      memory_->FindPeerSegment(life_->ranks()[members_[seat]], SharedMemory::GroupSegmentId(life_->key()));
+  if (segment == nullptr || segment->bytes() < GroupLayout(seats()).bytes()) return false;
+  auto* page = reinterpret_cast<GroupPage*>(segment->base());
+  if (page->ready.load(std::memory_order_acquire) == 0) return false;
+  segments_[seat] = std::move(segment);
+  pages_[seat] = page;
+  return true;
+}
+
+// Two rounds: find everybody, then wait until everybody has, because who is done with a group takes its
+// memory away.
+absl::Status HostGroup::FindPeers(int64_t deadline_ns) {
+  bool attached = false;
+  for (int round = 0;; ++round) {
+    std::vector<int> missing;
+    for (int seat = 0; seat < seats(); ++seat) {
+      const bool here =
+          FindPeer(seat) && (!attached || pages_[seat]->attached.load(std::memory_order_acquire) != 0);
+      if (!here) missing.push_back(life_->ranks()[members_[seat]]);
+    }
+    if (missing.empty() && attached) return absl::OkStatus();
+    if (missing.empty()) {
+      attached = true;
+      pages_[own_]->attached.store(1, std::memory_order_release);
+      continue;
+    }
+    if (life_->Ended()) return life_->status();
+    if (NowNs() >= deadline_ns) {
+      return absl::DeadlineExceededError(
+          absl::StrCat("forming a group: rank ", absl::StrJoin(missing, ", "), " had not arrived"));
+    }
+    if (round < kYields) {
+      sched_yield();
+    } else {
+      memory_->AwaitAnnouncement();
+    }
+  }
+}
+
+void HostGroup::Fence(const std::string& cause) {
+  GroupPage& own = page(own_);
+  const size_t length = std::min(cause.size(), sizeof own.cause - 1);
+  std::memcpy(own.cause, cause.data(), length);
+  own.cause[length] = 0;
+  own.ended.store(1, std::memory_order_seq_cst);
+  OrderBeforeRing();
+  for (int seat = 0; seat < seats(); ++seat) {
+    if (seat != own_) RingIfAsleep(seat);
+  }
+}
+
+absl::Status HostGroup::CheckAlive() {
+  if (life_->Ended()) return life_->status();
+  for (int seat = 0; seat < seats(); ++seat) {
+    if (seat != own_) SHOAL_RETURN_IF_ERROR(CheckPeer(seat));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status HostGroup::CheckPeer(int seat) {
+  // What was loaded before counts as read before the owner ended, or is not trusted.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  const GroupPage& peer = page(seat);
+  if (__builtin_expect(peer.ended.load(std::memory_order_acquire) == 0, 1)) return absl::OkStatus();
+  // The news is also on its way through the control links; this is the same cause.
+  const std::string cause(peer.cause, strnlen(peer.cause, sizeof peer.cause));
+  const absl::Status status = life_->End(
+      cause.empty() ? absl::StrCat("rank ", life_->ranks()[members_[seat]], " ended the group") : cause);
+  return status.ok() ? absl::AbortedError(cause) : status;
+}
+
+// ---- Sleeping.
+
+uint32_t HostGroup::PrepareSleep() {
+  GroupPage& own = page(own_);
+  own.asleep.fetch_add(1, std::memory_order_seq_cst);
+  OrderBeforeRing();
+  return own.doorbell.load(std::memory_order_seq_cst);
+}
+
+void HostGroup::Sleep(uint32_t seen, int64_t until_ns) {
+  const int64_t left = std::min(until_ns - NowNs(), kSleepNs);
+  if (left > 0) FutexWait(&page(own_).doorbell, seen, left);
+  CancelSleep();
+}
+
+void HostGroup::CancelSleep() { page(own_).asleep.fetch_sub(1, std::memory_order_relaxed); }
+
+void HostGroup::OrderBeforeRing() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+void HostGroup::RingOwn() {
+  OrderBeforeRing();
+  RingIfAsleep(own_);
+}
+
+void HostGroup::RingIfAsleep(int seat) {
+  GroupPage& peer = page(seat);
+  if (__builtin_expect(peer.asleep.load(std::memory_order_seq_cst) == 0, 1)) return;
+  peer.doorbell.fetch_add(1, std::memory_order_seq_cst);
+  FutexWakeAll(&peer.doorbell);
+}
+
+}  // namespace shoal

@@ -1,0 +1,148 @@
+// The sending half of ShmChannel.
+#include <algorithm>
+#include <cstring>
+
+#include "collectives/engine/shm_channel_state.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+
+using namespace shm;
+
+// Whether the message lies in memory that the peers have; fills in where.
+bool ShmChannel::State::IsShared(const Outgoing& message, Record* record) {
+  if (const uint64_t now = SharedMemory::Forgotten(); now != forgotten) {
+    forgotten = now;
+    last_extent = {};
+  }
+  const auto inside = [&] {
+    return message.data >= last_extent.base &&
+           message.data + message.bytes <= last_extent.base + last_extent.bytes;
+  };
+  if (!inside()) last_extent = SharedMemory::Surrounding(message.data, message.bytes);
+  if (last_extent.base == nullptr) return false;
+  record->SetPlace(last_extent.segment, message.data - last_extent.base);
+  return true;
+}
+
+bool ShmChannel::State::HaveStaging() {
+  if (staging != nullptr) return true;
+  absl::StatusOr<std::shared_ptr<Segment>> memory =
+      group->memory().NewSegment(kFragmentBytes * kStagingSlots);
+  if (!memory.ok()) {
+    Fail(Annotate(memory.status(), "memory to send from"));
+    return false;
+  }
+  staging = *std::move(memory);
+  for (int slot = 0; slot < kStagingSlots; ++slot) free_slots.push_back(slot);
+  return true;
+}
+
+uint32_t ShmChannel::State::Ask(Peer& peer, Request request) {
+  const uint32_t number = peer.questions.Ask();
+  if (number >= peer.requests.size()) peer.requests.resize(number + 1);
+  peer.requests[number] = std::move(request);
+  return number;
+}
+
+Record ShmChannel::State::Describe(const Outgoing& message, RecordKind kind) {
+  Record record{};
+  record.kind = kind;
+  record.op = message.id.op;
+  record.tag = message.id.tag;
+  record.signature = message.id.signature;
+  record.bytes = message.bytes;
+  return record;
+}
+
+// Writes what the peer needs to know of a new message. False: there is no room.
+bool ShmChannel::State::Start(Peer& peer, Outgoing message) {
+  if (message.bytes <= Record::kInlineMax) {
+    if (!peer.out.Fits(message.bytes)) return false;
+    peer.out.Write(Describe(message, RecordKind::kInline), message.data, message.bytes);
+    peer.written = true;
+    ended.push_back({message.token, nullptr});
+    return true;
+  }
+  if (!peer.out.Fits(0) || peer.questions.Full()) return false;
+  Record record = Describe(message, RecordKind::kDirect);
+  if (IsShared(message, &record)) {
+    record.request = Ask(peer, {Request::Kind::kDirect, 0, message});
+  } else {
+    if (!HaveStaging()) return true;  // The channel has failed.
+    if (message.bytes <= kFragmentBytes && free_slots.size() > kReservedSlots) {
+      return WriteFragment(peer, &message, /*eager=*/true);
+    }
+    record.kind = RecordKind::kOffer;
+    record.request = Ask(peer, {Request::Kind::kOffer, 0, message});
+  }
+  peer.out.Write(record, nullptr, 0);
+  peer.written = true;
+  return true;
+}
+
+// There is a free slot. False: there is no room in the ring.
+bool ShmChannel::State::WriteFragment(Peer& peer, Outgoing* message, bool eager) {
+  if (!peer.out.Fits(0) || peer.questions.Full()) return false;
+  const int slot = free_slots.back();
+  free_slots.pop_back();
+  const int64_t bytes = std::min(kFragmentBytes, message->bytes - message->staged);
+  std::memcpy(staging->base() + slot * kFragmentBytes, message->data + message->staged, bytes);
+  message->staged += bytes;
+  Record record = Describe(*message, RecordKind::kStaged);
+  record.eager = eager;
+  record.request = Ask(peer, {Request::Kind::kFragment, slot, *message});
+  record.SetPlace(staging->id(), slot * kFragmentBytes);
+  peer.out.Write(record, nullptr, 0);
+  peer.written = true;
+  return true;
+}
+
+void ShmChannel::State::StageGranted() {
+  while (!granted.empty() && !free_slots.empty()) {
+    auto& [seat, message] = granted.front();
+    if (!WriteFragment(*peers[seat], &message, /*eager=*/false)) return;
+    if (message.staged == message.bytes) granted.pop_front();
+  }
+}
+
+void ShmChannel::State::CollectAnswers(Peer& peer) {
+  peer.questions.Collect([&](uint32_t number, Answer answer) {
+    Request& request = peer.requests[number];
+    switch (request.kind) {
+      case Request::Kind::kDirect:
+        ended.push_back({request.message.token, nullptr});
+        break;
+      case Request::Kind::kOffer:
+        granted.emplace_back(peer.seat, request.message);
+        break;
+      case Request::Kind::kFragment:
+        free_slots.push_back(request.slot);
+        // Fragments are taken in order. Not before the last one: the staging memory is this rank's as well.
+        if (request.message.staged == request.message.bytes)
+          ended.push_back({request.message.token, nullptr});
+        break;
+      case Request::Kind::kNone:
+        break;
+    }
+    const bool asked_for_go = request.kind == Request::Kind::kOffer;
+    if (request.kind == Request::Kind::kNone || asked_for_go != (answer == Answer::kGo)) {
+      FailNonsense(peer, "an answer to no question");
+    }
+    request.kind = Request::Kind::kNone;
+  });
+}
+
+void ShmChannel::State::RingBells() {
+  bool any = false;
+  for (const auto& peer : peers) any = any || (peer != nullptr && peer->written);
+  if (!any) return;
+  HostGroup::OrderBeforeRing();
+  for (const auto& peer : peers) {
+    if (peer == nullptr || !peer->written) continue;
+    peer->written = false;
+    group->RingIfAsleep(peer->seat);
+  }
+}
+
+}  // namespace shoal
