@@ -12,7 +12,9 @@ namespace shoal {
 namespace {
 
 constexpr size_t kBufferBytes = 64 << 10;
-constexpr size_t kDirectBytes = 16 << 10;  // From here on, payload is read straight to where it belongs.
+// What is read without knowing whose it is; more where many small messages come. What large ones have in it is copied twice.
+constexpr size_t kAheadBytes = 4 << 10;
+constexpr size_t kDirectBytes = 4 << 10;  // From here on, payload is read straight to where it belongs.
 
 absl::Status Gone(const char* what) {
   return absl::UnavailableError(absl::StrCat("data connection: ", what, ": ", std::strerror(errno)));
@@ -20,7 +22,7 @@ absl::Status Gone(const char* what) {
 
 }  // namespace
 
-DataFlow::DataFlow(Fd socket, uint64_t epoch) : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes) {}
+DataFlow::DataFlow(Fd socket, uint64_t epoch) : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes), ahead_(kAheadBytes) {}
 
 void DataFlow::Close() {
   if (!socket_.valid()) return;
@@ -136,7 +138,7 @@ absl::StatusOr<DataFlow::Progress> DataFlow::Read(Sink* sink, int64_t budget, in
     const bool direct = in_payload_ && target_ != nullptr && payload_left_ >= kDirectBytes;
     // Behind a large payload only the next header is read ahead: what follows it is large as well, and is not copied twice.
     iovec parts[2] = {{target_, payload_left_}, {buffer_.data() + end_, sizeof(DataHeader)}};
-    if (!direct) parts[1].iov_len = buffer_.size() - end_;
+    if (!direct) parts[1].iov_len = std::min(ahead_, buffer_.size()) - end_;
     msghdr message = {};
     message.msg_iov = direct ? parts : parts + 1;
     message.msg_iovlen = direct ? 2 : 1;
@@ -152,6 +154,9 @@ absl::StatusOr<DataFlow::Progress> DataFlow::Read(Sink* sink, int64_t budget, in
     if (straight > 0) TakePayload(sink, straight);
     end_ += got - straight;
     SHOAL_RETURN_IF_ERROR(Consume(sink));
+    const bool large = in_payload_ && payload_left_ >= kDirectBytes;
+    if (large) ahead_ = kAheadBytes;
+    if (!direct && !large && static_cast<size_t>(got) == room) ahead_ = std::min(2 * ahead_, kBufferBytes);
     // A short read has emptied the socket: what comes now announces itself.
     if (static_cast<size_t>(got) < room) return Progress::kNothingMore;
   }

@@ -55,7 +55,7 @@ class DataFlow {
 
  private:
   static constexpr size_t kFramesMax = 16;
-  static constexpr int64_t kQueuedBytesMax = 256 << 10;
+  static constexpr int64_t kQueuedBytesMax = 1 << 20;
 
   void EndFrames(Sink* sink, size_t sent);
   absl::Status Consume(Sink* sink);
@@ -70,6 +70,7 @@ class DataFlow {
 
   std::vector<std::byte> buffer_;  // Read ahead of the frame at hand.
   size_t begin_ = 0, end_ = 0;
+  size_t ahead_;  // How much of it is used.
   bool in_payload_ = false;
   DataHeader in_ = {};
   std::byte* target_ = nullptr;  // Null: the payload is skipped.

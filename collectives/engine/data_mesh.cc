@@ -65,6 +65,7 @@ struct DataMesh::Impl {
 
   // Move what can be moved now; true when something was.
   bool Pump();
+  void EmptyOutboxes(int64_t* moved);
   void PumpOut(int rank, int64_t* moved);
   bool NextFrame(int rank, DataFlow::Frame* frame);
   void ReadFlow(Flow* flow, int64_t* moved);
@@ -264,14 +265,18 @@ void DataMesh::Impl::HandleReady(const epoll_event* ready, int count, int64_t* m
   }
 }
 
-bool DataMesh::Impl::Pump() {
-  int64_t moved = 0;
+void DataMesh::Impl::EmptyOutboxes(int64_t* moved) {
   while (!shared.dirty.empty()) {
     const int rank = shared.dirty.back();
     shared.dirty.pop_back();
     shared.outboxes[rank].listed = false;
-    PumpOut(rank, &moved);
+    PumpOut(rank, moved);
   }
+}
+
+bool DataMesh::Impl::Pump() {
+  int64_t moved = 0;
+  EmptyOutboxes(&moved);
   if (open_flows <= kDirectFlows) {
     for (const auto& flow : flows) {
       if (flow->bytes.blocked()) PumpOut(flow->rank, &moved);
@@ -282,13 +287,7 @@ bool DataMesh::Impl::Pump() {
     epoll_event ready[kReadyMax];
     HandleReady(ready, PollFlows(0, ready), &moved);
   }
-  // What came may have made something ready to be sent.
-  while (!shared.dirty.empty()) {
-    const int rank = shared.dirty.back();
-    shared.dirty.pop_back();
-    shared.outboxes[rank].listed = false;
-    PumpOut(rank, &moved);
-  }
+  EmptyOutboxes(&moved);  // What came may have made something ready to be sent.
   if (moved > 0) WakeWaiters();
   return moved > 0;
 }
@@ -429,7 +428,13 @@ void DataMesh::Probe(Port* port, int member, MessageId id) {
 absl::Status DataMesh::Poll(Port* port, std::vector<Channel::Event>* events) {
   MutexLock lock(&impl_->mutex);
   impl_->CheckPort(port);
-  if (port->failure.ok()) impl_->Pump();
+  int64_t moved = 0;
+  if (!port->events.empty()) {
+    impl_->EmptyOutboxes(&moved);  // There is something to do already.
+    if (moved > 0) impl_->WakeWaiters();
+  } else if (port->failure.ok()) {
+    impl_->Pump();
+  }
   impl_->DetachFailed(port);
   if (!port->failure.ok()) return port->failure;
   events->insert(events->end(), port->events.begin(), port->events.end());
