@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "collectives/backend/mpi_group.h"
+#include "collectives/engine/group.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/op_queue.h"
 #include "collectives/engine/shm_engine.h"
@@ -380,12 +381,19 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(const WorldOptions& o
   if (options.size == 1) {
     return std::unique_ptr<Communicator>(std::make_unique<Group>(options.epoch, options.timeout));
   }
-  const int64_t deadline_ns = SteadyDeadlineNs(absl::Now() + options.connect_timeout);
+  const absl::Time deadline = absl::Now() + options.connect_timeout;
   SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<World> world, World::Connect(options));
+  return NewWorldGroup(std::move(world), deadline);
+}
+
+absl::StatusOr<std::unique_ptr<Communicator>> NewWorldGroup(std::shared_ptr<World> world, absl::Time deadline) {
+  const WorldOptions& options = world->options();
   std::vector<int> ranks(options.size);
   std::iota(ranks.begin(), ranks.end(), 0);
   const uint64_t key = GroupKey(/*parent=*/0, ranks, static_cast<uint64_t>(options.epoch));
-  return Group::Create(std::move(world), options.epoch, std::move(ranks), options.rank, key, deadline_ns);
+  const Epoch epoch = options.epoch;
+  const int rank = options.rank;
+  return Group::Create(std::move(world), epoch, std::move(ranks), rank, key, SteadyDeadlineNs(deadline));
 }
 
 }  // namespace shoal

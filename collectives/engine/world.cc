@@ -268,17 +268,22 @@ SharedMemory::Announcer World::Announcer() {
   return {added, freed};
 }
 
-World::~World() {
+void World::Leave() {
   // Before the goodbye: who has heard that does not take the end of this process for a death.
   if (watch_ != nullptr) watch_->Release();
+  MutexLock lock(&mutex_);
+  if (core_ == nullptr || leaving_) return;
+  leaving_ = true;
+  EpochCore::Effects effects;
+  core_->Leave(&effects);
+  Apply(effects);
+}
+
+World::~World() {
+  Leave();
   {
     MutexLock lock(&mutex_);
     closing_since_ns_ = NowNs();
-    if (core_ != nullptr) {
-      EpochCore::Effects effects;
-      core_->Leave(&effects);
-      Apply(effects);
-    }
   }
   WakeMonitor();
   if (monitor_.joinable()) monitor_.join();

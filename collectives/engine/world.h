@@ -64,6 +64,10 @@ class World {
   // Ends all groups, on every rank; also when the world has ended because a peer died. Returns status(). Never blocks.
   absl::Status End(const std::string& cause);
 
+  // Says goodbye to all peers: what this process has not done by now it never will. Groups without it, and operations that
+  // have all they need from it, go on. Its own groups live until End or their end. Never blocks.
+  void Leave();
+
   // The peer said goodbye: what it has not done by now it never will.
   bool Left(int rank) const { return peers_[rank]->left.load(std::memory_order_acquire); }
   struct DeadPeer {
@@ -143,6 +147,7 @@ class World {
     std::weak_ptr<Life> shared;
   };
   std::map<uint64_t, LifeEntry> lives_ ABSL_GUARDED_BY(mutex_);  // By the core's numbers.
+  bool leaving_ ABSL_GUARDED_BY(mutex_) = false;
   int64_t closing_since_ns_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: the world is in use.
   std::unique_ptr<DeathWatch> watch_;
   std::thread monitor_;

@@ -3,23 +3,13 @@
 // is not a process of this job, this epoch and this version is refused with a log line. No data passes here.
 #pragma once
 
-#include <cstdint>
-#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "collectives/communicator.h"
-#include "collectives/transport/socket.h"
+#include "collectives/membership/mesh.h"
 
 namespace shoal {
-
-struct PeerLink {
-  int64_t pid = 0;
-  std::string host_name;
-  int host = 0;          // The lowest rank that shares memory with this one (its own rank when nobody does).
-  Fd control;            // Invalid in the entry of this process.
-  std::vector<Fd> data;  // `flows` connections; none unless the job needs TCP: several hosts, or transport tcp.
-};
 
 // Entry r is about rank r. Blocks, at most connect_timeout; errors as ConnectWorld.
 absl::StatusOr<std::vector<PeerLink>> FormMesh(const WorldOptions& options);

