@@ -43,7 +43,6 @@ struct RankBench {
   int64_t part = 0, whole = 0;  // Elements: of a rank's part, and of all parts.
   std::vector<int64_t> counts;
   std::function<Work(int root)> issue;
-  int calls = 0;  // At this size; the first has root 0.
   int agreements = 0;
 };
 
@@ -191,9 +190,9 @@ std::function<Work(int root)> MakeIssue(RankBench& rank) {
   };
 }
 
-void Run(void* context) {
+void Run(void* context, int call) {
   RankBench& rank = *static_cast<RankBench*>(context);
-  SHOAL_CHECK_OK(rank.issue(rank.calls++ % rank.group.size()).Await());
+  SHOAL_CHECK_OK(rank.issue(call % rank.group.size()).Await());
 }
 
 void Meet(void* context) {
@@ -243,7 +242,6 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
   rank.whole = rank.part * rank.group.size();
   rank.counts.assign(rank.group.size(), rank.part);
   rank.issue = MakeIssue(rank);
-  rank.calls = 0;
   if (me == 0) {
     printf("begin %lld\n", static_cast<long long>(bytes));
     fflush(stdout);
@@ -251,7 +249,7 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
   }
   Fill(rank);
   Meet(&rank);
-  Run(&rank);
+  Run(&rank, 0);
   rank.shared.wrong += CountWrong(rank);
   Meet(&rank);
   // So that thousands of sums in place stay finite.

@@ -334,13 +334,17 @@ std::string SectionMarkdown(absl::Span<const Table> tables) {
   std::string text =
       "## Collectives beside OpenMPI, MPICH and Gloo\n\n"
       "Median of rounds in which all libraries take turns; microseconds unless marked. f32, sums, all_reduce "
-      "in place; bytes are a "
-      "rank's whole\nbuffer. A sample is the time of the slowest rank from a barrier on; roots move on from "
-      "call to call. *Warm*: the "
-      "same library without\npage faults (allocator kept, 2 MiB pages). Gloo knows TCP alone, and stands "
-      "there with the fastest of its "
-      "algorithms. \"as shipped\" and\n\"any tuning\": best such peer's median / Shoal's, so above 1 Shoal "
-      "is faster.\n\n";
+      "in "
+      "place; bytes are a rank's\n"
+      "whole buffer. A sample is the time of the slowest rank from a barrier on; where an operation has a "
+      "root and "
+      "takes less than 50 us, the\n"
+      "root moves on from call to call. *Warm*: the same library without page faults (allocator kept, 2 MiB "
+      "pages). Gloo knows TCP alone,\n"
+      "and stands there with the fastest of its algorithms. \"as shipped\" and \"any tuning\": best such "
+      "peer's "
+      "median / Shoal's, so above 1\n"
+      "Shoal is faster.\n\n";
   for (const Table& table : tables) absl::StrAppend(&text, TableMarkdown(table), "\n");
   std::string slower;
   for (const Table& table : tables) {

@@ -4,13 +4,12 @@
 // A sample: all ranks meet in a barrier, then run the operation `inner` times back to back; its time is that
 // of the slowest rank, divided by `inner`, which is chosen so that a sample takes at least 50 us (a clock
 // read costs 20 to 40 ns). Samples are taken in blocks; rank 0 decides after each whether there is time for
-// another. In operations with a root the root moves on by one from call to call: with one root for all, a
-// rank that only sends would run ahead, and a message's rate would pass for its latency.
+// another. In operations with a root, the k-th call of a sample has root k modulo the ranks: were it always
+// the same, a rank that only sends would run ahead, and a message's rate would pass for its latency.
 //
 // A program prints, on rank 0's standard output,
-//   begin BYTES                              before a size
-//   result BYTES WRONG SAMPLE_US SAMPLE_US ...   after it; WRONG elements on all ranks differed from what was
-//   expected
+//   begin BYTES                                  before a size
+//   result BYTES WRONG SAMPLE_US SAMPLE_US ...   after it; WRONG: elements, on all ranks, unlike expected
 #pragma once
 
 #include <stdint.h>
@@ -26,7 +25,7 @@ static inline double BenchNowUs(void) {
 
 struct BenchOperation {
   void* context;
-  void (*run)(void* context);
+  void (*run)(void* context, int call);  // `call`: its number in the sample.
   void (*barrier)(void* context);
   int (*agree)(void* context, int value);  // What rank 0 says, on all ranks.
 };
@@ -34,7 +33,7 @@ struct BenchOperation {
 static inline double BenchTime(const struct BenchOperation* operation, int inner) {
   operation->barrier(operation->context);
   const double begin = BenchNowUs();
-  for (int i = 0; i < inner; ++i) operation->run(operation->context);
+  for (int i = 0; i < inner; ++i) operation->run(operation->context, i);
   return (BenchNowUs() - begin) / inner;
 }
 

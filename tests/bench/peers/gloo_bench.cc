@@ -51,9 +51,8 @@ struct Case {
   size_t part = 0, whole = 0;  // Elements: of a rank's part, and of all parts.
   float *in = nullptr, *out = nullptr;
   std::vector<std::function<void()>> runs;  // One for each root, or one.
-  size_t calls = 0;                         // At this size; the first has root 0.
 
-  void Run() { runs[calls++ % runs.size()](); }
+  void Run(int call) { runs[call % runs.size()](); }
 };
 
 void Sum(void* c, const void* a, const void* b, size_t n) { gloo::sum<float>(c, a, b, n); }
@@ -186,7 +185,7 @@ int64_t CountWrong(Case& c) {
     c.in[i] = static_cast<float>(BenchInput(c.rank, i));
   if (c.op == "all_reduce" || c.op == "reduce_scatter") std::copy_n(c.in, c.whole, c.out);
   Barrier(c);  // Some algorithms write into a peer's buffer whenever they are ready.
-  c.Run();
+  c.Run(0);
   const bool rooted = c.op == "reduce" || c.op == "gather";
   size_t checked = c.op == "reduce_scatter" || c.op == "scatter" ? c.part : c.whole;
   if ((rooted && c.rank != 0) || c.op == "barrier" || (c.op == "pingpong" && c.rank > 1)) checked = 0;
@@ -221,7 +220,6 @@ void Measure(Case& c, long bytes, double seconds) {
   if (c.rank == 0) printf("begin %ld\n", bytes);
   fflush(stdout);
   c.runs.clear();
-  c.calls = 0;
   const bool rooted = c.op == "broadcast" || c.op == "reduce" || c.op == "gather" || c.op == "scatter";
   for (int root = 0; root < (rooted ? c.size : 1); ++root) c.runs.push_back(Prepare(c, root));
   int64_t wrong = CountWrong(c);
@@ -230,7 +228,7 @@ void Measure(Case& c, long bytes, double seconds) {
   // So that thousands of sums in place stay finite.
   std::fill_n(c.in, c.whole, 0.0f);
   std::fill_n(c.out, c.whole, 0.0f);
-  const BenchOperation operation = {&c, [](void* p) { static_cast<Case*>(p)->Run(); },
+  const BenchOperation operation = {&c, [](void* p, int call) { static_cast<Case*>(p)->Run(call); },
                                     [](void* p) { Barrier(*static_cast<Case*>(p)); },
                                     [](void* p, int value) { return Agree(*static_cast<Case*>(p), value); }};
   double samples[kBenchMaxSamples];
@@ -262,6 +260,8 @@ int RunRank(int rank, char** argv, int sizes, const std::string& folder) {
     gloo::rendezvous::FileStore store(folder);
     c.context = std::make_shared<gloo::rendezvous::Context>(rank, c.size);
     c.context->connectFullMesh(store, device);
+    Barrier(c);
+    if (rank == 0) std::filesystem::remove_all(folder);  // Whatever happens from here on, nothing is left.
     long most = 0;
     for (int i = 0; i < sizes; ++i) most = std::max(most, atol(argv[5 + i]));
     std::vector<float> in(most / sizeof(float) + c.size), out(in.size());

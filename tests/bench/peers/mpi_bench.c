@@ -39,13 +39,12 @@ struct Case {
   enum Op op;
   int rank, size, in_place;
   int part, whole; /* Elements: of a rank's part, and of all parts. */
-  int calls;       /* At this size; the first has root 0. */
   float *in, *out;
 };
 
-static void Run(void* context) {
-  struct Case* c = context;
-  const int root = c->calls++ % c->size;
+static void Run(void* context, int call) {
+  const struct Case* c = context;
+  const int root = call % c->size;
   const MPI_Comm all = MPI_COMM_WORLD;
   switch (c->op) {
     case kAllReduce:
@@ -127,8 +126,7 @@ static double Expected(const struct Case* c, int i) {
 /* Wrong elements on all ranks. */
 static long Verify(struct Case* c) {
   Fill(c);
-  c->calls = 0;
-  Run(c);
+  Run(c, 0);
   const int rooted = c->op == kReduce || c->op == kGather;
   int checked = c->op == kReduceScatter || c->op == kScatter ? c->part : c->whole;
   if ((rooted && c->rank != 0) || c->op == kBarrier || (c->op == kPingPong && c->rank > 1)) checked = 0;
