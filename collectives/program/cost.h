@@ -20,19 +20,23 @@ struct CostModel {
   int64_t reduce_bytes_per_ms = 1;     // Per source, on one rank.
   int64_t instruction_ns = 0;
   int64_t cores_per_host = 1;          // Ranks of one host share them.
+  bool shared_memory = true;           // Ranks of one host read each other's memory: a view costs no transfer, and what is
+                                       // received is copied by the receiver, at the link's bandwidth.
   bool operator==(const CostModel&) const = default;
 };
 
-// The longest path through all ranks' instructions, where messages of one link queue behind each other. `problems[r]` is rank r's.
-int64_t PredictNs(const CostModel& model, const std::vector<Problem>& problems, const std::vector<Program>& programs,
-                  int64_t element_bytes);
+// When the last rank is through, where messages of one link queue behind each other, a rank's messages to all others
+// share the bandwidth of its fastest link, and arithmetic shares the cores. programs[r]: rank r's; they are right
+// (program/verifier.h).
+int64_t PredictNs(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes);
 
 struct Choice {
   const Algorithm* algorithm = nullptr;
   int64_t piece = 0;         // Elements; Problem::piece.
   int64_t predicted_ns = 0;
 };
-// All candidates with their predictions, the best first. `problem` is one rank's; of a v-operation whose counts only each
+// All candidates with their predictions, the best first. Of long operations the first pieces are simulated, and of more
+// than 64 ranks none: formulas tell. `problem` is one rank's; of a v-operation whose counts only each
 // rank knows itself, its counts stand for all. Equal on all ranks for equal models and (kind, counts, size, even).
 std::vector<Choice> RankAlgorithms(const CostModel& model, const Problem& problem, int64_t element_bytes);
 
