@@ -364,6 +364,7 @@ TEST_F(RunningJob, ASilentMemberIsExcludedAndToldSo) {
 
 TEST_F(RunningJob, OfTwoThatAccuseEachOtherTheOneWithMoreAccusersGoes) {
   Start(14);
+  Run();
   Ready(11, {{12, "silent"}});
   Ready(13, {{11, "silent"}});
   Ready(12, {{11, "silent"}});

@@ -8,8 +8,6 @@
 namespace shoal {
 namespace {
 
-std::pair<uint64_t, uint64_t> Pair(uint64_t a, uint64_t b) { return {std::min(a, b), std::max(a, b)}; }
-
 // Drops members of `list` that are in conflict with each other, worst first, later ones first among equals.
 void DropWorst(const Conflicts& conflicts, std::vector<MemberInfo>* list, std::vector<Dropped>* dropped) {
   while (true) {
@@ -25,7 +23,7 @@ void DropWorst(const Conflicts& conflicts, std::vector<MemberInfo>* list, std::v
     });
     if (worst == list->rend() || degree[worst->id] == 0) return;
     for (const MemberInfo& other : *list) {
-      const auto conflict = conflicts.find(Pair(worst->id, other.id));
+      const auto conflict = conflicts.find(PairOf(worst->id, other.id));
       if (other.id == worst->id || conflict == conflicts.end()) continue;
       dropped->push_back({worst->id, absl::StrCat("it and ", other.Name(), " do not reach each other: ",
                                                   conflict->second)});
@@ -44,7 +42,7 @@ std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<Mem
   DropWorst(conflicts, survivors, &dropped);
   std::erase_if(*newcomers, [&](const MemberInfo& newcomer) {
     for (const MemberInfo& survivor : *survivors) {
-      const auto conflict = conflicts.find(Pair(newcomer.id, survivor.id));
+      const auto conflict = conflicts.find(PairOf(newcomer.id, survivor.id));
       if (conflict == conflicts.end()) continue;
       dropped.push_back({newcomer.id, absl::StrCat("it and ", survivor.Name(), " do not reach each other: ",
                                                    conflict->second)});

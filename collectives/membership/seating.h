@@ -11,8 +11,11 @@
 
 namespace shoal {
 
-// Pairs that cannot work together (lower id first), with the cause.
-using Conflicts = std::map<std::pair<uint64_t, uint64_t>, std::string>;
+using Pair = std::pair<uint64_t, uint64_t>;
+inline Pair PairOf(uint64_t a, uint64_t b) { return a < b ? Pair(a, b) : Pair(b, a); }
+
+// Pairs that cannot work together, with the cause.
+using Conflicts = std::map<Pair, std::string>;
 
 struct Dropped {
   uint64_t id = 0;

@@ -28,7 +28,7 @@ struct Knobs {
     member.work.piece_max = Chance(0.5) ? Between(2, 64) : 0;
     member.work.window = static_cast<int>(Between(1, 3));
     member.work.ops_max = static_cast<int>(Between(5, 60));
-    member.work.pause_ns = Between(1, 40) * kMs;
+    member.work.pause_ns = Between(1, timeout_ms / 8) * kMs;
     member.work.seed = random();
     member.connect_timeout_ns = timeout_ms * Between(1, 4) * kMs;
     network.delay_ns = Between(20, 2000) * 1000;
@@ -41,8 +41,8 @@ struct Knobs {
     zombies = Chance(0.5);
     wanted_ranks = Chance(0.2);
     timeout_ns = timeout_ms * kMs;
-    chaos_ns = Between(5, 25) * timeout_ns;
-    fault_gap_ns = timeout_ns * Between(2, 20) / 10;
+    chaos_ns = Between(4, 14) * timeout_ns;
+    fault_gap_ns = timeout_ns * Between(1, 12) / 10;
   }
 
   int64_t Between(int64_t low, int64_t high) { return low + static_cast<int64_t>(random() % (high - low + 1)); }
