@@ -8,17 +8,24 @@
 #include <utility>
 
 #include "collectives/backend/mpi_group.h"
+#include "collectives/engine/arguments.h"
+#include "collectives/engine/executor.h"
 #include "collectives/engine/group.h"
+#include "collectives/engine/host_group.h"
 #include "collectives/engine/op.h"
-#include "collectives/engine/op_queue.h"
-#include "collectives/engine/shm_engine.h"
-#include "collectives/engine/tcp_engine.h"
+#include "collectives/engine/planner.h"
+#include "collectives/engine/routed_channel.h"
+#include "collectives/engine/shm_channel.h"
+#include "collectives/engine/tcp_channel.h"
 #include "collectives/engine/world.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
 namespace {
+
+// Scratch memory up to here is private.
+constexpr int64_t kPrivateScratchBytes = 64 << 10;
 
 // Each rank of a group computes the same key without asking the others.
 uint64_t GroupKey(uint64_t parent, const std::vector<int>& ranks, uint64_t number) {
@@ -32,32 +39,15 @@ uint64_t GroupKey(uint64_t parent, const std::vector<int>& ranks, uint64_t numbe
   return hash | 1;  // Never 0.
 }
 
-bool CanReduce(DType dtype, ReduceOp op) { return SizeOf(dtype) > 0 && op <= ReduceOp::kMax; }
-
-bool Overlap(const std::byte* a, int64_t a_bytes, const std::byte* b, int64_t b_bytes) {
-  return a_bytes > 0 && b_bytes > 0 && a < b + b_bytes && b < a + a_bytes;
-}
-
-// Whether `part` is either apart from `whole` or exactly its bytes from `begin` on.
-bool ApartOrAt(const Tensor& part, const Tensor& whole, int64_t begin_elements) {
-  const auto* p = static_cast<const std::byte*>(part.raw());
-  const auto* w = static_cast<const std::byte*>(whole.raw());
-  return p == w + begin_elements * SizeOf(whole.dtype()) || !Overlap(p, part.bytes(), w, whole.bytes());
-}
-
-class Group final : public Communicator {
+class Group final : public Communicator, private ExecutorHost {
  public:
-  static absl::StatusOr<std::unique_ptr<Communicator>> Create(std::shared_ptr<World> world, Epoch epoch,
-                                                              std::vector<int> ranks, int index, uint64_t key,
-                                                              int64_t deadline_ns);
-  // The whole job is this process.
-  Group(Epoch epoch, absl::Duration timeout)
-      : epoch_(epoch), timeout_(timeout), ranks_({0}), index_(0), key_(1) {}
+  static absl::StatusOr<std::unique_ptr<Communicator>> Create(std::shared_ptr<World> world,
+                                                              std::shared_ptr<GroupLife> life, int64_t deadline_ns);
   ~Group() override;
 
   int index() const override { return index_; }
-  int size() const override { return static_cast<int>(ranks_.size()); }
-  Epoch epoch() const override { return epoch_; }
+  int size() const override { return size_; }
+  Epoch epoch() const override { return world_->options().epoch; }
 
   absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override;
   Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override;
@@ -67,90 +57,141 @@ class Group final : public Communicator {
                  const OpOptions& options) override;
   Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
                 absl::Span<const int64_t> recv_counts, const OpOptions& options) override;
-  Work Broadcast(const Tensor& in_out, int root_index, const OpOptions& options) override;
-  Work Reduce(const Tensor&, const Tensor&, int, ReduceOp, const OpOptions&) override { return Missing(); }
-  Work Gather(const Tensor&, absl::Span<const int64_t>, const Tensor&, int, const OpOptions&) override {
-    return Missing();
-  }
-  Work Scatter(const Tensor&, absl::Span<const int64_t>, const Tensor&, int, const OpOptions&) override {
-    return Missing();
-  }
+  Work Broadcast(const Tensor& in_out, int root, const OpOptions& options) override;
+  Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override;
+  Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+              const OpOptions& options) override;
+  Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+               const OpOptions& options) override;
   Work Barrier(const OpOptions& options) override;
-  Work Send(const Tensor&, int, uint32_t, const OpOptions&) override { return Missing(); }
-  Work Receive(const Tensor&, int, uint32_t, const OpOptions&) override { return Missing(); }
-  Work SparseAllGather(absl::Span<const Tensor>, absl::Span<const SparseMove>, const OpOptions&) override {
-    return Missing();
-  }
-  Work SparseReduceScatter(absl::Span<const Tensor>, absl::Span<const SparseMove>, ReduceOp,
-                           const OpOptions&) override {
-    return Missing();
-  }
+  Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override;
+  Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override;
+  Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
+                       const OpOptions& options) override;
+  Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                           const OpOptions& options) override;
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override;
   void Abort(const absl::Status& cause) override;
-  absl::Status status() const override;
-  void OnAbort(std::function<void(const absl::Status&)> callback) override;
+  absl::Status status() const override { return life_->status(); }
+  void OnAbort(std::function<void(const absl::Status&)> callback) override {
+    life_->AddCallback(this, std::move(callback));
+  }
 
  private:
-  static Work Missing() { return EndedWork(absl::UnimplementedError("not there yet")); }
-  Group(std::shared_ptr<World> world, Epoch epoch, std::vector<int> ranks, int index, uint64_t key)
-      : world_(std::move(world)),
-        epoch_(epoch),
-        timeout_(world_->options().timeout),
-        ranks_(std::move(ranks)),
-        index_(index),
-        key_(key) {}
+  Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life);
 
-  absl::Status CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole, const char* name) const;
-  absl::Status CheckReduceScatter(const Op& op) const;
-  absl::Status CheckAllGather(const Op& op) const;
-  absl::Status CheckAllToAll(const Op& op) const;
-  Work Issue(Op op, const absl::Status& valid, const OpOptions& options);
-  absl::Status RunAlone(const Op& op) const;
+  absl::StatusOr<std::unique_ptr<Channel>> OpenChannel(int64_t deadline_ns);
+  Work Issue(Op op, const OpOptions& options);
+  Work IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                   const OpOptions& options);
+  static void RunAlone(const Op& op);
 
-  const std::shared_ptr<World>
-      world_;  // Shared with the other groups of the epoch; null when the job is one process.
-  const Epoch epoch_;
-  const absl::Duration timeout_;
-  const std::vector<int> ranks_;  // Of the job, by index in the group.
-  const int index_;
-  const uint64_t key_;
-  std::unique_ptr<Engine> engine_;  // Null in a group of one.
-  std::shared_ptr<OpQueue> queue_;  // Shared with threads that await one of its operations.
+  // ExecutorHost.
+  std::string Name(int member) override { return world_->RankName(life_->ranks()[member]); }
+  std::string Names(const std::vector<int>& members) override;
+  bool Left(int member) override { return world_->Left(life_->ranks()[member]); }
+  absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Op& op) override {
+    return planner_.Find(op).program;
+  }
+  absl::StatusOr<std::byte*> Scratch(int64_t bytes) override;
 
-  mutable Mutex mutex_;
+  const std::shared_ptr<World> world_;  // Shared with the other groups of the epoch.
+  const std::shared_ptr<GroupLife> life_;
+  const int index_, size_;
+  const Topology topology_;
+  Planner planner_;                     // Of whoever runs operations, as the scratch memory.
+  std::shared_ptr<Segment> shared_scratch_;
+  Tensor scratch_;
+  std::shared_ptr<Executor> executor_;  // Null in a group of one. Shared with threads that await an operation.
+
+  Mutex mutex_;
   std::map<std::vector<int>, uint64_t> splits_ ABSL_GUARDED_BY(mutex_);  // How often, by members.
-  absl::Status alone_status_ ABSL_GUARDED_BY(mutex_);  // Where there is no world to have one.
-  std::vector<std::function<void(const absl::Status&)>> alone_callbacks_ ABSL_GUARDED_BY(mutex_);
 };
 
-absl::StatusOr<std::unique_ptr<Communicator>> Group::Create(std::shared_ptr<World> world, Epoch epoch,
-                                                            std::vector<int> ranks, int index, uint64_t key,
-                                                            int64_t deadline_ns) {
-  std::unique_ptr<Group> group(new Group(world, epoch, ranks, index, key));
-  if (ranks.size() > 1) {
-    if (world->OneHost(ranks)) {
-      SHOAL_ASSIGN_OR_RETURN(group->engine_,
-                             ShmEngine::Create(world.get(), std::move(ranks), index, key, deadline_ns));
-    } else {
-      group->engine_ = std::make_unique<TcpEngine>(world.get(), std::move(ranks), index, key);
+Topology TopologyOf(const World& world, const std::vector<int>& ranks) {
+  Topology topology;
+  for (int rank : ranks) {
+    int host = 0;
+    while (!world.OneHost({ranks[host], rank})) ++host;
+    topology.host.push_back(host);
+  }
+  return topology;
+}
+
+Group::Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life)
+    : world_(std::move(world)),
+      life_(std::move(life)),
+      index_(life_->index()),
+      size_(static_cast<int>(life_->ranks().size())),
+      topology_(TopologyOf(*world_, life_->ranks())),
+      planner_(index_, size_, topology_) {}
+
+absl::StatusOr<std::unique_ptr<Communicator>> Group::Create(std::shared_ptr<World> world,
+                                                            std::shared_ptr<GroupLife> life, int64_t deadline_ns) {
+  SHOAL_RETURN_IF_ERROR(life->status());
+  std::unique_ptr<Group> group(new Group(std::move(world), std::move(life)));
+  if (group->size_ > 1) {
+    absl::StatusOr<std::unique_ptr<Channel>> channel = group->OpenChannel(deadline_ns);
+    if (!channel.ok()) {
+      // The others wait for this rank: they are told.
+      return group->life_->End(absl::StrCat("forming a group: ", channel.status().message()));
     }
-    group->queue_ = std::make_shared<OpQueue>(group->engine_.get(),
-                                              [raw = world.get()](const Op& op) { raw->NoteOperation(op); });
+    ExecutorHost* const host = group.get();
+    group->executor_ = std::make_shared<Executor>(*std::move(channel), group->life_, host);
   }
   return std::unique_ptr<Communicator>(std::move(group));
 }
 
+absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns) {
+  std::vector<int> members;
+  std::vector<bool> on_host(size_);
+  for (int member = 0; member < size_; ++member) {
+    on_host[member] = topology_.host[member] == topology_.host[index_];
+    if (on_host[member]) members.push_back(member);
+  }
+  std::unique_ptr<Channel> host, network;
+  if (members.size() > 1) {
+    SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<HostGroup> group,
+                           HostGroup::Create(world_->shared_memory(), life_, members, deadline_ns));
+    host = std::make_unique<ShmChannel>(std::move(group));
+  }
+  if (static_cast<int>(members.size()) < size_) network = std::make_unique<TcpChannel>(world_->data_mesh(), life_.get());
+  if (network == nullptr) return host;
+  if (host == nullptr) return network;
+  return std::unique_ptr<Channel>(
+      std::make_unique<RoutedChannel>(std::move(on_host), std::move(host), std::move(network)));
+}
+
 Group::~Group() {
-  if (world_ != nullptr) world_->RemoveCallbacks(this);
-  if (queue_ == nullptr) return;
-  if (!queue_->Idle()) Abort(absl::CancelledError("closed with operations pending"));
-  queue_->Close();
+  life_->RemoveCallbacks(this);
+  if (executor_ == nullptr) return;
+  if (!executor_->Idle()) Abort(absl::CancelledError("closed with operations pending"));
+  executor_->Close();
+}
+
+std::string Group::Names(const std::vector<int>& members) {
+  std::vector<int> ranks;
+  for (int member : members) ranks.push_back(life_->ranks()[member]);
+  return world_->RankNames(ranks);
+}
+
+// Small pieces never leave the process in place; large ones are read by peers where they are.
+absl::StatusOr<std::byte*> Group::Scratch(int64_t bytes) {
+  if (bytes <= kPrivateScratchBytes || world_->RanksOnThisHost() == 1) {
+    if (scratch_.bytes() < bytes) scratch_ = Empty({std::max(bytes * 3 / 2, kPrivateScratchBytes)}, DType::kU8);
+    return static_cast<std::byte*>(scratch_.raw());
+  }
+  if (shared_scratch_ == nullptr || shared_scratch_->bytes() < bytes) {
+    shared_scratch_.reset();
+    SHOAL_ASSIGN_OR_RETURN(shared_scratch_, world_->memory().NewSegment(bytes * 3 / 2), "scratch memory");
+  }
+  return shared_scratch_->base();
 }
 
 absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
   const int64_t bytes = ElementCount(shape) * SizeOf(dtype);
   SHOAL_RETURN_IF_ERROR(status());
-  if (world_ == nullptr || world_->RanksOnThisHost() == 1) {
+  if (world_->RanksOnThisHost() == 1) {
     // Nobody to share it with: private memory gets large pages more easily.
     SHOAL_RETURN_IF_ERROR(CheckMemoryAvailable(bytes), "allocate ", bytes, " bytes");
     return Zeros(std::move(shape), dtype);
@@ -162,98 +203,46 @@ absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
   return Tensor(base, std::move(shape), dtype, *std::move(memory));
 }
 
-absl::Status Group::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole,
-                                const char* name) const {
-  if (static_cast<int>(counts.size()) != size()) {
-    return absl::InvalidArgumentError(absl::StrCat(counts.size(), " ", name, " for ", size(), " ranks"));
-  }
-  int64_t sum = 0;
-  for (int64_t count : counts) {
-    if (count < 0) return absl::InvalidArgumentError(absl::StrCat(name, ": ", count));
-    sum += count;
-  }
-  if (sum != whole.elements()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(name, " have a sum of ", sum, ", the tensor has ", whole.elements(), " elements"));
-  }
-  return absl::OkStatus();
-}
+// ---- Operations.
 
-absl::Status Group::CheckReduceScatter(const Op& op) const {
-  SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.in, "counts"));
-  if (op.in.dtype() != op.out.dtype() || op.out.elements() != op.counts[index_]) {
-    return absl::InvalidArgumentError(absl::StrCat("out has ", op.out.elements(), " elements of ",
-                                                   AbslSv(Name(op.out.dtype())), ", want ", op.counts[index_],
-                                                   " of ", AbslSv(Name(op.in.dtype()))));
-  }
-  if (!ApartOrAt(op.out, op.in, Displacements(op.counts)[index_])) {
-    return absl::InvalidArgumentError("out overlaps in elsewhere than at this rank's part");
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Group::CheckAllGather(const Op& op) const {
-  SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.out, "counts"));
-  if (op.in.dtype() != op.out.dtype() || op.in.elements() != op.counts[index_]) {
-    return absl::InvalidArgumentError(absl::StrCat("in has ", op.in.elements(), " elements of ",
-                                                   AbslSv(Name(op.in.dtype())), ", want ", op.counts[index_],
-                                                   " of ", AbslSv(Name(op.out.dtype()))));
-  }
-  if (!ApartOrAt(op.in, op.out, Displacements(op.counts)[index_])) {
-    return absl::InvalidArgumentError("in overlaps out elsewhere than at this rank's part");
-  }
-  return absl::OkStatus();
-}
-
-absl::Status Group::CheckAllToAll(const Op& op) const {
-  SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.in, "send counts"));
-  SHOAL_RETURN_IF_ERROR(CheckCounts(op.recv_counts, op.out, "receive counts"));
-  if (op.in.dtype() != op.out.dtype()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("in is ", AbslSv(Name(op.in.dtype())), ", out ", AbslSv(Name(op.out.dtype()))));
-  }
-  if (op.counts[index_] != op.recv_counts[index_]) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("sends ", op.counts[index_], " elements to itself, expects ", op.recv_counts[index_]));
-  }
-  if (Overlap(static_cast<const std::byte*>(op.in.raw()), op.in.bytes(),
-              static_cast<const std::byte*>(op.out.raw()), op.out.bytes())) {
-    return absl::InvalidArgumentError("in and out overlap");
-  }
-  return absl::OkStatus();
-}
-
-Work Group::Issue(Op op, const absl::Status& valid, const OpOptions& options) {
+Work Group::Issue(Op op, const OpOptions& options) {
+  op.wire = options.wire;
+  op.order = options.order;
+  op.algorithm = std::string(options.algorithm);
   op.label = std::string(options.label);
-  absl::Status refused = valid;
+  absl::Status refused = CheckArguments(op, index_, size_);
+  if (refused.ok()) refused = CheckAlgorithm(op, index_, size_, topology_);
   if (refused.ok()) refused = status();
   if (!refused.ok()) {
     std::string name = KindName(op.kind);
     if (!op.label.empty()) absl::StrAppend(&name, " \"", op.label, "\"");
     return EndedWork(Annotate(refused, name));
   }
-  if (queue_ == nullptr) return EndedWork(RunAlone(op));
+  if (executor_ == nullptr) {
+    RunAlone(op);
+    return Work();
+  }
+  op.in_place = IsInPlace(op, index_);
   const absl::Time deadline =
-      options.deadline == absl::InfiniteFuture() ? absl::Now() + timeout_ : options.deadline;
+      options.deadline == absl::InfiniteFuture() ? absl::Now() + world_->options().timeout : options.deadline;
   op.deadline_ns = SteadyDeadlineNs(deadline);
-  return queue_->Push(std::move(op));
+  return executor_->Push(std::move(op));
 }
 
-absl::Status Group::RunAlone(const Op& op) const {
-  if (op.out.bytes() > 0 && op.out.raw() != op.in.raw())
-    std::memcpy(op.out.raw(), op.in.raw(), op.out.bytes());
-  return absl::OkStatus();
+// In a group of one every result is the input.
+void Group::RunAlone(const Op& op) {
+  const bool to_out = op.out.bytes() > 0 && op.in.bytes() == op.out.bytes();
+  if (to_out && op.out.raw() != op.in.raw()) std::memcpy(op.out.raw(), op.in.raw(), op.out.bytes());
 }
 
 Work Group::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
-  if (out.raw() != in.raw() && in.bytes() > 0) std::memcpy(out.raw(), in.raw(), in.bytes());
   Op request;
   request.kind = OpKind::kAllReduce;
   request.reduce = op;
-  request.in = request.out = out;
-  const bool known = CanReduce(in.dtype(), op);
-  return Issue(std::move(request), known ? absl::OkStatus() : absl::InvalidArgumentError("unknown reduction"),
-               options);
+  request.dtype = in.dtype();
+  request.in = in;
+  request.out = out;
+  return Issue(std::move(request), options);
 }
 
 Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
@@ -261,51 +250,131 @@ Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, co
   Op request;
   request.kind = OpKind::kReduceScatter;
   request.reduce = op;
+  request.dtype = in.dtype();
   request.in = in;
   request.out = out;
   request.counts.assign(counts.begin(), counts.end());
-  absl::Status valid = CheckReduceScatter(request);
-  if (!CanReduce(in.dtype(), op)) valid = absl::InvalidArgumentError("unknown reduction");
-  return Issue(std::move(request), valid, options);
+  return Issue(std::move(request), options);
 }
 
 Work Group::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
                       const OpOptions& options) {
   Op request;
   request.kind = OpKind::kAllGather;
+  request.dtype = out.dtype();
   request.in = in;
   request.out = out;
   request.counts.assign(counts.begin(), counts.end());
-  const absl::Status valid = CheckAllGather(request);
-  return Issue(std::move(request), valid, options);
+  return Issue(std::move(request), options);
 }
 
 Work Group::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
                      absl::Span<const int64_t> recv_counts, const OpOptions& options) {
   Op request;
   request.kind = OpKind::kAllToAll;
+  request.dtype = in.dtype();
   request.in = in;
   request.out = out;
-  request.counts.assign(send_counts.begin(), send_counts.end());
-  request.recv_counts.assign(recv_counts.begin(), recv_counts.end());
-  const absl::Status valid = CheckAllToAll(request);
-  return Issue(std::move(request), valid, options);
+  request.even = send_counts.empty() && recv_counts.empty();
+  if (request.even) {
+    request.counts.assign(size_, in.elements() / size_);
+    request.recv_counts = request.counts;
+  } else {
+    request.counts.assign(send_counts.begin(), send_counts.end());
+    request.recv_counts.assign(recv_counts.begin(), recv_counts.end());
+  }
+  return Issue(std::move(request), options);
 }
 
-Work Group::Broadcast(const Tensor& in_out, int root_index, const OpOptions& options) {
+Work Group::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
   Op request;
   request.kind = OpKind::kBroadcast;
-  request.root = root_index;
+  request.root = root;
+  request.dtype = in_out.dtype();
   request.in = request.out = in_out;
-  const bool known = root_index >= 0 && root_index < size();
-  return Issue(std::move(request),
-               known
-                   ? absl::OkStatus()
-                   : absl::InvalidArgumentError(absl::StrCat("root ", root_index, " in a group of ", size())),
-               options);
+  return Issue(std::move(request), options);
 }
 
-Work Group::Barrier(const OpOptions& options) { return Issue(Op(), absl::OkStatus(), options); }
+Work Group::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
+  Op request;
+  request.kind = OpKind::kReduce;
+  request.root = root;
+  request.reduce = op;
+  request.dtype = in.dtype();
+  request.in = in;
+  if (root == index_) request.out = out;
+  return Issue(std::move(request), options);
+}
+
+Work Group::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+                   const OpOptions& options) {
+  Op request;
+  request.kind = OpKind::kGather;
+  request.root = root;
+  request.dtype = in.dtype();
+  request.in = in;
+  if (root == index_) request.out = out;
+  request.counts.assign(counts.begin(), counts.end());
+  return Issue(std::move(request), options);
+}
+
+Work Group::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
+                    const OpOptions& options) {
+  Op request;
+  request.kind = OpKind::kScatter;
+  request.root = root;
+  request.dtype = out.dtype();
+  if (root == index_) request.in = in;
+  request.out = out;
+  request.counts.assign(counts.begin(), counts.end());
+  return Issue(std::move(request), options);
+}
+
+Work Group::Barrier(const OpOptions& options) { return Issue(Op(), options); }
+
+Work Group::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) {
+  Op request;
+  request.kind = OpKind::kSend;
+  request.root = to;
+  request.tag = tag;
+  request.in = in;
+  return Issue(std::move(request), options);
+}
+
+Work Group::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) {
+  Op request;
+  request.kind = OpKind::kReceive;
+  request.root = from;
+  request.tag = tag;
+  request.out = out;
+  return Issue(std::move(request), options);
+}
+
+Work Group::IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                        const OpOptions& options) {
+  Op request;
+  request.kind = kind;
+  request.reduce = op;
+  request.chunks.assign(chunks.begin(), chunks.end());
+  request.moves.assign(moves.begin(), moves.end());
+  for (const Tensor& chunk : chunks) {
+    if (!chunk.empty()) request.dtype = chunk.dtype();
+    request.counts.push_back(chunk.elements());
+  }
+  return Issue(std::move(request), options);
+}
+
+Work Group::SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
+                            const OpOptions& options) {
+  return IssueSparse(OpKind::kSparseAllGather, chunks, moves, ReduceOp::kSum, options);
+}
+
+Work Group::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
+                                const OpOptions& options) {
+  return IssueSparse(OpKind::kSparseReduceScatter, chunks, moves, op, options);
+}
+
+// ---- Groups.
 
 absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int> members) {
   std::vector<int> ranks;
@@ -317,55 +386,22 @@ absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int>
                                                      ": not in the group, or not ascending"));
     }
     if (members[i] == index_) index = static_cast<int>(i);
-    ranks.push_back(ranks_[members[i]]);
+    ranks.push_back(life_->ranks()[members[i]]);
   }
   if (index < 0) return absl::InvalidArgumentError("this process is not among the members");
   SHOAL_RETURN_IF_ERROR(status());
-  if (world_ == nullptr) return std::unique_ptr<Communicator>(std::make_unique<Group>(epoch_, timeout_));
   uint64_t number = 0;
   {
     MutexLock lock(&mutex_);
     number = ++splits_[ranks];
   }
-  const uint64_t key = GroupKey(key_, ranks, number);
-  return Create(world_, epoch_, std::move(ranks), index, key, SteadyDeadlineNs(absl::Now() + timeout_));
+  const uint64_t key = GroupKey(life_->key(), ranks, number);
+  const int64_t deadline_ns = SteadyDeadlineNs(absl::Now() + world_->options().timeout);
+  return Create(world_, world_->NewGroup(key, std::move(ranks), index, life_.get()), deadline_ns);
 }
 
 void Group::Abort(const absl::Status& cause) {
-  const std::string text = absl::StrCat("rank ", ranks_[index_], " aborted: ", cause.message());
-  if (world_ != nullptr) {
-    (void)world_->End(text);
-    return;
-  }
-  std::vector<std::function<void(const absl::Status&)>> callbacks;
-  const absl::Status status = absl::AbortedError(text);
-  {
-    MutexLock lock(&mutex_);
-    if (!alone_status_.ok()) return;
-    alone_status_ = status;
-    callbacks.swap(alone_callbacks_);
-  }
-  for (const auto& callback : callbacks) callback(status);
-}
-
-absl::Status Group::status() const {
-  if (world_ != nullptr) return world_->status();
-  MutexLock lock(&mutex_);
-  return alone_status_;
-}
-
-void Group::OnAbort(std::function<void(const absl::Status&)> callback) {
-  if (world_ != nullptr) {
-    world_->AddCallback(this, std::move(callback));
-    return;
-  }
-  absl::Status over;
-  {
-    MutexLock lock(&mutex_);
-    over = alone_status_;
-    if (over.ok()) alone_callbacks_.push_back(std::move(callback));
-  }
-  if (!over.ok()) callback(over);
+  (void)life_->End(absl::StrCat("rank ", life_->ranks()[index_], " aborted: ", cause.message()));
 }
 
 }  // namespace
@@ -378,9 +414,6 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(const WorldOptions& o
   if (options.transport != "auto" && options.transport != "tcp") {
     return absl::InvalidArgumentError(absl::StrCat("transport '", options.transport, "', want auto, tcp or mpi"));
   }
-  if (options.size == 1) {
-    return std::unique_ptr<Communicator>(std::make_unique<Group>(options.epoch, options.timeout));
-  }
   const absl::Time deadline = absl::Now() + options.connect_timeout;
   SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<World> world, World::Connect(options));
   return NewWorldGroup(std::move(world), deadline);
@@ -391,9 +424,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> NewWorldGroup(std::shared_ptr<Worl
   std::vector<int> ranks(options.size);
   std::iota(ranks.begin(), ranks.end(), 0);
   const uint64_t key = GroupKey(/*parent=*/0, ranks, static_cast<uint64_t>(options.epoch));
-  const Epoch epoch = options.epoch;
-  const int rank = options.rank;
-  return Group::Create(std::move(world), epoch, std::move(ranks), rank, key, SteadyDeadlineNs(deadline));
+  std::shared_ptr<GroupLife> life = world->NewGroup(key, std::move(ranks), options.rank, /*parent=*/nullptr);
+  return Group::Create(std::move(world), std::move(life), SteadyDeadlineNs(deadline));
 }
 
 }  // namespace shoal

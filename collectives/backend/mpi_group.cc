@@ -271,7 +271,7 @@ Work MpiGroup::Issue(OpKind kind, std::vector<Request> requests, std::vector<Ten
   operation.finish = std::move(finish);
   const absl::Time deadline = options.deadline == absl::InfiniteFuture() ? absl::Now() + options_.timeout : options.deadline;
   operation.deadline_ns = SteadyDeadlineNs(deadline);
-  operation.work = std::make_shared<QueuedWork>(std::weak_ptr<OpQueue>());
+  operation.work = std::make_shared<QueuedWork>(std::weak_ptr<WorkRunner>());
   const Work work(operation.work);
   absl::Status refused = valid;
   std::string broken;

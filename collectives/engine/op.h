@@ -1,7 +1,6 @@
 // One operation of one group, as it waits in the group's queue and as engines run it.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -48,15 +47,5 @@ const char* KindNameOf(uint32_t signature);
 
 // displacements[i]: where rank i's part begins; one more entry for the end.
 std::vector<int64_t> Displacements(const std::vector<int64_t>& counts);
-
-// Runs the operations of one group, one at a time. Blocks until this rank's buffers are no longer in use by
-// the operation. A status other than OK means that the epoch is over.
-class Engine {
- public:
-  virtual ~Engine() = default;
-  // `deadline_ns`: when the epoch ends because of this group. Moves closer when an operation with an earlier
-  // deadline is queued behind this one.
-  virtual absl::Status Run(const Op& op, const std::atomic<int64_t>& deadline_ns) = 0;
-};
 
 }  // namespace shoal

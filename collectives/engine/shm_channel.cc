@@ -48,6 +48,7 @@ void ShmChannel::State::NoteOperation(MessageId id) {
   if (!signatures.emplace(id.op, id.signature).second) return;
   for (const auto& peer : peers) {
     if (peer == nullptr) continue;
+    if (peer->probe.op == id.op && peer->probe.signature != id.signature) FailMismatch(*peer, id, 0, peer->probe, 0);
     for (const auto& [key, arrival] : peer->arrived) {
       if (key.op == id.op && arrival.signature != id.signature) {
         FailMismatch(*peer, id, 0, {key.op, key.tag, arrival.signature}, arrival.bytes);
@@ -70,6 +71,13 @@ bool ShmChannel::State::HasNews() {
 }
 
 // ---- The interface.
+
+void ShmChannel::Probe(int member, MessageId id) {
+  Peer& peer = state_->PeerOf(member);
+  if (!peer.waiting.empty() || !peer.out.Fits(0)) return;  // What is on its way says as much.
+  peer.out.Write(State::Describe({0, nullptr, 0, {id.op, kProbeTag, id.signature}, 0}, RecordKind::kInline), nullptr, 0);
+  peer.written = true;
+}
 
 ShmChannel::ShmChannel(std::shared_ptr<HostGroup> group)
     : state_(std::make_unique<State>(std::move(group))) {}

@@ -25,6 +25,7 @@ class ShmChannel final : public Channel {
   // What was computed from the view counts only if the next Poll returns OK.
   void Release(int member, MessageId id, const std::byte* view) override;
   void Finish(MessageId id) override;
+  void Probe(int member, MessageId id) override;
   // ABORTED: the group ended, here or in a peer; the message has the cause.
   absl::Status Poll(std::vector<Event>* events) override;
   absl::Status Wait(int64_t until_ns) override;

@@ -18,6 +18,7 @@ namespace shoal {
 namespace shm {
 
 constexpr uint64_t kUnordered = uint64_t{1} << 63;  // Of MessageId::op: a Send/Receive pair.
+constexpr uint32_t kProbeTag = ~uint32_t{0};        // Not a message: Channel::Probe.
 // Staged messages go in fragments of this size: both cores' second-level caches keep them.
 constexpr int64_t kFragmentBytes = 128 << 10;
 constexpr int kStagingSlots = 8;
@@ -114,6 +115,7 @@ struct Peer {
   RingWriter out;
   RingReader in;
   bool written = false;  // Since its bell was last rung.
+  MessageId probe;       // The operation that it is in, of one that has not begun here.
   absl::flat_hash_map<Key, Posted> posted;
   absl::flat_hash_map<Key, Arrival> arrived;
   absl::flat_hash_map<Key, Assembly> assembling;
@@ -149,6 +151,7 @@ struct ShmChannel::State {
   // In.
   void Drain(shm::Peer& peer);
   void TakeMessage(shm::Peer& peer, const Record& record);
+  void TakeProbe(shm::Peer& peer, MessageId theirs);
   bool TakeFragment(shm::Peer& peer, const Record& record);
   void Match(shm::Peer& peer, const shm::Key& key, const shm::Posted& posted, shm::Arrival arrival);
   bool MatchInPlace(shm::Peer& peer, const shm::Key& key, const shm::Posted& posted,

@@ -26,9 +26,23 @@ void ShmChannel::State::Drain(Peer& peer) {
   }
 }
 
+void ShmChannel::State::TakeProbe(Peer& peer, MessageId theirs) {
+  const auto ours = signatures.find(theirs.op);
+  if (ours == signatures.end() && theirs.op > finished.op) {
+    peer.probe = theirs;
+    return;
+  }
+  const uint32_t signature = ours != signatures.end() ? ours->second : finished.signature;
+  const bool known = ours != signatures.end() || theirs.op == finished.op;
+  if (known && signature != theirs.signature) {
+    FailMismatch(peer, {theirs.op, theirs.tag, signature}, 0, theirs, 0);
+  }
+}
+
 void ShmChannel::State::TakeMessage(Peer& peer, const Record& record) {
   const Key key = {record.op, record.tag};
   const MessageId theirs = {record.op, record.tag, record.signature};
+  if (key.tag == kProbeTag && (key.op & kUnordered) == 0) return TakeProbe(peer, theirs);
   const auto found = peer.posted.find(key);
   if ((key.op & kUnordered) == 0) {
     const auto ours = signatures.find(key.op);

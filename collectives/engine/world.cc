@@ -9,8 +9,7 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "collectives/engine/control_page.h"
-#include "collectives/engine/tcp_mesh.h"
+#include "collectives/engine/data_mesh.h"
 #include "collectives/transport/clock.h"
 #include "collectives/transport/wire.h"
 #include "runtime/base/check.h"
@@ -185,18 +184,19 @@ absl::StatusOr<std::shared_ptr<World>> World::Create(const WorldOptions& options
 absl::Status World::Start(std::vector<PeerLink> links) {
   wake_ = Fd(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!wake_.valid()) return ErrnoStatus(errno, "eventfd");
-  std::vector<Fd> data(links.size());
+  std::vector<DataPeer> data(links.size());
   EpochCore::Options core;
   core.rank = options_.rank;
   core.heartbeat_timeout_ns = absl::ToInt64Nanoseconds(options_.heartbeat_timeout);
   for (size_t rank = 0; rank < links.size(); ++rank) {
     auto peer = std::make_unique<Peer>();
-    if (!links[rank].data.empty()) data[rank] = std::move(links[rank].data[0]);
+    data[rank].flows = std::move(links[rank].data);
     peer->open = links[rank].control.valid();
     if (peer->open) peer->control = std::make_unique<ControlLink>(std::move(links[rank].control));
     peer->link = std::move(links[rank]);
     peers_.push_back(std::move(peer));
     core.names.push_back(RankName(static_cast<int>(rank)));
+    data[rank].name = core.names.back();
   }
   std::vector<int> all(peers_.size());
   for (size_t rank = 0; rank < all.size(); ++rank) all[rank] = static_cast<int>(rank);
@@ -208,18 +208,10 @@ absl::Status World::Start(std::vector<PeerLink> links) {
   memory_ = std::make_shared<SharedMemory>(options_.size, Announcer());
   if (options_.size == 1) return absl::OkStatus();
   StartWatch();
-  if (std::any_of(data.begin(), data.end(), [](const Fd& fd) { return fd.valid(); })) {
-    Fd mesh_wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-    if (!mesh_wake.valid()) return ErrnoStatus(errno, "eventfd");
-    mesh_ = std::make_unique<TcpMesh>(this, options_.epoch, std::move(mesh_wake), std::move(data));
+  if (std::any_of(data.begin(), data.end(), [](const DataPeer& peer) { return !peer.flows.empty(); })) {
+    SHOAL_ASSIGN_OR_RETURN(mesh_, DataMesh::Create(static_cast<uint64_t>(options_.epoch), std::move(data)));
   }
   monitor_ = std::thread([this] { RunMonitor(); });
-  if (RanksOnThisHost() > 1) {
-    SHOAL_ASSIGN_OR_RETURN(control_segment_,
-                           memory_->NewGroupSegment(kControlSegment, sizeof(ControlPage)),
-                           "the control page");
-    control_slots_ = std::make_unique<ControlSlots>(reinterpret_cast<ControlPage*>(control_segment_->base()));
-  }
   return absl::OkStatus();
 }
 

@@ -34,8 +34,7 @@
 
 namespace shoal {
 
-class TcpMesh;
-class ControlSlots;
+class DataMesh;
 
 class World {
  public:
@@ -83,15 +82,9 @@ class World {
     root_->AddCallback(owner, std::move(callback));
   }
   void RemoveCallbacks(const void* owner) { root_->RemoveCallbacks(owner); }
-  // What engines that know only the world do.
-  void NoteOperation(const Op& op) { root_->note().Start(op.kind, op.label, op.seq); }
-
   SharedMemory& memory() { return *memory_; }
   const std::shared_ptr<SharedMemory>& shared_memory() const { return memory_; }
-  // The groups' counters in this rank's first segment; kControlSegment is that segment's id on every rank.
-  static constexpr uint32_t kControlSegment = 1;
-  ControlSlots* control_slots() const { return control_slots_.get(); }  // Null without ranks on this host.
-  TcpMesh* mesh() const { return mesh_.get(); }                         // Null on one host.
+  DataMesh* data_mesh() const { return mesh_.get(); }  // Null on one host.
 
  private:
   class Life;
@@ -135,9 +128,7 @@ class World {
   std::vector<std::unique_ptr<Peer>> peers_;
   std::shared_ptr<GroupLife> root_;
   std::shared_ptr<SharedMemory> memory_;
-  std::shared_ptr<Segment> control_segment_;
-  std::unique_ptr<ControlSlots> control_slots_;
-  std::unique_ptr<TcpMesh> mesh_;
+  std::unique_ptr<DataMesh> mesh_;
   Fd wake_;
 
   mutable Mutex mutex_;
