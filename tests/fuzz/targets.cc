@@ -260,10 +260,11 @@ std::string Mended(std::string_view bytes) {
 
 void RunDataMesh(std::string_view bytes) {
   if (bytes.empty()) return;
-  auto [ours, theirs] = Connection();
+  auto connection = Connection();
+  const Fd& ours = connection.first;
   std::vector<DataPeer> peers(2);
   peers[1].name = "rank 1";
-  peers[1].flows.push_back(std::move(theirs));
+  peers[1].flows.push_back(std::move(connection.second));
   const auto mesh = *DataMesh::Create(kEpoch, std::move(peers));
   FuzzLife life;
   TcpChannel channel(mesh.get(), &life);
