@@ -177,6 +177,8 @@ void HostGroup::Sleep(uint32_t seen, int64_t until_ns) {
 
 void HostGroup::CancelSleep() { page(own_).asleep.fetch_sub(1, std::memory_order_relaxed); }
 
+uint32_t HostGroup::Sleepers() const { return page(own_).asleep.load(std::memory_order_acquire); }
+
 void HostGroup::OrderBeforeRing() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 void HostGroup::RingOwn() {

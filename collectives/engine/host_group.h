@@ -59,6 +59,7 @@ class HostGroup final : public Sleeper {
   uint32_t PrepareSleep();  // Returns what Sleep wants.
   void Sleep(uint32_t seen, int64_t until_ns);
   void CancelSleep();
+  uint32_t Sleepers() const;    // Of this process, for tests.
   void RingOwn();               // Thread-safe.
   void RingIfAsleep(int seat);  // After what the peer is to see was written.
   // Needed once between the writes and the calls of RingIfAsleep.

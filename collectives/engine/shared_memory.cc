@@ -15,8 +15,6 @@ constexpr int64_t kAlignment = 128;  // Two cache lines: the unit in which proce
 constexpr int64_t kArenaBytes = 2 << 20;
 constexpr int64_t kSmallMax = 256 << 10;
 constexpr int64_t kAwaitNs = 5'000'000;
-// What engines do with peers' tensors.
-constexpr auto kPeerMemory = Segment::Access::kReadWrite;
 
 }  // namespace
 
@@ -160,7 +158,7 @@ SharedMemory::Place SharedMemory::Locate(const void* data, int64_t bytes) {
 uint64_t SharedMemory::Forgotten() { return OwnSegments::Get().Forgotten(); }
 
 absl::Status SharedMemory::AddPeerSegment(int rank, uint64_t id, int64_t bytes, Fd fd) {
-  const auto access = (id & kGroupBit) != 0 ? Segment::Access::kReadWrite : kPeerMemory;
+  const auto access = (id & kGroupBit) != 0 ? Segment::Access::kReadWrite : Segment::Access::kRead;
   SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Segment> segment, Segment::Map(id, bytes, std::move(fd), access));
   {
     MutexLock lock(&mutex_);

@@ -1,6 +1,6 @@
 // Operations of a few KiB among ranks of one host, without a queue, a thread, an allocation or a system call.
 // At issue a rank publishes its contribution in a slot of its shared memory; the result is made from the
-// peers' slots when somebody looks: in Await or Done of the handle, when later tiny operations are issued, or
+// peers' slots when somebody looks: in Await or Done of a handle, when later tiny operations are issued, or
 // in Poll. Tiny operations end in the order of issue; they stand beside the group's other operations, whose
 // order is their own.
 #pragma once
@@ -9,67 +9,64 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "collectives/communicator.h"
 #include "collectives/engine/host_group.h"
 #include "collectives/program/program.h"
-#include "collectives/transport/channel.h"
 
 namespace shoal {
 
-constexpr int64_t kTinyBytesMax = 4096;  // Of one rank's contribution.
-
-// A view of the caller's arguments; nothing is kept but pointers to the tensors' memory.
+// The caller's arguments, valid. The memory is borrowed until the operation ended, but for `in`, which is
+// copied at issue.
 struct TinyOp {
-  OpKind kind = OpKind::kBarrier;  // Not: kSend, kReceive, the sparse ones.
+  OpKind kind = OpKind::kBarrier;
   ReduceOp reduce = ReduceOp::kSum;
   DType dtype = DType::kU8;
   int root = 0;
-  const Tensor* in = nullptr;  // Kept alive until the operation ended. Null: none.
-  const Tensor* out = nullptr;
-  // Elements per rank: of all_gather, reduce_scatter, gather and scatter. Empty: even parts. Must outlive
-  // Issue only.
-  absl::Span<const int64_t> counts;
-  uint64_t seq = 0;         // The operation's number in the group, for mismatches and errors.
+  const void* in = nullptr;  // This rank's contribution; broadcast: the root's.
+  void* out = nullptr;       // Null where this rank gets nothing.
+  int64_t in_bytes = 0, out_bytes = 0;
+  // Of reduce_scatter and scatter: where this rank's part lies in the contributions.
+  int64_t part_begin_bytes = 0;
+  uint64_t seq = 0;         // The operation's number in the group.
   uint32_t signature = 0;   // What all ranks must agree on.
-  int64_t deadline_ns = 0;  // 0: the group's timeout, counted from when somebody first waits long.
-  std::string_view label;
+  int64_t deadline_ns = 0;  // 0: the group's timeout, from when somebody first waits for long.
+  std::string_view label;   // Copied; cut after some characters.
 };
 
-class TinyGroup : public std::enable_shared_from_this<TinyGroup> {
+// Thread-safe.
+class TinyGroup {
  public:
-  // What the group's executor does for tiny operations. All thread-safe; each may be called with a lock held,
-  // and must not call back.
+  // What it needs to know of the group. Called from any thread, also with locks held: must not call back.
   struct Hooks {
-    // Ends the group because of a mismatch or a missed deadline (`missing`: members); returns its status.
-    std::function<absl::Status(const std::string& op, const Mismatch&)> mismatch;
-    std::function<absl::Status(const std::string& op, const std::vector<int>& missing)> late;
-    // Operations are open that nobody waits for (OnDone): call Poll from another thread until it returns
-    // false.
-    std::function<void()> attend;
+    std::function<std::string(int member)> name;                        // rank 2 (pid 71, host b)
+    std::function<std::string(const std::vector<int>& members)> names;  // Also what they did last.
+    std::function<bool(int member)> left;  // It said goodbye: what it has not done by now it never will.
+    std::function<void()> attend;          // Have another thread call Poll until it returns false.
   };
 
-  static std::shared_ptr<TinyGroup> Create(std::shared_ptr<HostGroup> group, int64_t timeout_ns, Hooks hooks);
-  ~TinyGroup();
+  // All members of the group must be on this host. `timeout_ns`: of operations without a deadline.
+  TinyGroup(std::shared_ptr<HostGroup> group, int64_t timeout_ns, Hooks hooks);
+  ~TinyGroup();  // Operations are ended or the group is over. Handles may outlive it.
+  TinyGroup(const TinyGroup&) = delete;
+  TinyGroup& operator=(const TinyGroup&) = delete;
 
-  // The most bytes that a rank contributes or gets; an operation is tiny on all ranks or on none, so ask with
-  // what all of them know. All members of the group must be on this host.
-  static bool Fits(OpKind kind, int64_t contributed_bytes, int64_t result_bytes);
-  // Issues; `op` must fit and be valid.
+  // Whether an operation with contributions of so many bytes can be tiny. It is so on all ranks or on none:
+  // ask with what all of them know (the largest contribution).
+  static bool Fits(OpKind kind, int64_t contribution_bytes);
   Work Issue(const TinyOp& op);
-  // Ends what can end. True while operations are open. Thread-safe.
+  // Ends what can end. True while operations are open.
   bool Poll();
-  // Ends what is open: completed, or with the group's status once it is over. Blocks until then.
-  void Close();
   bool Idle();
 
   struct State;
 
  private:
-  explicit TinyGroup(std::unique_ptr<State> state);
-  std::unique_ptr<State> state_;
+  State* const state_;  // Counted: by this object and by handles.
 };
 
 }  // namespace shoal
