@@ -123,6 +123,7 @@ void CoordinatorCore::State::Adopt(const View& view) {
 // It confirmed the committed view, but the word that it is committed did not reach it.
 void CoordinatorCore::State::ResendCommit(Process& process) {
   if (process.committed >= committed.epoch || process.promised != committed.epoch) return;
+  Log(absl::StrCat(process.info.Name(), " is told again that epoch ", Number(committed.epoch), " is formed"));
   CoordinatorMessage commit;
   commit.type = CoordinatorMessage::kCommit;
   commit.view.lineage = committed.lineage;

@@ -51,6 +51,7 @@ void CoordinatorCore::State::ProposeTo(std::vector<MemberInfo> survivors, std::v
   if (!enough()) {
     // Without those that did not get on with each other they are too few: another try now and then.
     if (!Due(forgiven_ns + Ns(options.heartbeat_timeout))) return;
+    Log("too few processes reach each other; trying with all of them again");
     forgiven_ns = now;
     survivors = all_survivors;
     newcomers = all_newcomers;
@@ -170,6 +171,7 @@ void CoordinatorCore::State::Propose(std::vector<MemberInfo> members, std::vecto
     do lineage = random();
     while (lineage == 0);
     counting = true;
+    if (committed.lineage != 0) Log("nobody is left of the job; newcomers begin another one");
   }
   number += 1;
   if (!counting) number += (uint64_t{1} << 20) + random() % (uint64_t{1} << 36);

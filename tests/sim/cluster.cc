@@ -79,7 +79,6 @@ class Cluster : public Environment {
   uint64_t NewId() override { return ++last_id_; }
   bool verbose() const override { return options_.verbose; }
   void Log(Node node, const std::string& text) override {
-    network_.Note(text.size());
     if (options_.verbose) std::fprintf(stderr, "%10.3f ms  node %-3u %s\n", network_.now() * 1e-6, node, text.c_str());
   }
 
