@@ -12,7 +12,8 @@ namespace shoal {
 namespace {
 
 constexpr size_t kBufferBytes = 64 << 10;
-// What is read without knowing whose it is; more where many small messages come. What large ones have in it is copied twice.
+// What is read without knowing whose it is; more where many small messages come. What large ones have in it
+// is copied twice.
 constexpr size_t kAheadBytes = 4 << 10;
 constexpr size_t kDirectBytes = 4 << 10;  // From here on, payload is read straight to where it belongs.
 
@@ -22,7 +23,8 @@ absl::Status Gone(const char* what) {
 
 }  // namespace
 
-DataFlow::DataFlow(Fd socket, uint64_t epoch) : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes), ahead_(kAheadBytes) {}
+DataFlow::DataFlow(Fd socket, uint64_t epoch)
+    : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes), ahead_(kAheadBytes) {}
 
 void DataFlow::Close() {
   if (!socket_.valid()) return;
@@ -47,7 +49,8 @@ absl::Status DataFlow::Write(Sink* sink, int64_t* moved) {
     for (Frame& frame : frames_) {
       const size_t header_skip = std::min(skip, sizeof frame.header);
       if (header_skip < sizeof frame.header) {
-        parts[count++] = {reinterpret_cast<char*>(&frame.header) + header_skip, sizeof frame.header - header_skip};
+        parts[count++] = {reinterpret_cast<char*>(&frame.header) + header_skip,
+                          sizeof frame.header - header_skip};
         wanted += sizeof frame.header - header_skip;
       }
       skip -= header_skip;
@@ -136,7 +139,8 @@ absl::Status DataFlow::Consume(Sink* sink) {
 absl::StatusOr<DataFlow::Progress> DataFlow::Read(Sink* sink, int64_t budget, int64_t* moved) {
   while (budget > 0) {
     const bool direct = in_payload_ && target_ != nullptr && payload_left_ >= kDirectBytes;
-    // Behind a large payload only the next header is read ahead: what follows it is large as well, and is not copied twice.
+    // Behind a large payload only the next header is read ahead: what follows it is large as well, and is not
+    // copied twice.
     iovec parts[2] = {{target_, payload_left_}, {buffer_.data() + end_, sizeof(DataHeader)}};
     if (!direct) parts[1].iov_len = std::min(ahead_, buffer_.size()) - end_;
     msghdr message = {};

@@ -1,5 +1,5 @@
-// The bytes of one data connection: frames out, several per system call, and frames in, payloads straight to where they
-// belong. Knows frames, no messages. Not thread-safe; no call blocks.
+// The bytes of one data connection: frames out, several per system call, and frames in, payloads straight to
+// where they belong. Knows frames, no messages. Not thread-safe; no call blocks.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ class DataFlow {
 
   int fd() const { return socket_.get(); }
   bool open() const { return socket_.valid(); }
-  void Close();  // After reading what is there, so that the peer is not reset before it has read what we sent.
+  void
+  Close();  // After reading what is there, so that the peer is not reset before it has read what we sent.
 
   // ---- Out. A frame's payload is borrowed until OnSent or Detach.
   struct Frame {
@@ -47,10 +48,12 @@ class DataFlow {
 
   // ---- In.
   enum class Progress : uint8_t { kNothingMore, kMore, kEnd };
-  // Reads about `budget` bytes at most. kEnd: the peer closed. UNAVAILABLE: it is gone; DATA_LOSS: it sent no frame.
+  // Reads about `budget` bytes at most. kEnd: the peer closed. UNAVAILABLE: it is gone; DATA_LOSS: it sent no
+  // frame.
   absl::StatusOr<Progress> Read(Sink* sink, int64_t budget, int64_t* moved);
 
-  // Lets go of the memory of a group: what is half sent goes on from a copy, what is half received goes nowhere.
+  // Lets go of the memory of a group: what is half sent goes on from a copy, what is half received goes
+  // nowhere.
   void Detach(uint64_t group);
 
  private:

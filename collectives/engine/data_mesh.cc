@@ -18,12 +18,12 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t kReadBudget = 1 << 20;   // Per flow and turn, so that no peer starves another.
+constexpr int64_t kReadBudget = 1 << 20;  // Per flow and turn, so that no peer starves another.
 constexpr int64_t kSliceBytes = 256 << 10;
-constexpr size_t kDirectFlows = 4;         // Up to here every socket is asked, without asking epoll first.
+constexpr size_t kDirectFlows = 4;  // Up to here every socket is asked, without asking epoll first.
 constexpr int kReadyMax = 64;
-// A sleeping thread's wake-up costs 25 us and more: waiting begins with asking again and again, which goes on longer when
-// it pays. Others that want the core get it in between.
+// A sleeping thread's wake-up costs 25 us and more: waiting begins with asking again and again, which goes on
+// longer when it pays. Others that want the core get it in between.
 constexpr int64_t kSpinMaxNs = 100'000, kSpinMinNs = 5'000;
 constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake; this bounds a lost one.
 // How long the control connection has to say why a peer's data connections closed.
@@ -35,7 +35,8 @@ constexpr uint64_t kWakeTag = ~uint64_t{0};
 
 struct DataMesh::Impl {
   struct Flow final : DataFlow::Sink {
-    Flow(Impl* mesh, int rank, Fd socket, uint64_t epoch) : mesh(mesh), rank(rank), bytes(std::move(socket), epoch) {}
+    Flow(Impl* mesh, int rank, Fd socket, uint64_t epoch)
+        : mesh(mesh), rank(rank), bytes(std::move(socket), epoch) {}
     absl::StatusOr<std::byte*> OnHeader(const DataHeader& header) override;
     void OnPayload(const DataHeader& header) override;
     void OnSent(void* owner, const DataHeader& header) override;
@@ -101,7 +102,8 @@ absl::StatusOr<std::byte*> DataMesh::Impl::Flow::OnHeader(const DataHeader& head
   Port* port = mesh->Find(header.group);
   if (port == nullptr) {
     if (mesh->closed_groups.contains(header.group)) return nullptr;
-    if (mesh->early_groups >= kEarlyGroupsMax) return absl::DataLossError("speaks of too many groups that this rank does not have");
+    if (mesh->early_groups >= kEarlyGroupsMax)
+      return absl::DataLossError("speaks of too many groups that this rank does not have");
     ++mesh->early_groups;
     port = (mesh->ports[header.group] = std::make_unique<Port>(&mesh->shared, header.group)).get();
   }
@@ -140,7 +142,8 @@ absl::Status DataMesh::Impl::Start(std::vector<DataPeer> data_peers) {
     if (data_peers[rank].flows.empty()) peers[rank].status = absl::InternalError("no data connection");
     for (Fd& socket : data_peers[rank].flows) {
       event.data.u64 = flows.size();
-      if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, socket.get(), &event) != 0) return ErrnoStatus(errno, "epoll_ctl");
+      if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, socket.get(), &event) != 0)
+        return ErrnoStatus(errno, "epoll_ctl");
       flows.push_back(std::make_unique<Flow>(this, static_cast<int>(rank), std::move(socket), shared.epoch));
       peers[rank].flows.push_back(flows.back().get());
     }
@@ -182,7 +185,8 @@ void DataMesh::Impl::CheckPort(Port* port) {
   for (const int rank : port->life->ranks()) {
     const Peer& peer = peers[rank];
     if (peer.status.ok() || !port->Pending(rank)) continue;
-    // Nonsense needs no second witness. Of a closed connection the control connection knows more, in a moment.
+    // Nonsense needs no second witness. Of a closed connection the control connection knows more, in a
+    // moment.
     if (!absl::IsDataLoss(peer.status) && NowNs() - peer.closed_ns < kGraceNs) continue;
     port->Fail(Annotate(peer.status, shared.names[rank]));
     return Detach(port);
@@ -342,7 +346,8 @@ void DataMesh::Impl::Lead(Port* port, int64_t until_ns) {
   }
   // Longer where it would have sufficed, shorter where it was in vain.
   const int64_t waited_ns = now_ns - begin_ns;
-  spin_ns = spun_out && waited_ns > 2 * kSpinMaxNs ? std::max(spin_ns / 2, kSpinMinNs) : std::min(2 * spin_ns, kSpinMaxNs);
+  spin_ns = spun_out && waited_ns > 2 * kSpinMaxNs ? std::max(spin_ns / 2, kSpinMinNs)
+                                                   : std::min(2 * spin_ns, kSpinMaxNs);
 }
 
 void DataMesh::Impl::Sleep(Port* port, int64_t until_ns) {
@@ -391,7 +396,8 @@ void DataMesh::Close(Port* port) {
   impl_->ports.erase(port->key);
 }
 
-void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
+void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes,
+                    uint64_t token) {
   MutexLock lock(&impl_->mutex);
   const int rank = port->life->ranks()[member];
   port->Send(rank, id, data, bytes, token);

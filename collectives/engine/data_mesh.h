@@ -1,7 +1,7 @@
-// The data connections of one epoch and process, shared by all of its groups: several flows (TCP connections) per peer.
-// There is no thread: whoever polls or waits moves everybody's bytes. Slices of large messages take turns, and a group
-// that stops receiving is sent no more than a window, so that one group's data never blocks another's. Framing:
-// transport/data_frame.h. Thread-safe; a port belongs to one thread at a time.
+// The data connections of one epoch and process, shared by all of its groups: several flows (TCP connections)
+// per peer. There is no thread: whoever polls or waits moves everybody's bytes. Slices of large messages take
+// turns, and a group that stops receiving is sent no more than a window, so that one group's data never
+// blocks another's. Framing: transport/data_frame.h. Thread-safe; a port belongs to one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ namespace shoal {
 
 struct DataPeer {
   std::string name;       // For errors: "rank 2 (pid 71, host b)".
-  std::vector<Fd> flows;  // Empty: no data travels to that rank (this process itself, a rank that is never reached by TCP).
+  std::vector<Fd> flows;  // Empty: no data travels to that rank (this process itself, a rank that is never
+                          // reached by TCP).
 };
 
 class DataMesh {
@@ -36,8 +37,12 @@ class DataMesh {
   void Close(Port* port);
 
   void Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token);
-  enum class Into : uint8_t { kCaller, kMesh };  // The caller's memory, or a buffer of the mesh until Release.
-  void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token, Into whose);
+  enum class Into : uint8_t {
+    kCaller,
+    kMesh
+  };  // The caller's memory, or a buffer of the mesh until Release.
+  void Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token,
+               Into whose);
   void Release(Port* port, const std::byte* view);
   void Finish(Port* port, MessageId id);
   void Probe(Port* port, int member, MessageId id);

@@ -12,7 +12,8 @@ namespace {
 // Of small messages that one group may have under way to one rank before they are asked for.
 constexpr int64_t kWindowBytes = 4 << 20;
 constexpr int64_t kGiveBackBytes = kWindowBytes / 8;
-// Operations of a pair stand outside of the order of collectives (see Channel): only their own messages are compared.
+// Operations of a pair stand outside of the order of collectives (see Channel): only their own messages are
+// compared.
 constexpr uint64_t kPairBit = uint64_t{1} << 63;
 
 // Of a small message on the sender's window.
@@ -76,10 +77,10 @@ void DataMesh::Port::Post(int rank, const DataHeader& header, Outgoing* out) {
 void DataMesh::Port::FailMismatch(int rank, MessageId ours, int64_t our_bytes, const DataHeader& theirs) {
   if (!failure.ok()) return;
   mismatch = {rank, ours, IdOf(theirs), our_bytes, static_cast<int64_t>(theirs.total)};
-  Fail(absl::FailedPreconditionError(
-      absl::StrCat(shared->names[rank], " sends or awaits a message of operation ", theirs.op, ", tag ", theirs.tag, ", ",
-                   theirs.total, " bytes, signature ", theirs.signature, "; this rank has operation ", ours.op, ", tag ",
-                   ours.tag, ", ", our_bytes, " bytes, signature ", ours.signature)));
+  Fail(absl::FailedPreconditionError(absl::StrCat(
+      shared->names[rank], " sends or awaits a message of operation ", theirs.op, ", tag ", theirs.tag, ", ",
+      theirs.total, " bytes, signature ", theirs.signature, "; this rank has operation ", ours.op, ", tag ",
+      ours.tag, ", ", our_bytes, " bytes, signature ", ours.signature)));
 }
 
 bool DataMesh::Port::Agree(int rank, uint32_t ours, int64_t our_bytes, const DataHeader& theirs) {
@@ -264,7 +265,8 @@ absl::StatusOr<std::byte*> DataMesh::Port::OnReady(int rank, const DataHeader& h
   Side& side = At(rank);
   const auto held = side.held.find(KeyOf(header));
   if (held == side.held.end()) {
-    if (!side.early_ready.emplace(KeyOf(header), header).second) return absl::DataLossError("asks twice for one message");
+    if (!side.early_ready.emplace(KeyOf(header), header).second)
+      return absl::DataLossError("asks twice for one message");
     return nullptr;
   }
   Outgoing* out = held->second;
@@ -290,8 +292,10 @@ absl::StatusOr<std::byte*> DataMesh::Port::OnUnasked(int rank, const DataHeader&
   return absl::DataLossError("sends one message twice");
 }
 
-absl::StatusOr<std::byte*> DataMesh::Port::IntoExpected(int rank, const DataHeader& header, Incoming* incoming) {
-  if (incoming->claimed + static_cast<int64_t>(header.bytes) > incoming->bytes || (incoming->claimed > 0 && header.bytes == 0)) {
+absl::StatusOr<std::byte*> DataMesh::Port::IntoExpected(int rank, const DataHeader& header,
+                                                        Incoming* incoming) {
+  if (incoming->claimed + static_cast<int64_t>(header.bytes) > incoming->bytes ||
+      (incoming->claimed > 0 && header.bytes == 0)) {
     return absl::DataLossError("sends more of a message than there is");
   }
   incoming->claimed += header.bytes;
@@ -322,7 +326,8 @@ void DataMesh::Port::OnPayload(int rank, const DataHeader& header) {
   early->second.complete = true;
   if (!early->second.wanted) return;
   --side.wanted_early;
-  TakeEarly(rank, &early->second, early->second.receiver, NewHeader(DataType::kReady, IdOf(header), header.total));
+  TakeEarly(rank, &early->second, early->second.receiver,
+            NewHeader(DataType::kReady, IdOf(header), header.total));
 }
 
 void DataMesh::Port::OnSent(Outgoing* out, const DataHeader& header) {

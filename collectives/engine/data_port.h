@@ -1,5 +1,5 @@
-// One group's messages in the data mesh: who wants what, what came early, what waits for the peer. Decides only: frames to
-// send go into outboxes, which the mesh empties. Not thread-safe: all under the mesh's lock.
+// One group's messages in the data mesh: who wants what, what came early, what waits for the peer. Decides
+// only: frames to send go into outboxes, which the mesh empties. Not thread-safe: all under the mesh's lock.
 #pragma once
 
 #include <cstdint>
@@ -65,8 +65,8 @@ struct DataMesh::Port {
   void OnPayload(int rank, const DataHeader& header);
   void OnSent(Outgoing* out, const DataHeader& header);
 
-  // The end: no event comes any more. The first status stays. Flows may still point at the group's memory: the mesh
-  // detaches them before it lets go of its lock.
+  // The end: no event comes any more. The first status stays. Flows may still point at the group's memory:
+  // the mesh detaches them before it lets go of its lock.
   void Fail(const absl::Status& status);
 
   Shared* const shared;
@@ -74,7 +74,7 @@ struct DataMesh::Port {
   const GroupLife* life = nullptr;  // Null: messages came before the group was opened here.
   std::vector<Channel::Event> events;
   absl::Status failure;
-  Mismatch mismatch;     // Members are ranks in here.
+  Mismatch mismatch;      // Members are ranks in here.
   bool detached = false;  // The mesh's: flows no longer use this port's memory.
   bool woken = false;
   CondVar changed;

@@ -10,12 +10,13 @@
 
 namespace shoal {
 
-// Small messages are sent at once and kept by the receiver until they are asked for; large ones travel when the
-// receiver has posted. A received view lies in a buffer of the mesh, which stays warm from one message to the next.
+// Small messages are sent at once and kept by the receiver until they are asked for; large ones travel when
+// the receiver has posted. A received view lies in a buffer of the mesh, which stays warm from one message to
+// the next.
 //
-// Poll returns what the group's life says once that has ended; FAILED_PRECONDITION: see mismatch(); UNAVAILABLE: the
-// connection to a peer that is awaited closed and the group was not ended for it within a moment; DATA_LOSS: a peer sent
-// nonsense. All name the peer.
+// Poll returns what the group's life says once that has ended; FAILED_PRECONDITION: see mismatch();
+// UNAVAILABLE: the connection to a peer that is awaited closed and the group was not ended for it within a
+// moment; DATA_LOSS: a peer sent nonsense. All name the peer.
 class TcpChannel final : public Channel {
  public:
   // Both outlive the channel. `life` is asked, never told: the caller ends the group when Poll fails.

@@ -32,7 +32,9 @@ int64_t Soon() { return NowNs() + 30'000'000'000; }
 class TestLife final : public GroupLife {
  public:
   TestLife(uint64_t key, std::vector<int> ranks, int index) : GroupLife(key, std::move(ranks), index) {}
-  absl::Status status() const override { return Ended() ? absl::AbortedError("the test ended it") : absl::OkStatus(); }
+  absl::Status status() const override {
+    return Ended() ? absl::AbortedError("the test ended it") : absl::OkStatus();
+  }
   absl::Status End(const std::string&) override {
     ended_.store(true);
     return status();
@@ -82,7 +84,8 @@ std::vector<std::vector<DataPeer>> ConnectRanks(int size, const Network& network
 
 std::vector<std::unique_ptr<DataMesh>> Meshes(int size, const Network& network) {
   std::vector<std::unique_ptr<DataMesh>> meshes;
-  for (auto& peers : ConnectRanks(size, network)) meshes.push_back(*DataMesh::Create(kEpoch, std::move(peers)));
+  for (auto& peers : ConnectRanks(size, network))
+    meshes.push_back(*DataMesh::Create(kEpoch, std::move(peers)));
   return meshes;
 }
 
@@ -98,7 +101,8 @@ absl::Status Await(Channel& channel, size_t count, std::vector<Channel::Event>* 
   while (true) {
     if (absl::Status status = channel.Poll(events); !status.ok()) return status;
     if (events->size() >= count) return absl::OkStatus();
-    if (NowNs() > deadline_ns) return absl::DeadlineExceededError(absl::StrCat(events->size(), " of ", count, " events"));
+    if (NowNs() > deadline_ns)
+      return absl::DeadlineExceededError(absl::StrCat(events->size(), " of ", count, " events"));
     (void)channel.Wait(deadline_ns);
   }
 }
@@ -173,7 +177,8 @@ void RunPlan(Channel& channel, int rank, const Plan& plan, uint32_t order_seed) 
     if (message.to != rank) continue;
     const std::vector<std::byte> wanted = Pattern(message.seed, message.bytes);
     const std::byte* got = message.view ? event.view : memory[event.token].data();
-    EXPECT_TRUE(message.bytes == 0 || std::memcmp(got, wanted.data(), message.bytes) == 0) << message.bytes << " bytes";
+    EXPECT_TRUE(message.bytes == 0 || std::memcmp(got, wanted.data(), message.bytes) == 0)
+        << message.bytes << " bytes";
     if (message.view) channel.Release(message.from, message.id, event.view);
   }
 }
@@ -204,12 +209,12 @@ TEST_P(RandomExchange, EveryMessageArrivesWholeInAnyOrder) {
   for (std::thread& thread : threads) thread.join();
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Networks, RandomExchange,
-    testing::Values(Case{"OneFlow", 2, {}, 120}, Case{"FourFlows", 2, {.flows = 4}, 120},
-                    Case{"FiveRanks", 5, {.flows = 2}, 150}, Case{"Ipv6", 2, {.family = AF_INET6}, 60},
-                    Case{"TinyBuffers", 3, {.flows = 2, .buffer_bytes = 16 << 10}, 40}),
-    [](const auto& info) { return info.param.name; });
+INSTANTIATE_TEST_SUITE_P(Networks, RandomExchange,
+                         testing::Values(Case{"OneFlow", 2, {}, 120}, Case{"FourFlows", 2, {.flows = 4}, 120},
+                                         Case{"FiveRanks", 5, {.flows = 2}, 150},
+                                         Case{"Ipv6", 2, {.family = AF_INET6}, 60},
+                                         Case{"TinyBuffers", 3, {.flows = 2, .buffer_bytes = 16 << 10}, 40}),
+                         [](const auto& info) { return info.param.name; });
 
 TEST(TcpChannel, GroupsOnManyThreadsShareTheConnections) {
   constexpr int kRanks = 2, kGroups = 4;
@@ -310,7 +315,8 @@ TEST_F(TwoRanks, AGroupThatDoesNotReceiveHoldsUpNoOtherGroup) {
   // Far more than any socket and window holds, small and large.
   constexpr int kSmall = 2000;
   At(0, 1).Send(1, {1, 0, 1}, memory_.data(), memory_.size(), 0);
-  for (int i = 1; i <= kSmall; ++i) At(0, 1).Send(1, {1, static_cast<uint32_t>(i), 1}, memory_.data(), 20'000, i);
+  for (int i = 1; i <= kSmall; ++i)
+    At(0, 1).Send(1, {1, static_cast<uint32_t>(i), 1}, memory_.data(), 20'000, i);
   Settle();
   std::vector<std::byte> to(8);
   At(0, 2).Send(1, {1, 1, 1}, memory_.data(), 8, 7);
@@ -321,7 +327,8 @@ TEST_F(TwoRanks, AGroupThatDoesNotReceiveHoldsUpNoOtherGroup) {
   // And when it does receive, all of it comes.
   std::vector<std::byte> large(memory_.size()), small(20'000);
   At(1, 1).Receive(0, {1, 0, 1}, large.data(), large.size(), 0);
-  for (int i = 1; i <= kSmall; ++i) At(1, 1).Receive(0, {1, static_cast<uint32_t>(i), 1}, small.data(), 20'000, i);
+  for (int i = 1; i <= kSmall; ++i)
+    At(1, 1).Receive(0, {1, static_cast<uint32_t>(i), 1}, small.data(), 20'000, i);
   const int64_t deadline_ns = Soon();
   while (Events(1, 1).size() < kSmall + 1 && NowNs() < deadline_ns) Settle();
   EXPECT_EQ(Events(1, 1).size(), kSmall + 1u);
@@ -329,7 +336,8 @@ TEST_F(TwoRanks, AGroupThatDoesNotReceiveHoldsUpNoOtherGroup) {
 }
 
 TEST_F(TwoRanks, AnEndedGroupTouchesNoMemoryAndOthersGoOn) {
-  auto borrowed = std::make_unique<std::vector<std::byte>>(8 << 20), into = std::make_unique<std::vector<std::byte>>(8 << 20);
+  auto borrowed = std::make_unique<std::vector<std::byte>>(8 << 20),
+       into = std::make_unique<std::vector<std::byte>>(8 << 20);
   At(0, 1).Send(1, {1, 1, 1}, borrowed->data(), borrowed->size(), 1);
   At(1, 1).Receive(0, {1, 1, 1}, into->data(), into->size(), 1);
   std::vector<Channel::Event> events, received;
@@ -475,7 +483,9 @@ class Nonsense : public testing::Test {
     header.epoch = kEpoch;
     return header;
   }
-  static std::string Bytes(const DataHeader& header) { return std::string(reinterpret_cast<const char*>(&header), sizeof header); }
+  static std::string Bytes(const DataHeader& header) {
+    return std::string(reinterpret_cast<const char*>(&header), sizeof header);
+  }
 
   Fd wire_;
   std::unique_ptr<DataMesh> mesh_;
@@ -490,7 +500,8 @@ TEST_F(Nonsense, Garbage) {
 TEST_F(Nonsense, AnotherEpoch) {
   DataHeader header = Header(DataType::kEager);
   header.epoch = 6;
-  EXPECT_THAT(std::string(ResultOf(Bytes(header)).message()), HasSubstr("rank 1: is in epoch 6, this rank in 7"));
+  EXPECT_THAT(std::string(ResultOf(Bytes(header)).message()),
+              HasSubstr("rank 1: is in epoch 6, this rank in 7"));
 }
 
 TEST_F(Nonsense, ASliceThatNobodyAskedFor) {

@@ -89,7 +89,8 @@ void Greeter::Log(const std::string& line) {
     return;
   }
   log_budget_ -= 1;
-  const std::string more = unlogged_ == 0 ? "" : absl::StrCat(" (and ", unlogged_, " others since the last such line)");
+  const std::string more =
+      unlogged_ == 0 ? "" : absl::StrCat(" (and ", unlogged_, " others since the last such line)");
   unlogged_ = 0;
   SHOAL_LOG(kWarning) << line << more;
 }
@@ -99,7 +100,8 @@ void Greeter::Admit(Fd socket) {
     Refused(*guests_.front(), "too many strangers at the door");
     guests_.pop_front();
   }
-  auto guest = std::make_unique<Guest>(Guest{.frame = FrameReader(credentials_.has_value() ? kFirstBodyMax : kStrangerBodyMax)});
+  auto guest = std::make_unique<Guest>(
+      Guest{.frame = FrameReader(credentials_.has_value() ? kFirstBodyMax : kStrangerBodyMax)});
   guest->address = PeerAddressOf(socket.get());
   guest->socket = std::move(socket);
   guest->deadline_ns = NowNs() + kPatienceNs;
@@ -136,7 +138,8 @@ absl::Status Greeter::Take(Guest* guest, std::string_view bytes) {
   // An empty socket takes so little at once, or its peer is none of ours.
   const std::string output = guest->handshake->TakeOutput();
   const ssize_t sent = send(guest->socket.get(), output.data(), output.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-  if (status.ok() && sent != static_cast<ssize_t>(output.size())) return absl::UnavailableError("does not read");
+  if (status.ok() && sent != static_cast<ssize_t>(output.size()))
+    return absl::UnavailableError("does not read");
   return status;
 }
 
@@ -150,7 +153,8 @@ Greeter::Progress Greeter::ReadSome(Guest* guest) {
     if (got < 0 && errno == EINTR) continue;
     if (got < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return Progress::kMore;
     if (got <= 0) {
-      // Ranks look in that way whether a neighbour's unix socket can be reached; on a network port it is a scanner.
+      // Ranks look in that way whether a neighbour's unix socket can be reached; on a network port it is a
+      // scanner.
       if (guest->spoke || guest->address.family() != AF_UNIX) {
         Refused(*guest, guest->spoke ? "it left in the middle of a greeting" : "it left without a word");
       }
@@ -168,7 +172,8 @@ void Greeter::DropLate() {
   const int64_t now_ns = NowNs();
   // All have the same patience: who came first is late first.
   while (!guests_.empty() && guests_.front()->deadline_ns <= now_ns) {
-    Refused(*guests_.front(), guests_.front()->spoke ? "it stopped in the middle of a greeting" : "it says nothing");
+    Refused(*guests_.front(),
+            guests_.front()->spoke ? "it stopped in the middle of a greeting" : "it says nothing");
     guests_.pop_front();
   }
 }

@@ -1,5 +1,5 @@
-// The frames of the bootstrap protocol, and the door through which strangers knock. Frame: magic, version, type and body
-// length (u32 each), body. docs/wire.md has the whole of it.
+// The frames of the bootstrap protocol, and the door through which strangers knock. Frame: magic, version,
+// type and body length (u32 each), body. docs/wire.md has the whole of it.
 #pragma once
 
 #include <cstdint>
@@ -51,10 +51,11 @@ class FrameReader {
   std::string bytes_;
 };
 
-// Accepts connections, has each prove that it may join (transport/handshake.h) and reads one frame from it, all at the
-// same time, so that a stranger who says nothing holds up nobody. What does not prove itself within a few seconds is closed
-// with a log line that names the address and the reason; floods of such lines are thinned. A stranger costs a descriptor
-// and less than a kilobyte; above 1024 of them, or without descriptors, the one who came first goes.
+// Accepts connections, has each prove that it may join (transport/handshake.h) and reads one frame from it,
+// all at the same time, so that a stranger who says nothing holds up nobody. What does not prove itself
+// within a few seconds is closed with a log line that names the address and the reason; floods of such lines
+// are thinned. A stranger costs a descriptor and less than a kilobyte; above 1024 of them, or without
+// descriptors, the one who came first goes.
 class Greeter {
  public:
   Greeter(std::vector<int> listeners, const Credentials& credentials)
@@ -68,7 +69,8 @@ class Greeter {
     Frame frame;
     int readable = -1;  // Otherwise the watched descriptor that has something to read.
   };
-  // Blocks. DEADLINE_EXCEEDED. Without descriptors strangers wait outside. `watched` are descriptors to wait for as well.
+  // Blocks. DEADLINE_EXCEEDED. Without descriptors strangers wait outside. `watched` are descriptors to wait
+  // for as well.
   absl::StatusOr<Event> Next(const std::vector<int>& watched, int64_t deadline_ns);
 
  private:

@@ -39,7 +39,8 @@ std::byte* BufferPool::Take(int64_t bytes) {
   // Only what is used of a large buffer is ever touched: rounding up costs addresses, not memory.
   void* memory = nullptr;
   const size_t alignment = rounded >= kHugePageBytes ? kHugePageBytes : kPrefixBytes;
-  SHOAL_CHECK(posix_memalign(&memory, alignment, rounded + kPrefixBytes) == 0) << rounded << " bytes for a message";
+  SHOAL_CHECK(posix_memalign(&memory, alignment, rounded + kPrefixBytes) == 0)
+      << rounded << " bytes for a message";
   if (rounded >= kHugePageBytes) (void)madvise(memory, rounded + kPrefixBytes, MADV_HUGEPAGE);
   std::memcpy(memory, &size_class, sizeof size_class);
   return static_cast<std::byte*>(memory) + kPrefixBytes;

@@ -1,4 +1,5 @@
-// Memory for messages that arrive, kept from one to the next so that no message costs page faults. Not thread-safe.
+// Memory for messages that arrive, kept from one to the next so that no message costs page faults. Not
+// thread-safe.
 #pragma once
 
 #include <array>

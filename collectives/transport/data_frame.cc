@@ -19,7 +19,8 @@ absl::Status ParseDataHeader(const std::byte* bytes, uint64_t epoch, DataHeader*
       sane = payload == total && header->offset == 0 && payload <= kEagerBytesMax;
       break;
     case DataType::kSlice:
-      sane = payload > 0 && payload <= kSliceBytesMax && header->offset <= total && payload <= total - header->offset;
+      sane = payload > 0 && payload <= kSliceBytesMax && header->offset <= total &&
+             payload <= total - header->offset;
       break;
     case DataType::kAnnounce:
       sane = payload == 0 && header->offset == 0 && total <= kEagerBytesMax;
@@ -31,8 +32,9 @@ absl::Status ParseDataHeader(const std::byte* bytes, uint64_t epoch, DataHeader*
       break;
   }
   if (!sane) {
-    return absl::DataLossError(absl::StrCat("sends a frame that contradicts itself (type ", static_cast<int>(header->type),
-                                            ", ", payload, " bytes at ", header->offset, " of ", total, ")"));
+    return absl::DataLossError(absl::StrCat("sends a frame that contradicts itself (type ",
+                                            static_cast<int>(header->type), ", ", payload, " bytes at ",
+                                            header->offset, " of ", total, ")"));
   }
   return absl::OkStatus();
 }

@@ -1,5 +1,5 @@
-// What travels on data connections: the 64 bytes of DataHeader, then `bytes` of payload. Little-endian, as every machine
-// that Shoal runs on. docs/wire.md says who sends what when.
+// What travels on data connections: the 64 bytes of DataHeader, then `bytes` of payload. Little-endian, as
+// every machine that Shoal runs on. docs/wire.md says who sends what when.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +37,8 @@ static_assert(sizeof(DataHeader) == 64);
 
 constexpr uint32_t kDataMagic = 0x4d4f4853;  // "SHOM"
 
-// `bytes`: sizeof(DataHeader) of them, from anybody. DATA_LOSS: no header of this epoch, or one that contradicts itself.
+// `bytes`: sizeof(DataHeader) of them, from anybody. DATA_LOSS: no header of this epoch, or one that
+// contradicts itself.
 absl::Status ParseDataHeader(const std::byte* bytes, uint64_t epoch, DataHeader* header);
 
 }  // namespace shoal

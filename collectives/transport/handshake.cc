@@ -64,15 +64,16 @@ Reason ReasonOf(const absl::Status& status, bool version) {
 
 Handshake::Handshake(const Credentials& credentials, const Nonce& fresh, State state)
     : credentials_(credentials), state_(state) {
-  SHOAL_CHECK(credentials.job_id.size() <= kJobIdBytesMax) << "job id of " << credentials.job_id.size() << " bytes";
+  SHOAL_CHECK(credentials.job_id.size() <= kJobIdBytesMax)
+      << "job id of " << credentials.job_id.size() << " bytes";
   (state == State::kAwaitHello ? acceptor_nonce_ : dialler_nonce_) = Text(fresh);
 }
 
 Handshake Handshake::Dialler(const Credentials& credentials, const Nonce& fresh) {
   Handshake result(credentials, fresh, State::kAwaitChallenge);
   const uint32_t flags = credentials.secret.empty() ? 0 : kHasSecret;
-  result.Say(Kind::kHello, U32(static_cast<uint32_t>(credentials.purpose)) + U32(flags) + result.dialler_nonce_ +
-                               credentials.job_id);
+  result.Say(Kind::kHello, U32(static_cast<uint32_t>(credentials.purpose)) + U32(flags) +
+                               result.dialler_nonce_ + credentials.job_id);
   return result;
 }
 
@@ -89,7 +90,8 @@ size_t Handshake::Wanted() const {
 }
 
 void Handshake::Say(Kind kind, std::string_view body) {
-  const Header header = {kMagic, kProtocolVersion, static_cast<uint32_t>(kind), static_cast<uint32_t>(body.size())};
+  const Header header = {kMagic, kProtocolVersion, static_cast<uint32_t>(kind),
+                         static_cast<uint32_t>(body.size())};
   output_.append(reinterpret_cast<const char*>(&header), sizeof header);
   output_.append(body);
 }
@@ -99,7 +101,8 @@ absl::Status Handshake::Refuse(const absl::Status& status) {
   const bool version = absl::IsFailedPrecondition(status) && input_.size() >= kHeaderBytes &&
                        ReadU32(std::string_view(input_).substr(4)) != kProtocolVersion;
   if (!absl::IsDataLoss(status)) {
-    Say(Kind::kRefused, U32(ReasonOf(status, version)) + std::string(StdSv(status.message()).substr(0, kReasonBytesMax)));
+    Say(Kind::kRefused,
+        U32(ReasonOf(status, version)) + std::string(StdSv(status.message()).substr(0, kReasonBytesMax)));
   }
   state_ = State::kFailed;
   return status;
@@ -153,7 +156,8 @@ absl::Status Handshake::OnMessage(Kind kind, std::string_view body) {
       return absl::OkStatus();
     case State::kAwaitWelcome:
       if (kind != Kind::kWelcome) return NotShoal();
-      if (!proves("acceptor")) return absl::PermissionDeniedError("who answers does not know the job's secret");
+      if (!proves("acceptor"))
+        return absl::PermissionDeniedError("who answers does not know the job's secret");
       state_ = State::kDone;
       return absl::OkStatus();
     case State::kDone:
@@ -167,15 +171,19 @@ absl::Status Handshake::OnHello(std::string_view body) {
   if (body.size() < kHelloBytes || body.size() > kHelloBytes + kJobIdBytesMax) return NotShoal();
   const uint32_t purpose = ReadU32(body), flags = ReadU32(body.substr(4));
   const std::string_view job = body.substr(kHelloBytes);
-  if (purpose < static_cast<uint32_t>(Purpose::kBootstrap) || purpose > static_cast<uint32_t>(Purpose::kData)) {
+  if (purpose < static_cast<uint32_t>(Purpose::kBootstrap) ||
+      purpose > static_cast<uint32_t>(Purpose::kData)) {
     return NotShoal();
   }
   if (job != credentials_.job_id) {
-    return absl::FailedPreconditionError(absl::StrCat("job '", Printable(job), "', want '", credentials_.job_id, "'"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("job '", Printable(job), "', want '", credentials_.job_id, "'"));
   }
   const bool secret = (flags & kHasSecret) != 0;
-  if (secret && credentials_.secret.empty()) return absl::PermissionDeniedError("it has a secret, this job has none");
-  if (!secret && !credentials_.secret.empty()) return absl::PermissionDeniedError("it has no secret, this job has one");
+  if (secret && credentials_.secret.empty())
+    return absl::PermissionDeniedError("it has a secret, this job has none");
+  if (!secret && !credentials_.secret.empty())
+    return absl::PermissionDeniedError("it has no secret, this job has one");
   credentials_.purpose = static_cast<Purpose>(purpose);
   dialler_nonce_ = std::string(body.substr(8, kNonceBytes));
   Say(Kind::kChallenge, acceptor_nonce_);
@@ -198,8 +206,8 @@ absl::Status Handshake::OnRefused(std::string_view body) const {
 }
 
 std::string Handshake::Proof(std::string_view role) const {
-  // Fixed lengths but for the job, which is last: no two different contents make the same bytes. The role keeps a proof from
-  // being reflected, the nonces keep it from being replayed.
+  // Fixed lengths but for the job, which is last: no two different contents make the same bytes. The role
+  // keeps a proof from being reflected, the nonces keep it from being replayed.
   std::string text = "shoal handshake ";
   text.append(role).append(16 - role.size(), '\0');
   text += U32(kProtocolVersion) + U32(static_cast<uint32_t>(credentials_.purpose));
@@ -207,8 +215,8 @@ std::string Handshake::Proof(std::string_view role) const {
   std::string proof(kProofBytes, '\0');
   unsigned int length = 0;
   SHOAL_CHECK(HMAC(EVP_sha256(), credentials_.secret.data(), static_cast<int>(credentials_.secret.size()),
-                   reinterpret_cast<const uint8_t*>(text.data()), text.size(), reinterpret_cast<uint8_t*>(proof.data()),
-                   &length) != nullptr &&
+                   reinterpret_cast<const uint8_t*>(text.data()), text.size(),
+                   reinterpret_cast<uint8_t*>(proof.data()), &length) != nullptr &&
               length == kProofBytes);
   return proof;
 }
@@ -236,7 +244,8 @@ absl::Status Authenticate(int fd, const Credentials& credentials, int64_t deadli
   }
 }
 
-absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials, int64_t deadline_ns) {
+absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials,
+                                     int64_t deadline_ns) {
   SHOAL_ASSIGN_OR_RETURN(Fd fd, Dial(address, deadline_ns));
   SHOAL_RETURN_IF_ERROR(Authenticate(fd.get(), credentials, deadline_ns), "dial ", address.ToString());
   return fd;

@@ -1,7 +1,8 @@
-// Who may join: what both ends of every connection of a job (unix or TCP) say before anything else. Four messages, each
-// one proof of the job secret by HMAC-SHA256 over fresh nonces of both sides, the purpose, the job and the version; the
-// stranger proves first, so that an acceptor tells a port scanner nothing. Nothing is encrypted: the secret keeps
-// processes of other jobs and people out, it does not hide what the network can read. docs/wire.md has the bytes.
+// Who may join: what both ends of every connection of a job (unix or TCP) say before anything else. Four
+// messages, each one proof of the job secret by HMAC-SHA256 over fresh nonces of both sides, the purpose, the
+// job and the version; the stranger proves first, so that an acceptor tells a port scanner nothing. Nothing
+// is encrypted: the secret keeps processes of other jobs and people out, it does not hide what the network
+// can read. docs/wire.md has the bytes.
 //
 // `Handshake` is one side as a pure state machine over bytes; `DialAuthenticated` and `Greeter`
 // (membership/frame.h) run it on sockets.
@@ -45,9 +46,9 @@ class Handshake {
   std::string TakeOutput();
   // How many bytes to read next: never more than belongs to the handshake. 0 when it has ended.
   size_t Wanted() const;
-  // Takes at most Wanted() bytes. Error: the peer is refused (or refuses), final; what TakeOutput has then is a last word
-  // that tells it why. PERMISSION_DENIED: the secret is wrong or missing; FAILED_PRECONDITION: another job or version;
-  // DATA_LOSS: not Shoal's protocol.
+  // Takes at most Wanted() bytes. Error: the peer is refused (or refuses), final; what TakeOutput has then is
+  // a last word that tells it why. PERMISSION_DENIED: the secret is wrong or missing; FAILED_PRECONDITION:
+  // another job or version; DATA_LOSS: not Shoal's protocol.
   absl::Status Take(std::string_view bytes);
   // Both ends have proved themselves.
   bool Done() const { return state_ == State::kDone; }
@@ -74,11 +75,12 @@ class Handshake {
 // From the system's generator. CHECKs that there is one.
 Handshake::Nonce FreshNonce();
 
-// The dialler's part on a connection. Blocks until `deadline_ns` (NowNs()). Errors as Handshake::Take; UNAVAILABLE: the
-// acceptor closed before it answered; DEADLINE_EXCEEDED.
+// The dialler's part on a connection. Blocks until `deadline_ns` (NowNs()). Errors as Handshake::Take;
+// UNAVAILABLE: the acceptor closed before it answered; DEADLINE_EXCEEDED.
 absl::Status Authenticate(int fd, const Credentials& credentials, int64_t deadline_ns);
 
 // One attempt to connect and to prove both ends. Blocks. Errors as Dial and Authenticate, with the address.
-absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials, int64_t deadline_ns);
+absl::StatusOr<Fd> DialAuthenticated(const SocketAddress& address, const Credentials& credentials,
+                                     int64_t deadline_ns);
 
 }  // namespace shoal

@@ -53,8 +53,8 @@ TEST(Handshake, EqualCredentialsMeetWhateverThePiecesAndTheAcceptorLearnsThePurp
     for (const size_t step : {1, 7, 1000}) {
       Credentials dialler = Of("job", secret);
       dialler.purpose = Purpose::kControl;
-      const Outcome outcome =
-          Meet(Handshake::Dialler(dialler, FreshNonce()), Handshake::Acceptor(Of("job", secret), FreshNonce()), step);
+      const Outcome outcome = Meet(Handshake::Dialler(dialler, FreshNonce()),
+                                   Handshake::Acceptor(Of("job", secret), FreshNonce()), step);
       EXPECT_TRUE(outcome.both_done) << outcome.dialler << outcome.acceptor;
       EXPECT_EQ(outcome.seen, Purpose::kControl);
     }
@@ -124,8 +124,8 @@ TEST(Handshake, AReplayedAcceptorIsDenied) {
   EXPECT_FALSE(next.Done());
 }
 
-// Who does not know the secret cannot let one of ours answer for it: not with our own proof sent back, and not with that of
-// an acceptor that we dial at the same time.
+// Who does not know the secret cannot let one of ours answer for it: not with our own proof sent back, and
+// not with that of an acceptor that we dial at the same time.
 TEST(Handshake, AReflectedProofIsDenied) {
   const Credentials credentials = Of("job", "s");
   Handshake dialler = Handshake::Dialler(credentials, FreshNonce());
@@ -177,7 +177,8 @@ TEST_F(DialTest, AServerThatSpeaksSomethingElseIsNamed) {
     const std::string text = "HTTP/1.1 400 Bad Request\r\n\r\n";
     (void)SendAll(socket.get(), text.data(), text.size(), In(10'000));
     char unused[4096];
-    while (PollOne(socket.get(), /*POLLIN*/ 1, In(10'000)) && recv(socket.get(), unused, sizeof unused, 0) > 0) {
+    while (PollOne(socket.get(), /*POLLIN*/ 1, In(10'000)) &&
+           recv(socket.get(), unused, sizeof unused, 0) > 0) {
     }
   });
   const absl::Status status = DialAuthenticated(address_, Of("job", "s"), In(10'000)).status();

@@ -1,10 +1,12 @@
-// The messages of two ranks (processes) over loopback TCP: DataMesh against plain sockets with the same bytes, in
-// alternation. Usage: bench_tcp_channel [flows].
+// The messages of two ranks (processes) over loopback TCP: DataMesh against plain sockets with the same
+// bytes, in alternation. Usage: bench_tcp_channel [flows].
 //
 //   ping   one message there and back, half the round trip
 //   both   both send and receive at the same time, as the steps of a ring do
 //
 // Plain sockets: `ping` spins on recv and send; `both` polls one socket for reading and writing.
+#include "collectives/engine/tcp_channel.h"
+
 #include <poll.h>
 #include <sched.h>
 #include <sys/wait.h>
@@ -16,7 +18,6 @@
 #include <cstring>
 #include <vector>
 
-#include "collectives/engine/tcp_channel.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
 
@@ -99,7 +100,8 @@ void PlainBoth(Rank& rank, int64_t bytes) { PlainMove(rank, bytes, bytes); }
 
 using Way = void (*)(Rank&, int64_t);
 
-// Median of some rounds, in us per call. Ways take turns, round by round; a barrier (a plain byte) lies between.
+// Median of some rounds, in us per call. Ways take turns, round by round; a barrier (a plain byte) lies
+// between.
 std::vector<double> Measure(Rank& rank, const std::vector<Way>& ways, int64_t bytes) {
   const int calls = std::clamp<int64_t>((8 << 20) / std::max<int64_t>(bytes, 1), 1, 300);
   constexpr int kRounds = 15;
@@ -132,15 +134,17 @@ void RunRank(int index, std::vector<Fd> flows, Fd plain) {
   rank.in.assign(kMostBytes, std::byte{0});
   MeshBoth(rank, kMostBytes);
   SHOAL_CHECK(rank.in[kMostBytes - 1] == std::byte{static_cast<unsigned char>(2 - index)});
-  if (index == 0) std::printf("%12s %6s %12s %12s %10s %8s\n", "bytes", "", "mesh us", "sockets us", "mesh GB/s", "share");
+  if (index == 0)
+    std::printf("%12s %6s %12s %12s %10s %8s\n", "bytes", "", "mesh us", "sockets us", "mesh GB/s", "share");
   for (int64_t bytes = 8; bytes <= kMostBytes; bytes *= bytes < 8192 ? 16 : 8) {
     for (const bool both : {false, true}) {
       const std::vector<double> us =
           both ? Measure(rank, {MeshBoth, PlainBoth}, bytes) : Measure(rank, {MeshPing, PlainPing}, bytes);
       if (index != 0) continue;
       const double part = both ? 1 : 0.5;
-      std::printf("%12lld %6s %12.2f %12.2f %10.2f %7.0f%%\n", static_cast<long long>(bytes), both ? "both" : "ping", us[0] * part,
-                  us[1] * part, bytes * (both ? 2 : 1) / (us[0] * part) * 1e-3, 100 * us[1] / us[0]);
+      std::printf("%12lld %6s %12.2f %12.2f %10.2f %7.0f%%\n", static_cast<long long>(bytes),
+                  both ? "both" : "ping", us[0] * part, us[1] * part,
+                  bytes * (both ? 2 : 1) / (us[0] * part) * 1e-3, 100 * us[1] / us[0]);
     }
   }
 }

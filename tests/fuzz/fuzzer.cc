@@ -1,4 +1,5 @@
-// libFuzzer's entry point: `fuzz_collectives TARGET [libFuzzer's options and corpus folders]`; without a target, their names.
+// libFuzzer's entry point: `fuzz_collectives TARGET [libFuzzer's options and corpus folders]`; without a
+// target, their names.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

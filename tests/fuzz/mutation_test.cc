@@ -49,9 +49,11 @@ class Mutator {
         bytes->resize(at);
         return;
       default: {
-        constexpr uint64_t kNumbers[] = {0, 1, 255, 4096, 65536, 0x7fffffff, 0xffffffff, 0x7fffffffffffffff, ~uint64_t{0}};
+        constexpr uint64_t kNumbers[] = {
+            0, 1, 255, 4096, 65536, 0x7fffffff, 0xffffffff, 0x7fffffffffffffff, ~uint64_t{0}};
         const uint64_t number = kNumbers[Below(std::size(kNumbers))] + Below(3) - 1;
-        bytes->replace(at, Below(2) == 0 ? 4 : 8, reinterpret_cast<const char*>(&number), Below(2) == 0 ? 4 : 8);
+        bytes->replace(at, Below(2) == 0 ? 4 : 8, reinterpret_cast<const char*>(&number),
+                       Below(2) == 0 ? 4 : 8);
         return;
       }
     }

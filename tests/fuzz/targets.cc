@@ -51,7 +51,8 @@ Handshake::Nonce FixedNonce(uint8_t value) {
 }
 const Credentials kCredentials = {"job", "secret", Purpose::kControl};
 Handshake Side(bool dialler) {
-  return dialler ? Handshake::Dialler(kCredentials, FixedNonce(1)) : Handshake::Acceptor(kCredentials, FixedNonce(2));
+  return dialler ? Handshake::Dialler(kCredentials, FixedNonce(1))
+                 : Handshake::Acceptor(kCredentials, FixedNonce(2));
 }
 
 void RunHandshake(std::string_view bytes) {
@@ -158,7 +159,9 @@ void RunDecoder(std::string_view bytes, const Decoder& decode) {
   SHOAL_CHECK(Encode(*read) == again);
 }
 void RunMemberMessage(std::string_view bytes) { RunDecoder<MemberMessage>(bytes, DecodeMemberMessage); }
-void RunCoordinatorMessage(std::string_view bytes) { RunDecoder<CoordinatorMessage>(bytes, DecodeCoordinatorMessage); }
+void RunCoordinatorMessage(std::string_view bytes) {
+  RunDecoder<CoordinatorMessage>(bytes, DecodeCoordinatorMessage);
+}
 void RunView(std::string_view bytes) { RunDecoder<View>(bytes, DecodeView); }
 
 View SomeView() {
@@ -166,7 +169,8 @@ View SomeView() {
   view.lineage = 9;
   view.epoch = Epoch{3};
   for (uint64_t id : {4, 5, 6}) {
-    view.members.push_back({id, 71, "host", "boot", "door", {"10.0.0.1:80", "[::1]:81"}, static_cast<int>(id) - 4});
+    view.members.push_back(
+        {id, 71, "host", "boot", "door", {"10.0.0.1:80", "[::1]:81"}, static_cast<int>(id) - 4});
   }
   return view;
 }
@@ -216,7 +220,8 @@ void RunDataHeader(std::string_view bytes) {
   if (bytes.size() < sizeof(DataHeader)) return;
   DataHeader header;
   if (!ParseDataHeader(reinterpret_cast<const std::byte*>(bytes.data()), kEpoch, &header).ok()) return;
-  SHOAL_CHECK(header.bytes <= static_cast<uint64_t>(kSliceBytesMax) && header.offset + header.bytes <= std::max(header.total, header.bytes));
+  SHOAL_CHECK(header.bytes <= static_cast<uint64_t>(kSliceBytesMax) &&
+              header.offset + header.bytes <= std::max(header.total, header.bytes));
 }
 
 class FuzzLife final : public GroupLife {
@@ -240,8 +245,8 @@ DataHeader SeedHeader(DataType type, uint32_t tag, uint64_t bytes, uint64_t tota
   return header;
 }
 
-// Behind an odd first byte every frame gets the right magic and epoch and a payload that is there, so that mutations reach
-// what lies behind those checks.
+// Behind an odd first byte every frame gets the right magic and epoch and a payload that is there, so that
+// mutations reach what lies behind those checks.
 std::string Mended(std::string_view bytes) {
   std::string result(bytes.substr(1));
   if ((bytes[0] & 1) == 0) return result;

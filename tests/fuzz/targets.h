@@ -1,4 +1,5 @@
-// Everything in collectives/ that reads bytes from the network, as functions of bytes. libFuzzer runs them one by one
+// Everything in collectives/ that reads bytes from the network, as functions of bytes. libFuzzer runs them
+// one by one
 // (-DSHOAL_FUZZ=ON, clang), mutation_test.cc all of them in every test run.
 #pragma once
 
