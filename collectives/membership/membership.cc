@@ -31,7 +31,8 @@ class ElasticMembership final : public Membership {
  private:
   std::vector<Accusation> LeavePresent();
   void EndPresent();
-  absl::StatusOr<std::unique_ptr<Communicator>> Enter(Seat::Formed formed, absl::Time deadline);
+  absl::StatusOr<std::unique_ptr<Communicator>> Enter(Seat::Formed formed, absl::Time deadline,
+                                                      std::shared_ptr<World>* world);
 
   const MembershipOptions options_;
   Mutex calls_;  // One NextEpoch at a time.
@@ -97,25 +98,30 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::NextEpoch(absl:
     seat_->Ask(std::move(accusations));
     SHOAL_ASSIGN_OR_RETURN(Seat::Formed formed, seat_->Await(deadline_ns), "the next epoch");
     accusations = std::move(formed.accusations);
-    // An epoch that broke while it was committed is over before anybody saw it.
-    if (!formed.links.empty()) return Enter(std::move(formed), deadline);
+    // An epoch that breaks while it begins is over before the caller saw it.
+    if (formed.links.empty()) continue;
+    std::shared_ptr<World> world;
+    absl::StatusOr<std::unique_ptr<Communicator>> group = Enter(std::move(formed), deadline, &world);
+    if (!absl::IsAborted(group.status())) return group;
+    accusations = LeavePresent();
   }
 }
 
-absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::Formed formed, absl::Time deadline) {
+absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::Formed formed, absl::Time deadline,
+                                                                       std::shared_ptr<World>* world) {
   EndPresent();
   WorldOptions options = options_.world;
   options.rank = formed.rank;
   options.size = static_cast<int>(formed.view.members.size());
   options.epoch = formed.view.epoch;
   const std::string context = absl::StrCat("epoch ", static_cast<uint64_t>(options.epoch));
-  SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<World> world, World::Create(options, std::move(formed.links)), context);
+  SHOAL_ASSIGN_OR_RETURN(*world, World::Create(options, std::move(formed.links)), context);
   {
     MutexLock lock(&mutex_);
     view_ = std::move(formed.view);
-    world_ = world;
+    world_ = *world;
   }
-  absl::StatusOr<std::unique_ptr<Communicator>> group = NewWorldGroup(std::move(world), deadline);
+  absl::StatusOr<std::unique_ptr<Communicator>> group = NewWorldGroup(*world, deadline);
   SHOAL_RETURN_IF_ERROR(group.status(), context);
   return group;
 }

@@ -244,11 +244,8 @@ bool Mesh::Place(const Hello& hello, Fd* socket) {
     }
     return true;
   }
-  if (same_lineage && hello.epoch <= epoch) {
-    SHOAL_LOG(kInfo) << "refused a connection of epoch " << hello.epoch << ": it is epoch " << epoch << " now";
-    return true;
-  }
-  return false;
+  // Stale epochs are refused, without a word: in times of churn proposals overtake each other.
+  return same_lineage && hello.epoch <= epoch;
 }
 
 void Mesh::Accept(Fd socket, const Frame& frame) {

@@ -21,6 +21,7 @@ int RunGenerate(absl::Span<const std::string> args);
 int RunExport(absl::Span<const std::string> args);
 int RunData(absl::Span<const std::string> args);
 int RunConfig(absl::Span<const std::string> args);
+int RunCoordinate(absl::Span<const std::string> args);
 int RunBench(absl::Span<const std::string> args);
 int RunVersion(absl::Span<const std::string> args);
 

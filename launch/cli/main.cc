@@ -23,6 +23,7 @@ const std::vector<Command>& Commands() {
       {"export", "write a checkpoint as a Hugging Face model", RunExport},
       {"data", "turn text into a data set", RunData},
       {"config", "show, check and explain configurations", RunConfig},
+      {"coordinate", "let the processes of an elastic job find each other", RunCoordinate},
       {"bench", "measure the speed of training", RunBench},
       {"version", "print the version", RunVersion},
       {"help", "explain a command", RunHelp},

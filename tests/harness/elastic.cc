@@ -23,7 +23,8 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t kElements = 20'000;
+constexpr int64_t kElementsMax = 300'000;
+constexpr int64_t kElements[] = {1, 1000, 20'000, kElementsMax};  // In turn.
 
 // One line of what can be read from `fd` until `deadline_ns`, or "".
 std::string ReadLine(int fd, std::string* bytes, int64_t deadline_ns) {
@@ -203,6 +204,7 @@ class Life {
 
  private:
   struct Sum {
+    Tensor memory;  // Of all sizes.
     Tensor tensor;
     Work work;
     float expected = 0;
@@ -213,8 +215,10 @@ class Life {
     const float factor = static_cast<float>(step % 97 + 1);
     sum->expected = 0;
     for (int rank : ranks) sum->expected += static_cast<float>(rank + 1) * factor;
-    float* data = sum->tensor.data<float>();
-    std::fill(data, data + kElements, static_cast<float>(own_rank + 1) * factor);
+    const int64_t elements = kElements[step % 4];
+    float* data = sum->memory.data<float>();
+    sum->tensor = Tensor(data, {elements}, DType::kF32, nullptr);
+    std::fill(data, data + elements, static_cast<float>(own_rank + 1) * factor);
     sum->work = group.AllReduce(sum->tensor, sum->tensor, ReduceOp::kSum, {.label = "churn"});
     return absl::OkStatus();
   }
@@ -223,7 +227,7 @@ class Life {
     const absl::Status status = sum.work.Await(absl::Now() + absl::Seconds(60));
     if (!status.ok()) return status;
     const float* data = sum.tensor.data<float>();
-    for (int64_t i = 0; i < kElements; ++i) {
+    for (int64_t i = 0; i < sum.tensor.elements(); ++i) {
       if (data[i] == sum.expected) continue;
       return absl::DataLossError(absl::StrCat(name, ": element ", i, " is ", data[i], ", want ", sum.expected));
     }
@@ -242,9 +246,9 @@ class Life {
     if (!second.ok()) return second.status();
     Sum sums[3];
     for (Sum& sum : sums) {
-      absl::StatusOr<Tensor> tensor = world.Allocate({kElements}, DType::kF32);
+      absl::StatusOr<Tensor> tensor = world.Allocate({kElementsMax}, DType::kF32);
       if (!tensor.ok()) return tensor.status();
-      sum.tensor = *std::move(tensor);
+      sum.memory = *std::move(tensor);
     }
     for (int64_t step = 0; !over_; ++step, ++steps_) {
       Obey();
