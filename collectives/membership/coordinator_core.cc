@@ -13,7 +13,8 @@ uint64_t Number(Epoch epoch) { return static_cast<uint64_t>(epoch); }
 
 }  // namespace
 
-void CoordinatorCore::State::Refuse(Connection connection, CoordinatorMessage::Type type, const std::string& cause) {
+void CoordinatorCore::State::Refuse(Connection connection, CoordinatorMessage::Type type,
+                                    const std::string& cause) {
   Send(connection, type, cause);
   Close(connection, cause);
 }
@@ -94,7 +95,8 @@ bool CoordinatorCore::State::Welcome(Connection connection, const MemberMessage&
   if (theirs.RankOf(message.info.id) >= 0 && (unknown || newer || older_job)) Adopt(theirs);
   if (IsMember(message.info.id) && theirs.lineage == committed.lineage) return true;
   std::string cause = absl::StrCat("epoch ", Number(committed.epoch), " was formed without it");
-  if (theirs.lineage != committed.lineage) cause = "the job of its epoch has ended, and another one has begun";
+  if (theirs.lineage != committed.lineage)
+    cause = "the job of its epoch has ended, and another one has begun";
   Log(absl::StrCat(message.info.Name(), " came back and is excluded: ", cause));
   if (IsMember(message.info.id)) left.insert(message.info.id);
   Refuse(connection, CoordinatorMessage::kExcluded, cause);
@@ -103,7 +105,8 @@ bool CoordinatorCore::State::Welcome(Connection connection, const MemberMessage&
 
 // A member knows an epoch that this coordinator does not: another coordinator formed it.
 void CoordinatorCore::State::Adopt(const View& view) {
-  Log(absl::StrCat("a member says that epoch ", Number(view.epoch), " has ", view.members.size(), " members"));
+  Log(absl::StrCat("a member says that epoch ", Number(view.epoch), " has ", view.members.size(),
+                   " members"));
   proposal.reset();
   SetCommitted(view);
   gives_way_until_ns = 0;
@@ -156,7 +159,8 @@ void CoordinatorCore::State::OnReady(Process& process, const MemberMessage& mess
   process.ready = true;
   process.ready_after = message.epoch;
   process.accusations.clear();
-  for (const Accusation& accusation : message.accusations) process.accusations[accusation.id] = accusation.cause;
+  for (const Accusation& accusation : message.accusations)
+    process.accusations[accusation.id] = accusation.cause;
 }
 
 void CoordinatorCore::State::OnFailed(Process& process, const MemberMessage& message) {
@@ -205,7 +209,8 @@ CoordinatorCore::CoordinatorCore(CoordinatorOptions options, uint64_t seed, int6
 
 CoordinatorCore::~CoordinatorCore() = default;
 
-std::vector<CoordinatorCore::Action> CoordinatorCore::OnMessage(Connection connection, const MemberMessage& message,
+std::vector<CoordinatorCore::Action> CoordinatorCore::OnMessage(Connection connection,
+                                                                const MemberMessage& message,
                                                                 int64_t now_ns) {
   State& state = *state_;
   state.Begin(now_ns);
@@ -238,7 +243,8 @@ std::vector<CoordinatorCore::Action> CoordinatorCore::OnMessage(Connection conne
       state.OnReady(process, message);
       break;
     case MemberMessage::kConnected:
-      if (state.IsProposed(id) && state.proposal->view.epoch == message.epoch) process.answer = State::Process::kConnected;
+      if (state.IsProposed(id) && state.proposal->view.epoch == message.epoch)
+        process.answer = State::Process::kConnected;
       break;
     case MemberMessage::kFailed:
       state.OnFailed(process, message);

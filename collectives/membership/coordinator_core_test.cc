@@ -1,5 +1,5 @@
-// The coordinator's and the members' decisions on a network without delay. Everything that takes luck to happen is in
-// tests/sim.
+// The coordinator's and the members' decisions on a network without delay. Everything that takes luck to
+// happen is in tests/sim.
 #include "collectives/membership/coordinator_core.h"
 
 #include <gtest/gtest.h>
@@ -58,7 +58,9 @@ class Job : public ::testing::Test {
     const uint64_t connection = members_[id].connection;
     members_.erase(id);
     if (connection != 0 && links_.erase(connection) == 1)
-      events_.push_back([=, this] { if (coordinator_) Do(coordinator_->OnClosed(connection, now_)); });
+      events_.push_back([=, this] {
+        if (coordinator_) Do(coordinator_->OnClosed(connection, now_));
+      });
   }
 
   void Run(absl::Duration time = absl::Milliseconds(1)) {
@@ -81,7 +83,8 @@ class Job : public ::testing::Test {
     for (const MemberInfo& member : coordinator_->committed().members) {
       ranks.push_back(member.id);
       if (!members_.contains(member.id)) continue;
-      EXPECT_EQ(Encode(members_[member.id].core->committed()), Encode(coordinator_->committed())) << member.id;
+      EXPECT_EQ(Encode(members_[member.id].core->committed()), Encode(coordinator_->committed()))
+          << member.id;
     }
     return ranks;
   }
@@ -157,8 +160,7 @@ class Job : public ::testing::Test {
       const CoordinatorMessage message = action.message;
       if (drop_commits_ && message.type == CoordinatorMessage::kCommit) continue;
       Deliver(id, [=, this] {
-        if (members_[id].connection == action.connection)
-          Do(id, members_[id].core->OnMessage(message, now_));
+        if (members_[id].connection == action.connection) Do(id, members_[id].core->OnMessage(message, now_));
       });
     }
   }
@@ -177,7 +179,9 @@ class Job : public ::testing::Test {
           const uint64_t connection = member.connection;
           member.connection = 0;
           links_.erase(connection);
-          events_.push_back([=, this] { if (coordinator_) Do(coordinator_->OnClosed(connection, now_)); });
+          events_.push_back([=, this] {
+            if (coordinator_) Do(coordinator_->OnClosed(connection, now_));
+          });
           break;
         }
         case MemberCore::Action::kSend: {

@@ -1,16 +1,18 @@
 // Why there are never two views with one (lineage, epoch).
 //
-// One coordinator gives each number to one proposal. Two coordinators at once (an old one was paused, or cut off, and is
-// back) do not use the same numbers of a lineage: whoever drew the lineage counts up by one; whoever took over, that is,
-// heard a number that it had not given out itself, first skips a random 2^20 to 2^36, and counts up from there. So ranges
-// of numbers belong to one coordinator each, whatever the other one does and whichever members each one reaches. That
-// holds for views without a common member too, which promises of members alone do not keep apart.
+// One coordinator gives each number to one proposal. Two coordinators at once (an old one was paused, or cut
+// off, and is back) do not use the same numbers of a lineage: whoever drew the lineage counts up by one;
+// whoever took over, that is, heard a number that it had not given out itself, first skips a random 2^20 to
+// 2^36, and counts up from there. So ranges of numbers belong to one coordinator each, whatever the other one
+// does and whichever members each one reaches. That holds for views without a common member too, which
+// promises of members alone do not keep apart.
 //
-// Why there is one line of views. A member confirms a proposal only on its present connection and above all that it was
-// ever proposed, and a view is committed only when all of its members confirmed it. So epochs of a member only grow. A
-// view of the lineage contains a member of the last view that its coordinator knows, which has told it all that it
-// promised. If two coordinators still cut a job in two, each half works in epochs of its own, and when both halves meet at
-// one coordinator, the higher epoch is the job; the others are excluded and join anew.
+// Why there is one line of views. A member confirms a proposal only on its present connection and above all
+// that it was ever proposed, and a view is committed only when all of its members confirmed it. So epochs of
+// a member only grow. A view of the lineage contains a member of the last view that its coordinator knows,
+// which has told it all that it promised. If two coordinators still cut a job in two, each half works in
+// epochs of its own, and when both halves meet at one coordinator, the higher epoch is the job; the others
+// are excluded and join anew.
 #include "collectives/membership/coordinator_state.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/status.h"
@@ -43,7 +45,9 @@ void CoordinatorCore::State::Advance() {
 // To all that can work together, if they are enough.
 void CoordinatorCore::State::ProposeTo(std::vector<MemberInfo> survivors, std::vector<MemberInfo> newcomers,
                                        bool continues) {
-  const auto enough = [&] { return survivors.size() + newcomers.size() >= static_cast<size_t>(options.size_min); };
+  const auto enough = [&] {
+    return survivors.size() + newcomers.size() >= static_cast<size_t>(options.size_min);
+  };
   if (!enough()) return;
   AddMutualAccusations(survivors);
   const std::vector<MemberInfo> all_survivors = survivors, all_newcomers = newcomers;
@@ -82,8 +86,8 @@ bool CoordinatorCore::State::ProposalStands() {
   return false;
 }
 
-// A request for the epoch after an older one counts from a member that has lost the committed one: it confirmed it and has
-// turned to another proposal since.
+// A request for the epoch after an older one counts from a member that has lost the committed one: it
+// confirmed it and has turned to another proposal since.
 bool CoordinatorCore::State::Asks(const Process& process) const {
   if (!process.ready) return false;
   if (!IsMember(process.info.id)) return true;
@@ -165,7 +169,8 @@ void CoordinatorCore::State::AddMutualAccusations(const std::vector<MemberInfo>&
   }
 }
 
-void CoordinatorCore::State::Propose(std::vector<MemberInfo> members, std::vector<Dropped> dropped, bool continues) {
+void CoordinatorCore::State::Propose(std::vector<MemberInfo> members, std::vector<Dropped> dropped,
+                                     bool continues) {
   uint64_t lineage = committed.lineage;
   if (!continues) {
     do lineage = random();

@@ -1,5 +1,5 @@
-// What the coordinator's core knows, for the two files that work on it: coordinator_core.cc (processes that come and go)
-// and coordinator_epochs.cc (the next epoch).
+// What the coordinator's core knows, for the two files that work on it: coordinator_core.cc (processes that
+// come and go) and coordinator_epochs.cc (the next epoch).
 #pragma once
 
 #include <algorithm>
@@ -67,13 +67,14 @@ struct CoordinatorCore::State {
   View committed;
   std::unordered_map<uint64_t, int> rank_of;  // Of `committed`.
   int64_t learned_ns = 0;                     // When `committed` became known here.
-  int64_t gives_way_until_ns = 0;  // `committed` began here, in ignorance of any other job: until then one may come back.
-  std::set<uint64_t> left;                    // Members of `committed` that left.
-  Conflicts conflicts;                        // Found since `committed`.
+  int64_t gives_way_until_ns =
+      0;  // `committed` began here, in ignorance of any other job: until then one may come back.
+  std::set<uint64_t> left;  // Members of `committed` that left.
+  Conflicts conflicts;      // Found since `committed`.
   std::unique_ptr<Proposal> proposal;
-  std::vector<uint64_t> awaited;              // Members that hold up the next epoch.
+  std::vector<uint64_t> awaited;                                  // Members that hold up the next epoch.
   int64_t forgiven_ns = std::numeric_limits<int64_t>::min() / 2;  // When conflicts were last forgotten.
-  uint64_t number = 0;  // The highest epoch ever used or heard of,
+  uint64_t number = 0;                                            // The highest epoch ever used or heard of,
   bool counting = false;  // which is this coordinator's own, so the next is too.
   uint64_t joiners_told = 0;
   bool waiting_stale = true;

@@ -29,7 +29,7 @@ struct MemberCore::State {
   uint64_t promised = 0;  // The highest epoch ever proposed to this member.
   View proposed;          // The last proposal, until it is committed; empty: none.
   bool confirmed = false;
-  bool ready = false;  // The application waits for the epoch after `committed`.
+  bool ready = false;                   // The application waits for the epoch after `committed`.
   std::vector<Accusation> accusations;  // Since `committed`.
   uint64_t joiners = 0;
 
@@ -111,7 +111,8 @@ void MemberCore::State::OnPropose(const View& view) {
   const uint64_t epoch = static_cast<uint64_t>(view.epoch);
   const bool same_job = committed.lineage == 0 || committed.lineage == view.lineage;
   if (!ready || !same_job || epoch <= promised || view.RankOf(self.id) < 0)
-    return HangUp(absl::StrCat("the coordinator proposes epoch ", epoch, " against what it was told; asking again"));
+    return HangUp(
+        absl::StrCat("the coordinator proposes epoch ", epoch, " against what it was told; asking again"));
   promised = epoch;
   proposed = view;
   confirmed = false;
@@ -241,7 +242,8 @@ int64_t MemberCore::NextTimeNs() const {
   int64_t due = state.now + state.TickNs();
   if (state.link == State::kDown) due = std::min(due, state.redial_ns);
   if (state.link == State::kUp) due = std::min(due, state.beat_ns);
-  if (state.link != State::kDown) due = std::min(due, state.heard_ns + State::Ns(state.options.heartbeat_timeout));
+  if (state.link != State::kDown)
+    due = std::min(due, state.heard_ns + State::Ns(state.options.heartbeat_timeout));
   return std::max(due, state.now) + state.paused_ns;
 }
 

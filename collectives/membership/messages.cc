@@ -1,4 +1,5 @@
-// Bytes of the membership protocol's messages (see view_wire.h for members and views), each in a frame of its own:
+// Bytes of the membership protocol's messages (see view_wire.h for members and views), each in a frame of its
+// own:
 //
 //   member to coordinator                                    coordinator to member
 //   kHello:      1, member, view, promised                   kHeartbeat: 1
@@ -32,8 +33,7 @@ absl::Status ReadCause(WireReader& in, std::string* cause) {
 
 void Write(const std::vector<Accusation>& accusations, WireWriter& out) {
   out.U64(accusations.size());
-  for (const Accusation& accusation : accusations)
-    out.U64(accusation.id).String(Shortened(accusation.cause));
+  for (const Accusation& accusation : accusations) out.U64(accusation.id).String(Shortened(accusation.cause));
 }
 
 absl::Status Read(WireReader& in, std::vector<Accusation>* accusations) {

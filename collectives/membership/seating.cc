@@ -18,15 +18,15 @@ void DropWorst(const Conflicts& conflicts, std::vector<MemberInfo>* list, std::v
       ++degree[pair.first];
       ++degree[pair.second];
     }
-    const auto worst = std::max_element(list->rbegin(), list->rend(), [&](const MemberInfo& a, const MemberInfo& b) {
-      return degree[a.id] < degree[b.id];
-    });
+    const auto worst = std::max_element(
+        list->rbegin(), list->rend(),
+        [&](const MemberInfo& a, const MemberInfo& b) { return degree[a.id] < degree[b.id]; });
     if (worst == list->rend() || degree[worst->id] == 0) return;
     for (const MemberInfo& other : *list) {
       const auto conflict = conflicts.find(PairOf(worst->id, other.id));
       if (other.id == worst->id || conflict == conflicts.end()) continue;
-      dropped->push_back({worst->id, absl::StrCat("it and ", other.Name(), " do not reach each other: ",
-                                                  conflict->second)});
+      dropped->push_back(
+          {worst->id, absl::StrCat("it and ", other.Name(), " do not reach each other: ", conflict->second)});
       break;
     }
     list->erase(std::next(worst).base());
@@ -44,8 +44,8 @@ std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<Mem
     for (const MemberInfo& survivor : *survivors) {
       const auto conflict = conflicts.find(PairOf(newcomer.id, survivor.id));
       if (conflict == conflicts.end()) continue;
-      dropped.push_back({newcomer.id, absl::StrCat("it and ", survivor.Name(), " do not reach each other: ",
-                                                   conflict->second)});
+      dropped.push_back({newcomer.id, absl::StrCat("it and ", survivor.Name(),
+                                                   " do not reach each other: ", conflict->second)});
       return true;
     }
     return false;
@@ -54,7 +54,8 @@ std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<Mem
   return dropped;
 }
 
-std::vector<MemberInfo> Seat(const std::vector<MemberInfo>& survivors, const std::vector<MemberInfo>& newcomers) {
+std::vector<MemberInfo> Seat(const std::vector<MemberInfo>& survivors,
+                             const std::vector<MemberInfo>& newcomers) {
   const int size = static_cast<int>(survivors.size() + newcomers.size());
   std::vector<const MemberInfo*> seats(size, nullptr);
   std::vector<const MemberInfo*> queue;
@@ -68,9 +69,9 @@ std::vector<MemberInfo> Seat(const std::vector<MemberInfo>& survivors, const std
     }
   }
   const auto any = [](int rank) { return rank < 0 ? INT32_MAX : rank; };
-  std::stable_sort(queue.begin() + survivors.size(), queue.end(), [&](const MemberInfo* a, const MemberInfo* b) {
-    return any(a->wanted_rank) < any(b->wanted_rank);
-  });
+  std::stable_sort(
+      queue.begin() + survivors.size(), queue.end(),
+      [&](const MemberInfo* a, const MemberInfo* b) { return any(a->wanted_rank) < any(b->wanted_rank); });
   std::vector<MemberInfo> seated;
   auto next = queue.begin();
   for (const MemberInfo* seat : seats) seated.push_back(seat != nullptr ? *seat : **next++);

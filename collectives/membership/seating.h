@@ -22,13 +22,16 @@ struct Dropped {
   std::string cause;
 };
 
-// Removes from both lists until no two that are left are in conflict, and returns whom. Of survivors the one with most
-// conflicts goes first, then the later one of the list; one always stays. Newcomers give way to survivors.
+// Removes from both lists until no two that are left are in conflict, and returns whom. Of survivors the one
+// with most conflicts goes first, then the later one of the list; one always stays. Newcomers give way to
+// survivors.
 std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<MemberInfo>* survivors,
                                      std::vector<MemberInfo>* newcomers);
 
-// By rank: newcomers where they want to be if there is such a rank, survivors in their order on the other ranks, then the
-// newcomers that are left: those with a wanted rank by it, then the others as they came. Wanted ranks are distinct.
-std::vector<MemberInfo> Seat(const std::vector<MemberInfo>& survivors, const std::vector<MemberInfo>& newcomers);
+// By rank: newcomers where they want to be if there is such a rank, survivors in their order on the other
+// ranks, then the newcomers that are left: those with a wanted rank by it, then the others as they came.
+// Wanted ranks are distinct.
+std::vector<MemberInfo> Seat(const std::vector<MemberInfo>& survivors,
+                             const std::vector<MemberInfo>& newcomers);
 
 }  // namespace shoal

@@ -1,5 +1,5 @@
-// The bytes of members and views within messages (see view.cc). All integers are little-endian of 8 bytes, strings have
-// their length before them.
+// The bytes of members and views within messages (see view.cc). All integers are little-endian of 8 bytes,
+// strings have their length before them.
 //
 //   member: id, pid, host_name, boot, unix_name, number of addresses, addresses, wanted_rank + 1
 //   view:   lineage, epoch, number of members, members by rank; the empty view is three zeros

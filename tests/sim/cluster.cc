@@ -45,7 +45,9 @@ struct Knobs {
     fault_gap_ns = timeout_ns * Between(1, 12) / 10;
   }
 
-  int64_t Between(int64_t low, int64_t high) { return low + static_cast<int64_t>(random() % (high - low + 1)); }
+  int64_t Between(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(random() % (high - low + 1));
+  }
   bool Chance(double p) { return static_cast<double>(random() >> 11) * 0x1p-53 < p; }
 
   std::mt19937_64& random;
@@ -79,7 +81,8 @@ class Cluster : public Environment {
   uint64_t NewId() override { return ++last_id_; }
   bool verbose() const override { return options_.verbose; }
   void Log(Node node, const std::string& text) override {
-    if (options_.verbose) std::fprintf(stderr, "%10.3f ms  node %-3u %s\n", network_.now() * 1e-6, node, text.c_str());
+    if (options_.verbose)
+      std::fprintf(stderr, "%10.3f ms  node %-3u %s\n", network_.now() * 1e-6, node, text.c_str());
   }
 
  private:
@@ -123,7 +126,7 @@ class Cluster : public Environment {
   Referee referee_;
   std::vector<Seat> seats_;
   size_t leader_ = 0;
-  int64_t lease_ns_ = 0;  // Until when it leads; it renews while it can.
+  int64_t lease_ns_ = 0;                                 // Until when it leads; it renews while it can.
   std::map<uint64_t, std::unique_ptr<Member>> members_;  // By address.
   std::vector<std::unique_ptr<Process>> dead_;           // Killed from within one of their own events.
   uint64_t last_address_ = 0, last_id_ = 0;
@@ -147,7 +150,8 @@ void Cluster::KillCoordinator(size_t seat) {
   dead_.push_back(std::move(seats_[seat].process));
 }
 
-// One leads at a time, as long as its lease lasts; a paused one does not know that it lost it, until it is told.
+// One leads at a time, as long as its lease lasts; a paused one does not know that it lost it, until it is
+// told.
 void Cluster::Elect() {
   const int64_t now = network_.now();
   const int64_t lease_ns = knobs_.timeout_ns / 2;
@@ -321,7 +325,8 @@ std::string Cluster::Unsettled() {
   if (members_.size() < static_cast<size_t>(knobs_.coordinator.size_min)) return "too few processes";
   for (const auto& [address, member] : members_) {
     if (member->gone()) return "somebody is leaving";
-    if (member->epoch() == nullptr || member->epoch()->completed() == 0) return absl::StrCat("not at work: ", member->Describe());
+    if (member->epoch() == nullptr || member->epoch()->completed() == 0)
+      return absl::StrCat("not at work: ", member->Describe());
     const View& view = member->epoch()->view();
     if (common == nullptr) common = &view;
     if (view.lineage != common->lineage || view.epoch != common->epoch) return "two epochs at once";
@@ -344,7 +349,8 @@ Outcome Cluster::Run() {
   PlanFaults();
   while (network_.now() < knobs_.chaos_ns && referee_.ok()) network_.RunOne();
   Heal();
-  const int64_t limit_ns = network_.now() + 60 * knobs_.timeout_ns + 10 * absl::ToInt64Nanoseconds(knobs_.coordinator.return_timeout);
+  const int64_t limit_ns = network_.now() + 60 * knobs_.timeout_ns +
+                           10 * absl::ToInt64Nanoseconds(knobs_.coordinator.return_timeout);
   int64_t look_ns = 0;
   while (referee_.ok()) {
     network_.RunOne();

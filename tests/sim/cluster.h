@@ -1,5 +1,6 @@
-// A whole job on the simulated network: coordinators, members, faults, and the referee. First everything that can go wrong
-// does; then faults stop, and all processes must come to work in one epoch within a bounded time.
+// A whole job on the simulated network: coordinators, members, faults, and the referee. First everything that
+// can go wrong does; then faults stop, and all processes must come to work in one epoch within a bounded
+// time.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ namespace shoal::sim {
 // Bugs planted into the coordinator's surroundings, to see that the simulation finds them.
 enum class Sabotage {
   kNone,
-  kEqualSeeds,         // All coordinators draw the same random numbers.
-  kPresumeConfirmed,   // The coordinator takes every proposal as confirmed.
+  kEqualSeeds,        // All coordinators draw the same random numbers.
+  kPresumeConfirmed,  // The coordinator takes every proposal as confirmed.
 };
 
 struct Options {

@@ -66,7 +66,8 @@ void Coordinator::Do(const std::vector<CoordinatorCore::Action>& actions) {
   network_.SetTimer(node_, core_->NextTimeNs());
   if (!presume_confirmed_) return;
   for (const CoordinatorCore::Action& action : actions) {
-    if (action.type != CoordinatorCore::Action::kSend || action.message.type != CoordinatorMessage::kPropose) continue;
+    if (action.type != CoordinatorCore::Action::kSend || action.message.type != CoordinatorMessage::kPropose)
+      continue;
     MemberMessage message;
     message.type = MemberMessage::kConnected;
     message.epoch = action.message.view.epoch;

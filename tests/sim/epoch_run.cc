@@ -20,12 +20,14 @@ uint64_t Mix(uint64_t a, uint64_t b) {
 }
 
 // Small integers: sums of them are exact in any order.
-float Value(uint64_t member, uint64_t seed, size_t index) { return static_cast<float>(Mix(Mix(member, seed), index) % 1000); }
+float Value(uint64_t member, uint64_t seed, size_t index) {
+  return static_cast<float>(Mix(Mix(member, seed), index) % 1000);
+}
 
 }  // namespace
 
-EpochRun::EpochRun(View view, uint64_t self, std::vector<PeerLinks> links, const WorkKnobs& knobs, Network* network,
-                   Node node, Referee* referee)
+EpochRun::EpochRun(View view, uint64_t self, std::vector<PeerLinks> links, const WorkKnobs& knobs,
+                   Network* network, Node node, Referee* referee)
     : view_(std::move(view)),
       self_(self),
       rank_(view_.RankOf(self)),
@@ -34,7 +36,9 @@ EpochRun::EpochRun(View view, uint64_t self, std::vector<PeerLinks> links, const
       network_(network),
       node_(node),
       referee_(referee),
-      channel_([this](int member, Packet packet) { network_->Send(node_, links_[member].data, std::move(packet)); }) {
+      channel_([this](int member, Packet packet) {
+        network_->Send(node_, links_[member].data, std::move(packet));
+      }) {
   EpochCore::Options options;
   options.rank = rank_;
   options.heartbeat_timeout_ns = knobs_.heartbeat_timeout_ns;
@@ -95,8 +99,8 @@ void EpochRun::OnPacket(Link link, Packet packet) {
     return Pump();
   }
   EpochCore::Effects effects;
-  core_->OnMessage(rank, static_cast<ControlType>(packet.a), std::string_view(packet.body.data(), packet.body.size()),
-                   network_->now(), &effects);
+  core_->OnMessage(rank, static_cast<ControlType>(packet.a),
+                   std::string_view(packet.body.data(), packet.body.size()), network_->now(), &effects);
   Apply(effects);
   CheckLeft();
 }
@@ -197,8 +201,8 @@ void EpochRun::Issue() {
   }
 }
 
-// Everybody issues exactly the same operations: after the first one in which anybody wants a boundary come as many as may
-// have been in flight then.
+// Everybody issues exactly the same operations: after the first one in which anybody wants a boundary come as
+// many as may have been in flight then.
 bool EpochRun::Complete(Operation& operation) {
   const float asked = operation.out.back();
   operation.expected.back() = asked;

@@ -26,9 +26,9 @@ struct WorkKnobs {
   int64_t heartbeat_timeout_ns = 0;
   int64_t elements_max = 1;
   int64_t piece_max = 0;
-  int window = 1;       // So many operations are in flight.
-  int ops_max = 1;      // In one epoch; then everybody asks for the next one.
-  int64_t pause_ns = 0; // Between two operations, at most.
+  int window = 1;        // So many operations are in flight.
+  int ops_max = 1;       // In one epoch; then everybody asks for the next one.
+  int64_t pause_ns = 0;  // Between two operations, at most.
 };
 
 class EpochRun {
@@ -39,8 +39,8 @@ class EpochRun {
     kEnded,     // The group is over.
   };
 
-  EpochRun(View view, uint64_t self, std::vector<PeerLinks> links, const WorkKnobs& knobs, Network* network, Node node,
-           Referee* referee);
+  EpochRun(View view, uint64_t self, std::vector<PeerLinks> links, const WorkKnobs& knobs, Network* network,
+           Node node, Referee* referee);
 
   void OnPacket(Link link, Packet packet);
   void OnEnd(Link link);

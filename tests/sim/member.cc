@@ -46,12 +46,13 @@ void Member::Leave() {
 
 std::string Member::Describe() const {
   const View& view = core_->committed();
-  return absl::StrCat("node ", node_, " id ", self_.id, " epoch ", Number(view.epoch), " of lineage ", view.lineage,
-                      epoch_ == nullptr                                 ? ", waits for an epoch"
-                      : epoch_->state() == EpochRun::State::kRunning ? ", works"
-                                                                        : ", done with it",
-                      epoch_ == nullptr ? 0 : epoch_->completed(), " sums", attempt_ != nullptr ? ", connects" : "",
-                      coordinator_ == 0 ? ", no coordinator" : "", "; waits: ", waiting_);
+  return absl::StrCat(
+      "node ", node_, " id ", self_.id, " epoch ", Number(view.epoch), " of lineage ", view.lineage,
+      epoch_ == nullptr                              ? ", waits for an epoch"
+      : epoch_->state() == EpochRun::State::kRunning ? ", works"
+                                                     : ", done with it",
+      epoch_ == nullptr ? 0 : epoch_->completed(), " sums", attempt_ != nullptr ? ", connects" : "",
+      coordinator_ == 0 ? ", no coordinator" : "", "; waits: ", waiting_);
 }
 
 // ---- The core's wishes
@@ -165,7 +166,8 @@ void Member::DialPeers() {
         continue;
       }
       entry.link = network_.Dial(node_, peer);
-      network_.Send(node_, entry.link, {kGreeting, Number(attempt_->view.epoch), self_.id, static_cast<uint64_t>(wire), {}});
+      network_.Send(node_, entry.link,
+                    {kGreeting, Number(attempt_->view.epoch), self_.id, static_cast<uint64_t>(wire), {}});
     }
   }
 }
@@ -177,7 +179,8 @@ void Member::Greet(Link link, const Guest& guest) {
     return;
   }
   const int rank = attempt_ != nullptr && guest.epoch == own ? attempt_->view.RankOf(guest.id) : -1;
-  if (rank <= (attempt_ != nullptr ? attempt_->rank : -1) || attempt_->failed || attempt_->wires[guest.wire][rank].up)
+  if (rank <= (attempt_ != nullptr ? attempt_->rank : -1) || attempt_->failed ||
+      attempt_->wires[guest.wire][rank].up)
     return network_.Close(node_, link);
   attempt_->wires[guest.wire][rank] = {link, /*up=*/true, 0};
   network_.Send(node_, link, {kWelcome, 0, 0, 0, {}});
@@ -199,7 +202,8 @@ void Member::CheckAttempt() {
   if (attempt_ == nullptr || attempt_->confirmed || attempt_->failed) return;
   bool all = true;
   for (const auto& wires : attempt_->wires) {
-    for (int rank = 0; rank < static_cast<int>(wires.size()); ++rank) all &= rank == attempt_->rank || wires[rank].up;
+    for (int rank = 0; rank < static_cast<int>(wires.size()); ++rank)
+      all &= rank == attempt_->rank || wires[rank].up;
   }
   if (!all) return;
   attempt_->confirmed = true;
@@ -222,7 +226,8 @@ void Member::FailAttempt(int rank, const std::string& cause) {
 
 void Member::Enter(const View& view) {
   world_->referee().OnView(view, self_.id);
-  if (world_->verbose()) world_->Log(node_, absl::StrCat("enters epoch ", Number(view.epoch), " as rank ", view.RankOf(self_.id)));
+  if (world_->verbose())
+    world_->Log(node_, absl::StrCat("enters epoch ", Number(view.epoch), " as rank ", view.RankOf(self_.id)));
   const std::unique_ptr<Attempt> attempt = std::move(attempt_);
   waiting_ = "";
   std::vector<PeerLinks> links(view.members.size());
@@ -234,7 +239,8 @@ void Member::Enter(const View& view) {
       if (!wires[rank].up) lost.push_back(wires[rank].link);
     }
   }
-  epoch_ = std::make_unique<EpochRun>(view, self_.id, std::move(links), knobs_.work, &network_, node_, &world_->referee());
+  epoch_ = std::make_unique<EpochRun>(view, self_.id, std::move(links), knobs_.work, &network_, node_,
+                                      &world_->referee());
   epoch_->SetJoiners(joiners_);
   for (auto& [link, packet] : attempt->early) {
     if (epoch_->Has(link)) epoch_->OnPacket(link, std::move(packet));
@@ -249,8 +255,8 @@ void Member::AfterEpochEvent() {
   if (epoch_ == nullptr || epoch_->state() == EpochRun::State::kRunning) return SetTimer();
   const std::vector<Accusation> accusations = epoch_->Accusations();
   if (world_->verbose())
-    world_->Log(node_, absl::StrCat("done with epoch ", Number(epoch_->view().epoch), " after ", epoch_->completed(),
-                                    " sums: ", epoch_->cause()));
+    world_->Log(node_, absl::StrCat("done with epoch ", Number(epoch_->view().epoch), " after ",
+                                    epoch_->completed(), " sums: ", epoch_->cause()));
   epoch_->Leave();
   epoch_.reset();
   Do(core_->Ready(accusations, network_.now()));

@@ -1,5 +1,5 @@
-// A simulated process that is a member of the job: the protocol core, the mesh of a proposed view, and an application that
-// reduces tensors for ever and asks for the next epoch whenever one ends.
+// A simulated process that is a member of the job: the protocol core, the mesh of a proposed view, and an
+// application that reduces tensors for ever and asks for the next epoch whenever one ends.
 #pragma once
 
 #include <map>
@@ -100,7 +100,7 @@ class Member : public Process {
   Link coordinator_ = 0;
   size_t next_coordinator_ = 0;
   std::unique_ptr<Attempt> attempt_;
-  std::map<Link, Guest> guests_;    // Peers whose proposal has not come here yet.
+  std::map<Link, Guest> guests_;       // Peers whose proposal has not come here yet.
   std::map<Link, int64_t> strangers_;  // Links that have not said anything.
   std::unique_ptr<EpochRun> epoch_;
   uint64_t joiners_ = 0;

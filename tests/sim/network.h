@@ -1,7 +1,8 @@
-// A network, clock and processes in one thread, from one seed. Links are as TCP connections: both directions deliver in
-// order, after random delays, and end with a close behind all that was sent or with a reset that loses it. Links are
-// independent of each other. A partition holds back what one node sends to another until it heals; a paused node gets
-// nothing until it is resumed, although its links can still be opened; a dead node's links end.
+// A network, clock and processes in one thread, from one seed. Links are as TCP connections: both directions
+// deliver in order, after random delays, and end with a close behind all that was sent or with a reset that
+// loses it. Links are independent of each other. A partition holds back what one node sends to another until
+// it heals; a paused node gets nothing until it is resumed, although its links can still be opened; a dead
+// node's links end.
 #pragma once
 
 #include <cstdint>
@@ -94,8 +95,8 @@ class Network {
     bool closed = false;  // The receiver does not listen.
   };
   struct Connection {
-    Node nodes[2];   // Who dialled, who was dialled.
-    Pipe pipes[2];   // From it.
+    Node nodes[2];  // Who dialled, who was dialled.
+    Pipe pipes[2];  // From it.
     bool welcomed = false;
   };
   struct Running {

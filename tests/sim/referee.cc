@@ -19,13 +19,16 @@ void Referee::OnView(const View& view, uint64_t member) {
   const std::string bytes = Encode(view);
   if (views_.emplace(key, bytes).first->second != bytes) Fail(absl::StrCat("two views in ", Name(view)));
   if (member == 0) return;
-  if (view.RankOf(member) < 0) Fail(absl::StrCat("member ", member, " is in ", Name(view), " without being in its view"));
+  if (view.RankOf(member) < 0)
+    Fail(absl::StrCat("member ", member, " is in ", Name(view), " without being in its view"));
   const auto [newest, first] = newest_.emplace(member, key);
   if (first) return;
   if (newest->second.first != key.first)
-    Fail(absl::StrCat("member ", member, " changes from lineage ", newest->second.first, " into ", Name(view)));
+    Fail(absl::StrCat("member ", member, " changes from lineage ", newest->second.first, " into ",
+                      Name(view)));
   if (newest->second.second >= key.second)
-    Fail(absl::StrCat("member ", member, " goes back from epoch ", newest->second.second, " to ", Name(view)));
+    Fail(
+        absl::StrCat("member ", member, " goes back from epoch ", newest->second.second, " to ", Name(view)));
   newest->second = key;
 }
 
@@ -39,7 +42,8 @@ void Referee::OnSum(const View& view, uint64_t member, uint64_t op, const std::v
   if (view.RankOf(member) < 0) Fail(absl::StrCat(what, ": not a member"));
   if (result != expected) Fail(absl::StrCat(what, ": not the sum over the view"));
   const std::vector<float>& others = results_.emplace(std::pair(key, op), result).first->second;
-  if (others.size() != result.size() || std::memcmp(others.data(), result.data(), result.size() * sizeof(float)) != 0)
+  if (others.size() != result.size() ||
+      std::memcmp(others.data(), result.data(), result.size() * sizeof(float)) != 0)
     Fail(absl::StrCat(what, ": other bits than on other ranks"));
 }
 

@@ -23,7 +23,9 @@ void SimChannel::ReceiveView(int member, MessageId id, int64_t bytes, uint64_t t
   Await({member, id.op, id.tag}, {nullptr, bytes, token});
 }
 
-void SimChannel::Release(int member, MessageId id, const std::byte*) { arrived_.erase({member, id.op, id.tag}); }
+void SimChannel::Release(int member, MessageId id, const std::byte*) {
+  arrived_.erase({member, id.op, id.tag});
+}
 
 void SimChannel::Await(const Key& key, Wanted wanted) {
   if (arrived_.contains(key)) {
@@ -36,7 +38,8 @@ void SimChannel::Await(const Key& key, Wanted wanted) {
 void SimChannel::OnPacket(int member, Packet packet) {
   const Key key = {member, packet.a, packet.b};
   if (arrived_.contains(key)) {
-    status_ = absl::DataLossError(absl::StrCat("member ", member, " sent message ", packet.a, "/", packet.b, " twice"));
+    status_ = absl::DataLossError(
+        absl::StrCat("member ", member, " sent message ", packet.a, "/", packet.b, " twice"));
     return;
   }
   if (packet.body.capacity() == 0) packet.body.reserve(16);  // A view needs an address.
@@ -51,7 +54,8 @@ void SimChannel::OnPacket(int member, Packet packet) {
 void SimChannel::Match(const Key& key, const Wanted& wanted) {
   const std::vector<char>& body = arrived_.at(key);
   if (static_cast<int64_t>(body.size()) != wanted.bytes) {
-    status_ = absl::DataLossError(absl::StrCat("a message of ", body.size(), " bytes instead of ", wanted.bytes));
+    status_ =
+        absl::DataLossError(absl::StrCat("a message of ", body.size(), " bytes instead of ", wanted.bytes));
     return;
   }
   if (wanted.into == nullptr) {

@@ -69,10 +69,12 @@ int Run(const Arguments& arguments) {
   const auto began = std::chrono::steady_clock::now();
   const auto work = [&] {
     for (uint64_t seed; (seed = next++) <= arguments.to;) {
-      const Outcome outcome = Simulate({.seed = seed, .verbose = arguments.verbose, .sabotage = arguments.sabotage});
+      const Outcome outcome =
+          Simulate({.seed = seed, .verbose = arguments.verbose, .sabotage = arguments.sabotage});
       bool same = true;
       // A share of the seeds runs twice: chance must come from the seed alone.
-      if (seed % 16 == 0) same = Simulate({.seed = seed, .sabotage = arguments.sabotage}).digest == outcome.digest;
+      if (seed % 16 == 0)
+        same = Simulate({.seed = seed, .sabotage = arguments.sabotage}).digest == outcome.digest;
       MutexLock lock(&mutex);
       ++done;
       events += outcome.events;
@@ -82,7 +84,8 @@ int Run(const Arguments& arguments) {
       if (!same) std::printf("seed %" PRIu64 ": two runs differ\n", seed);
       for (const std::string& violation : outcome.violations)
         std::printf("seed %" PRIu64 ": %s\n", seed, violation.c_str());
-      if (!outcome.violations.empty()) std::printf("  replay: sim_cluster --seed %" PRIu64 " --verbose\n", seed);
+      if (!outcome.violations.empty())
+        std::printf("  replay: sim_cluster --seed %" PRIu64 " --verbose\n", seed);
       if (arguments.from == arguments.to)
         std::printf("unseed %016" PRIx64 ", %.3f s simulated\n", outcome.digest, outcome.simulated_ns * 1e-9);
       std::fflush(stdout);

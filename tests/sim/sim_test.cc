@@ -19,7 +19,8 @@ TEST_P(Seeds, KeepEveryInvariant) {
     const Outcome outcome = Simulate({.seed = seed});
     sums += outcome.sums;
     for (const std::string& violation : outcome.violations)
-      ADD_FAILURE() << violation << "\n  replay: build/release/tests/sim/sim_cluster --seed " << seed << " --verbose";
+      ADD_FAILURE() << violation << "\n  replay: build/release/tests/sim/sim_cluster --seed " << seed
+                    << " --verbose";
   }
   EXPECT_GT(sums, static_cast<int64_t>(kBlock) * 50) << "hardly anything happened";
 }
