@@ -55,15 +55,13 @@ OperationNote::Value OperationNote::Read() const {
 // ---- GroupLife
 
 absl::Status GroupLife::status() const {
-  if (!Ended()) return absl::OkStatus();
-  MutexLock lock(&mutex_);
-  return status_;
+  return Ended() ? status_ : absl::OkStatus();
 }
 
 void GroupLife::AddSleeper(Sleeper* sleeper) {
   MutexLock lock(&mutex_);
   sleepers_.insert(sleeper);
-  if (status_.ok()) return;
+  if (!Ended()) return;
   sleeper->Fence(std::string(status_.message()));
   sleeper->Wake();
 }
@@ -80,7 +78,7 @@ void GroupLife::WakeSleepers() {
 
 void GroupLife::Finish(const absl::Status& cause) {
   MutexLock lock(&mutex_);
-  if (!status_.ok()) return;
+  if (Ended()) return;
   const std::string text(cause.message());
   for (Sleeper* sleeper : sleepers_) sleeper->Fence(text);
   status_ = cause;
@@ -92,7 +90,7 @@ void GroupLife::AddCallback(const void* owner, Callback callback) {
   {
     MutexLock lock(&mutex_);
     callbacks_.emplace_back(owner, std::move(callback));
-    if (status_.ok()) return;
+    if (!Ended()) return;
   }
   RunCallbacksSoon();
 }
@@ -106,14 +104,13 @@ void GroupLife::RemoveCallbacks(const void* owner) {
 void GroupLife::RunCallbacks() {
   MutexLock lock(&mutex_);
   // Whoever runs some runs all.
-  while (running_ == nullptr && !status_.ok() && !callbacks_.empty()) {
+  while (running_ == nullptr && Ended() && !callbacks_.empty()) {
     auto [owner, callback] = std::move(callbacks_.front());
     callbacks_.pop_front();
     running_ = owner;
     runner_ = std::this_thread::get_id();
-    const absl::Status status = status_;
     mutex_.Unlock();
-    callback(status);
+    callback(status_);
     callback = nullptr;  // What it holds goes without the lock.
     mutex_.Lock();
     running_ = nullptr;

@@ -64,7 +64,7 @@ class GroupLife {
   virtual ~GroupLife() = default;
   // One relaxed-cost load: fit for spinning loops.
   bool Ended() const { return ended_.load(std::memory_order_acquire); }
-  // OK, or ABORTED with the cause.
+  // OK, or ABORTED with the cause. No lock either: may be called with any held.
   virtual absl::Status status() const;
   // Ends this group and those split from it, on every member, unless it is over. Returns status(). Never blocks.
   virtual absl::Status End(const std::string& cause) = 0;
@@ -103,8 +103,8 @@ class GroupLife {
   const std::vector<int> ranks_;
   const int index_;
   OperationNote note_;
-  mutable Mutex mutex_;  // Held while sleepers are called.
-  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  absl::Status status_;  // Written before ended_ is set, and final then: who saw that reads it without a lock.
+  Mutex mutex_;          // Held while sleepers are called, so Ended() and status() do without it.
   std::set<Sleeper*> sleepers_ ABSL_GUARDED_BY(mutex_);
   std::deque<std::pair<const void*, Callback>> callbacks_ ABSL_GUARDED_BY(mutex_);  // With their owners.
   const void* running_ ABSL_GUARDED_BY(mutex_) = nullptr;                           // The owner of the one that runs.
