@@ -163,6 +163,7 @@ void Seat::NewCore() {
   id_ = self.id;
   proposed_ = Epoch{0};
   mesh_->Cancel();
+  joiners_.store(0, std::memory_order_release);
   core_ = std::make_unique<MemberCore>(std::move(self), core_options_, NowNs());
   bool asked = false;
   {
