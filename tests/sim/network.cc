@@ -38,6 +38,7 @@ void Network::Kill(Node node) {
     if (loses) {
       Pipe& pipe = connection.pipes[side];
       pipe.items.resize(std::min<size_t>(pipe.items.size(), pipe.due));
+      pipe.ended = false;  // Its end may be among what is lost.
     }
     End(link, side);
   }
