@@ -93,6 +93,7 @@ int64_t GetElement(const Tensor& tensor, int64_t i) {
 int64_t Wrap(DType dtype, int64_t value) {
   if (dtype == DType::kI8) return static_cast<int8_t>(value);
   if (dtype == DType::kU8) return static_cast<uint8_t>(value);
+  if (dtype == DType::kI32) return static_cast<int32_t>(value);
   return value;
 }
 
@@ -101,6 +102,7 @@ int64_t Reduced(DType dtype, ReduceOp op, uint64_t seed, int ranks, int64_t i) {
   for (int rank = 1; rank < ranks; ++rank) {
     const int64_t next = Wrap(dtype, Halves(seed, rank, i));
     if (op == ReduceOp::kSum) result = Wrap(dtype, result + next);
+    if (op == ReduceOp::kProduct) result = Wrap(dtype, result * next);
     if (op == ReduceOp::kMin) result = std::min(result, next);
     if (op == ReduceOp::kMax) result = std::max(result, next);
   }
@@ -213,6 +215,117 @@ class Checker {
               "");
   }
 
+  void Reduce(int64_t elements, DType dtype, ReduceOp op, int root, bool in_place, uint64_t seed) {
+    const bool is_root = group_.index() == root;
+    const Tensor in = Buffer(elements, dtype);
+    Fill(in, seed, group_.index(), 0);
+    const Tensor out = !is_root ? Tensor() : in_place ? in : Buffer(elements, dtype);
+    EXPECT_EQ(group_.Reduce(in, out, root, op, {}).Await().ToString(), "OK");
+    if (is_root) {
+      EXPECT_EQ(Differences(out, [&](int64_t i) { return Reduced(dtype, op, seed, group_.size(), i); }), "");
+    }
+    if (is_root && in_place) return;
+    EXPECT_EQ(Differences(in, [&](int64_t i) { return Wrap(dtype, Halves(seed, group_.index(), i)); }), "");
+  }
+
+  void Gather(const std::vector<int64_t>& counts, DType dtype, int root, bool in_place, uint64_t seed) {
+    const int me = group_.index();
+    const std::vector<int64_t> begins = Begins(counts);
+    const Tensor out = me == root ? Buffer(Sum(counts), dtype) : Tensor();
+    const Tensor in = me == root && in_place ? out.Elements(begins[me], {counts[me]}) : Buffer(counts[me], dtype);
+    Fill(in, seed, 0, begins[me]);
+    EXPECT_EQ(group_.Gather(in, counts, out, root, {}).Await().ToString(), "OK");
+    EXPECT_EQ(Differences(out, [&](int64_t i) { return Wrap(dtype, Halves(seed, 0, i)); }), "");
+  }
+
+  void Scatter(const std::vector<int64_t>& counts, DType dtype, int root, bool in_place, uint64_t seed) {
+    const int me = group_.index();
+    const std::vector<int64_t> begins = Begins(counts);
+    const Tensor in = me == root ? Buffer(Sum(counts), dtype) : Tensor();
+    Fill(in, seed, 0, 0);
+    const Tensor out = me == root && in_place ? in.Elements(begins[me], {counts[me]}) : Buffer(counts[me], dtype);
+    EXPECT_EQ(group_.Scatter(in, counts, out, root, {}).Await().ToString(), "OK");
+    EXPECT_EQ(Differences(out, [&](int64_t i) { return Wrap(dtype, Halves(seed, 0, begins[me] + i)); }), "");
+  }
+
+  // Every rank sends to every other one, and receives in another order than the messages were sent in.
+  void Exchange(int64_t elements, DType dtype, uint64_t seed) {
+    const int me = group_.index();
+    std::vector<Work> works;
+    std::vector<std::pair<int, Tensor>> received;
+    for (int step = 1; step < group_.size(); ++step) {
+      const int to = (me + step) % group_.size(), from = (me + 2 * group_.size() - step) % group_.size();
+      const Tensor out = Buffer(elements, dtype);
+      Fill(out, seed, me * 100 + to, 0);
+      works.push_back(group_.Send(out, to, 7, {}));
+      received.emplace_back(from, Buffer(elements, dtype));
+    }
+    for (size_t i = received.size(); i-- > 0;) {
+      works.push_back(group_.Receive(received[i].second, received[i].first, 7, {}));
+    }
+    for (const Work& work : works) EXPECT_EQ(work.Await().ToString(), "OK");
+    for (const auto& [from, tensor] : received) {
+      EXPECT_EQ(Differences(tensor, [&](int64_t i) { return Wrap(dtype, Halves(seed, from * 100 + me, i)); }), "");
+    }
+  }
+
+  // Chunk c belongs to rank c % size; the odd ones are held by all, the even ones by the next rank.
+  void Sparse(int64_t elements, DType dtype, uint64_t seed) {
+    const int n = group_.size(), me = group_.index();
+    constexpr int kChunks = 5;
+    std::vector<SparseMove> moves;
+    std::vector<Tensor> chunks(kChunks);
+    for (int c = 0; c < kChunks; ++c) {
+      SparseMove move = {c, c % n, {}};
+      for (int r = 0; r < n; ++r) {
+        if (r != move.owner && (c % 2 == 1 || r == (move.owner + 1) % n)) move.holders.push_back(r);
+      }
+      const bool holds = std::count(move.holders.begin(), move.holders.end(), me) > 0;
+      if (holds || move.owner == me) chunks[c] = Buffer(elements + c, dtype);
+      Fill(chunks[c], seed + c, me, 0);
+      moves.push_back(move);
+    }
+    EXPECT_EQ(group_.SparseReduceScatter(chunks, moves, ReduceOp::kSum, {}).Await().ToString(), "OK");
+    for (const SparseMove& move : moves) {
+      EXPECT_EQ(Differences(chunks[move.chunk], [&](int64_t i) { return SparseSum(move, dtype, seed, i); }), "");
+    }
+    EXPECT_EQ(group_.SparseAllGather(chunks, moves, {}).Await().ToString(), "OK");
+    for (SparseMove move : moves) {
+      EXPECT_EQ(Differences(chunks[move.chunk], [&](int64_t i) { return OwnersSum(move, dtype, seed, i); }), "");
+    }
+  }
+
+  // What this rank has of a chunk after the reduction, and what its owner has.
+  int64_t SparseSum(const SparseMove& move, DType dtype, uint64_t seed, int64_t i) const {
+    if (move.owner != group_.index()) return Wrap(dtype, Halves(seed + move.chunk, group_.index(), i));
+    return OwnersSum(move, dtype, seed, i);
+  }
+  static int64_t OwnersSum(const SparseMove& move, DType dtype, uint64_t seed, int64_t i) {
+    int64_t sum = Wrap(dtype, Halves(seed + move.chunk, move.owner, i));
+    for (int holder : move.holders) sum = Wrap(dtype, sum + Wrap(dtype, Halves(seed + move.chunk, holder, i)));
+    return sum;
+  }
+
+  void OutOfPlace(int64_t elements, DType dtype, ReduceOp op, uint64_t seed) {
+    const Tensor in = Buffer(elements, dtype), out = Buffer(elements, dtype);
+    Fill(in, seed, group_.index(), 0);
+    EXPECT_EQ(group_.AllReduce(in, out, op, {}).Await().ToString(), "OK");
+    EXPECT_EQ(Differences(out, [&](int64_t i) { return Reduced(dtype, op, seed, group_.size(), i); }), "");
+    EXPECT_EQ(Differences(in, [&](int64_t i) { return Wrap(dtype, Halves(seed, group_.index(), i)); }), "");
+  }
+
+  void EvenAllToAll(int64_t part, DType dtype, uint64_t seed) {
+    const int me = group_.index();
+    const Tensor in = Buffer(part * group_.size(), dtype), out = Buffer(part * group_.size(), dtype);
+    Fill(in, seed, me, 0);
+    EXPECT_EQ(group_.AllToAll(in, {}, out, {}, {}).Await().ToString(), "OK");
+    EXPECT_EQ(Differences(out,
+                          [&](int64_t i) {
+                            return Wrap(dtype, Halves(seed, static_cast<int>(i / part), me * part + i % part));
+                          }),
+              "");
+  }
+
   void Broadcast(int64_t elements, DType dtype, int root, uint64_t seed) {
     const Tensor data = Buffer(elements, dtype);
     if (group_.index() == root) Fill(data, seed, root, 0);
@@ -272,6 +385,25 @@ TEST_P(Operations, EqualTheReferenceForEveryTypeAndReduction) {
   });
 }
 
+TEST_P(Operations, OfOneRootOfPairsAndOfChunksEqualTheReference) {
+  Run([](Checker& checker, Communicator& group) {
+    for (int64_t elements : {0, 1, 37, 9001, 70'001}) {
+      const DType dtype = kTypes[elements % std::size(kTypes)];
+      const int root = static_cast<int>(elements) % group.size();
+      const bool in_place = elements % 2 == 0;
+      checker.Reduce(elements, dtype, ReduceOp::kSum, root, in_place, elements);
+      checker.Reduce(elements, DType::kI64, ReduceOp::kProduct, root, !in_place, elements);
+      checker.Gather(UnevenCounts(group.size(), elements), dtype, root, in_place, elements);
+      checker.Scatter(UnevenCounts(group.size(), elements), dtype, root, in_place, elements);
+      checker.Exchange(elements, dtype, elements);
+      checker.Sparse(elements, dtype, elements);
+      checker.OutOfPlace(elements, dtype, ReduceOp::kMax, elements);
+      checker.OutOfPlace(elements, DType::kI32, ReduceOp::kProduct, elements);
+      if (elements > 0) checker.EvenAllToAll(elements, dtype, elements);
+    }
+  });
+}
+
 TEST_P(Operations, EqualTheReferenceWhenLarge) {
   Run([](Checker& checker, Communicator& group) {
     constexpr int64_t kElements = (8 << 20) / 4 + 3;
@@ -324,6 +456,56 @@ TEST_P(Transports, SumsOfRoundingDataAreBitIdenticalOnAllRanks) {
     sum += normals[2](randoms[2]);
     ASSERT_EQ(sum, results[0][i]) << i;
   }
+}
+
+TEST_P(Transports, AveragesDivideInThePrecisionOfTheSum) {
+  RunRanks(3, GetParam(), [](Communicator& group) {
+    const Tensor floats = Zeros({1000}, DType::kF32), ints = Zeros({1000}, DType::kI32);
+    std::fill_n(floats.data<float>(), 1000, static_cast<float>(group.index() * 2));
+    std::fill_n(ints.data<int32_t>(), 1000, -group.index() - 1);
+    EXPECT_EQ(group.AllReduce(floats, floats, ReduceOp::kAverage, {}).Await().ToString(), "OK");
+    EXPECT_EQ(group.AllReduce(ints, ints, ReduceOp::kAverage, {}).Await().ToString(), "OK");
+    EXPECT_EQ(floats.data<float>()[999], 2.0f);
+    EXPECT_EQ(ints.data<int32_t>()[999], -2);
+  });
+}
+
+TEST_P(Transports, WireFormatsGiveEqualBitsOnAllRanksAndSmallErrors) {
+  constexpr int kRanks = 3;
+  constexpr int64_t kElements = 100'003;
+  for (WireFormat wire : {WireFormat::kBf16, WireFormat::kInt8, WireFormat::kFp8}) {
+    std::vector<std::vector<float>> results(kRanks), inputs(kRanks);
+    RunRanks(kRanks, GetParam(), [&](Communicator& group) {
+      const Tensor data = *group.Allocate({kElements}, DType::kF32), out = *group.Allocate({kElements}, DType::kF32);
+      std::mt19937 random(group.index());
+      std::normal_distribution<float> normal;
+      for (float& x : data.span<float>()) x = normal(random);
+      ASSERT_EQ(group.AllReduce(data, out, ReduceOp::kSum, {.wire = wire}).Await().ToString(), "OK");
+      inputs[group.index()].assign(data.data<float>(), data.data<float>() + kElements);
+      results[group.index()].assign(out.data<float>(), out.data<float>() + kElements);
+    });
+    for (int64_t i = 0; i < kElements; ++i) {
+      ASSERT_NEAR(results[0][i], inputs[0][i] + inputs[1][i] + inputs[2][i], 1.5) << i;
+      for (int rank = 1; rank < kRanks; ++rank) ASSERT_EQ(results[0][i], results[rank][i]) << i;
+    }
+  }
+}
+
+TEST_P(Transports, AFixedOrderRepeatsItsBits) {
+  RunRanks(3, GetParam(), [](Communicator& group) {
+    constexpr int64_t kElements = 50'000;
+    const Tensor in = Zeros({kElements}, DType::kF32), first = Zeros({kElements}, DType::kF32),
+                 again = Zeros({kElements}, DType::kF32);
+    std::mt19937 random(group.index());
+    std::normal_distribution<float> normal;
+    for (float& x : in.span<float>()) x = normal(random);
+    const OpOptions fixed = {.order = Order::kFixed};
+    ASSERT_TRUE(group.AllReduce(in, first, ReduceOp::kSum, fixed).Await().ok());
+    for (int i = 0; i < 5; ++i) {
+      ASSERT_TRUE(group.AllReduce(in, again, ReduceOp::kSum, fixed).Await().ok());
+      ASSERT_EQ(std::memcmp(first.raw(), again.raw(), first.bytes()), 0);
+    }
+  });
 }
 
 TEST_P(Transports, ManyOperationsInFlightEndInOrder) {
@@ -458,6 +640,17 @@ TEST_P(Transports, BadArgumentsEndTheWorkAndNotTheEpoch) {
         group.AllGather(four.Elements(1, {2}), {2, 2}, four, {}),
         group.AllToAll(four, {2, 2}, four, {2, 2}, {}),
         group.Broadcast(four, 2, {}),
+        group.AllReduce(four, two, ReduceOp::kSum, {}),
+        group.AllReduce(four.Elements(0, {3}), four.Elements(1, {3}), ReduceOp::kSum, {}),
+        group.AllReduce(ints, ints, ReduceOp::kSum, {.wire = WireFormat::kInt8}),
+        group.AllReduce(four, four, ReduceOp::kSum, {.algorithm = "no such"}),
+        group.Reduce(four, four, -1, ReduceOp::kSum, {}),
+        group.Gather(two, {1, 1}, four, 0, {}),
+        group.Scatter(four, {3, 3}, two, 0, {}),
+        group.Send(four, group.index(), 0, {}),
+        group.Receive(four, 2, 0, {}),
+        group.SparseAllGather({four}, {{0, 0, {0}}}, {}),
+        group.SparseAllGather({four}, {{1, 0, {1}}}, {}),
     };
     for (const Work& work : bad) EXPECT_TRUE(absl::IsInvalidArgument(work.Await())) << work.Await();
     EXPECT_FALSE(group.Split({1, 0}).ok());
