@@ -4,7 +4,7 @@
 #include <chrono>
 #include <numeric>
 #include <random>
-#include <utility>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "collectives/program/verifier.h"
@@ -121,14 +121,16 @@ bool HasRoot(OpKind kind) {
 
 // Small groups: all shapes. Larger ones: shapes that take turns, so that each comes with every algorithm many times.
 std::vector<Shape> ShapesOf(OpKind kind, int size) {
-  std::vector<Shape> shapes;
+  // Every algorithm applies to it.
+  std::vector<Shape> shapes = {{.counts = 1, .in_place = size % 3, .topology = 1 + size % 3, .piece = size <= 64 ? size % 2 * 7 : 0}};
   int turn = size;
   for (int counts = 0; counts < 4; ++counts) {
     for (int in_place = 0; in_place < 3; ++in_place) {
       for (int topology = 0; topology < 4; ++topology) {
         for (int64_t piece : {0, 3, 21}) {
           ++turn;
-          if (size > 5 && turn % (size <= 16 ? 11 : size <= 64 ? 37 : 61) != 0) continue;
+          const int every = size <= 6 ? 1 : size <= 16 ? 7 : size <= 64 ? 23 : 61;
+          if (turn % every != 0) continue;
           shapes.push_back({counts, in_place, topology, size <= 24 ? piece : size <= 64 ? 5 * piece : 17 * piece});
         }
       }
@@ -156,6 +158,7 @@ absl::Status Prove(const Algorithm& algorithm, const std::vector<Problem>& probl
 // Proves all algorithms of a kind for groups of `size`, and returns how many programs that were.
 int ProveAll(OpKind kind, int size) {
   int proved = 0;
+  std::set<std::string_view> names;  // Of those that had something to do.
   const std::vector<int> roots = RootsOf(kind, size);
   int turn = 0;
   for (const Shape& shape : ShapesOf(kind, size)) {
@@ -176,7 +179,15 @@ int ProveAll(OpKind kind, int size) {
           return proved;
         }
         ++proved;
+        if (shape.counts <= 1) names.insert(algorithm.name);
       }
+    }
+  }
+  const Topology topology = TopologyOf(2, size);
+  const Problem all = ProblemsOf(kind, size, 0, {.counts = 1}, &topology)[0];
+  for (const Algorithm& algorithm : Algorithms()) {
+    if (algorithm.applies(all)) {
+      EXPECT_TRUE(names.contains(algorithm.name)) << algorithm.name << " " << OpKindName(kind) << ", " << size << " ranks";
     }
   }
   return proved;

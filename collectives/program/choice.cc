@@ -34,11 +34,15 @@ Problem Scaled(Problem p, int64_t part, int64_t whole) {
   return p;
 }
 
-int64_t Simulate(const CostModel& model, const Algorithm& algorithm, Problem p, int64_t element_bytes) {
+std::vector<Program> ProgramsOf(const Algorithm& algorithm, Problem p) {
   std::vector<Program> programs;
   programs.reserve(p.size);
   for (p.rank = 0; p.rank < p.size; ++p.rank) programs.push_back(algorithm.make(p));
-  return PredictNs(model, programs, element_bytes);
+  return programs;
+}
+
+int64_t Simulate(const CostModel& model, const Algorithm& algorithm, const Problem& p, int64_t element_bytes) {
+  return PredictNs(model, ProgramsOf(algorithm, p), element_bytes);
 }
 
 // How many parts, which are sent one by one, the algorithm makes of the longest region before it cuts them into pieces.
@@ -56,7 +60,7 @@ int64_t PartsOf(const Algorithm& algorithm, Problem p) {
 int64_t SimulatePieces(const CostModel& model, const Algorithm& algorithm, const Problem& p, int64_t element_bytes) {
   if (p.piece == 0) return Simulate(model, algorithm, p, element_bytes);
   const int64_t longest = Longest(p), unit = p.piece * PartsOf(algorithm, p);
-  const int64_t few = 3 * unit, more = 6 * unit;
+  const int64_t few = 4 * unit, more = 12 * unit;
   if (longest <= more) return Simulate(model, algorithm, p, element_bytes);
   const int64_t few_ns = Simulate(model, algorithm, Scaled(p, few, longest), element_bytes);
   const int64_t more_ns = Simulate(model, algorithm, Scaled(p, more, longest), element_bytes);
@@ -167,24 +171,38 @@ Problem StandIn(const Problem& problem) {
 std::vector<Choice> RankAlgorithms(const CostModel& model, const Problem& problem, int64_t element_bytes) {
   Problem p = StandIn(problem);
   const bool pair = p.kind == OpKind::kSend || p.kind == OpKind::kReceive;
-  std::vector<int64_t> pieces = {0};
-  for (int64_t bytes : kPieceBytes) {
-    if (bytes < Longest(p) * element_bytes) pieces.push_back(bytes / element_bytes);
-  }
+  const bool simulate = !pair && p.size <= kSimulatedRanksMax;
+  p.piece = 0;
   std::vector<Choice> choices;
+  std::vector<std::pair<int64_t, const Algorithm*>> by_bound;
   for (const Algorithm& algorithm : Algorithms()) {
     if (!algorithm.applies(problem)) continue;
-    for (int64_t piece : pieces) {
-      p.piece = piece;
-      const bool simulate = !pair && p.size <= kSimulatedRanksMax;
-      choices.push_back({&algorithm, piece,
-                         simulate       ? SimulatePieces(model, algorithm, p, element_bytes)
-                         : p.size > 1 ? Estimate(model, algorithm, p, element_bytes)
-                                        : 0});
+    Choice choice{&algorithm};
+    int64_t bound_ns = 0;
+    if (simulate) {
+      const std::vector<Program> programs = ProgramsOf(algorithm, p);
+      choice.predicted_ns = PredictNs(model, programs, element_bytes);
+      bound_ns = BusiestNs(model, programs, element_bytes);
+    } else if (p.size > 1) {
+      choice.predicted_ns = Estimate(model, algorithm, p, element_bytes);
+    }
+    choices.push_back(choice);
+    by_bound.push_back({bound_ns, &algorithm});
+  }
+  const auto faster = [](const Choice& a, const Choice& b) { return a.predicted_ns < b.predicted_ns; };
+  int64_t best_ns = std::min_element(choices.begin(), choices.end(), faster)->predicted_ns;
+  std::stable_sort(by_bound.begin(), by_bound.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  for (const auto& [bound_ns, algorithm] : by_bound) {
+    for (int64_t bytes : kPieceBytes) {
+      if (bytes >= Longest(p) * element_bytes || bound_ns >= best_ns || p.size == 1) continue;
+      p.piece = bytes / element_bytes;
+      const int64_t predicted_ns = simulate ? SimulatePieces(model, *algorithm, p, element_bytes)
+                                            : Estimate(model, *algorithm, p, element_bytes);
+      choices.push_back({algorithm, p.piece, predicted_ns});
+      best_ns = std::min(best_ns, predicted_ns);
     }
   }
-  std::stable_sort(choices.begin(), choices.end(),
-                   [](const Choice& a, const Choice& b) { return a.predicted_ns < b.predicted_ns; });
+  std::stable_sort(choices.begin(), choices.end(), faster);
   return choices;
 }
 

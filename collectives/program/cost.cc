@@ -17,6 +17,8 @@ class Simulation {
   Simulation(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes)
       : model_(model), programs_(programs), size_(static_cast<int>(programs.size())), element_bytes_(element_bytes) {}
 
+  int64_t Busiest();
+
   int64_t Run() {
     Prepare();
     MatchMessages();
@@ -222,7 +224,34 @@ void Simulation::End(int g) {
   }
 }
 
+int64_t Simulation::Busiest() {
+  Prepare();
+  std::vector<int64_t> rank(size_), host(core_free_.size());
+  for (const Item& item : items_) {
+    const Instruction& i = *item.instruction;
+    if (i.code == OpCode::kReduce) {
+      rank[item.rank] += TimeFor(Bytes(item) * i.sources_count, model_.reduce_bytes_per_ms);
+    } else if (i.code == OpCode::kSend && !Near(item.rank, i.peer)) {
+      out_free_[item.rank] += TimeFor(Bytes(item), port_[item.rank]);
+      in_free_[i.peer] += TimeFor(Bytes(item), port_[i.peer]);
+      link_free_[item.rank * size_ + i.peer] += TimeFor(Bytes(item), LinkOf(item.rank, i.peer).bytes_per_ms);
+    } else if (i.code == OpCode::kReceive && i.region.buffer != Buffer::kMessage && Near(item.rank, i.peer)) {
+      rank[item.rank] += TimeFor(Bytes(item), LinkOf(i.peer, item.rank).bytes_per_ms);
+    }
+  }
+  for (int r = 0; r < size_; ++r) host[host_[r]] += rank[r] / static_cast<int64_t>(core_free_[host_[r]].size());
+  int64_t busiest = 0;
+  for (const std::vector<int64_t>* all : {&rank, &host, &out_free_, &in_free_, &link_free_}) {
+    busiest = std::max(busiest, *std::max_element(all->begin(), all->end()));
+  }
+  return busiest;
+}
+
 }  // namespace
+
+int64_t BusiestNs(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes) {
+  return Simulation(model, programs, element_bytes).Busiest();
+}
 
 int64_t PredictNs(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes) {
   return Simulation(model, programs, element_bytes).Run();

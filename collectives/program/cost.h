@@ -30,12 +30,15 @@ struct CostModel {
 // (program/verifier.h).
 int64_t PredictNs(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes);
 
+// No less than that passes, however the programs are cut into pieces: what the busiest rank, host or port has to do.
+int64_t BusiestNs(const CostModel& model, const std::vector<Program>& programs, int64_t element_bytes);
+
 struct Choice {
   const Algorithm* algorithm = nullptr;
   int64_t piece = 0;         // Elements; Problem::piece.
   int64_t predicted_ns = 0;
 };
-// All candidates with their predictions, the best first. Of long operations the first pieces are simulated, and of more
+// All algorithms that apply with their predictions, the best first; in pieces those that could win by it. Of long operations the first pieces are simulated, and of more
 // than 64 ranks none: formulas tell. `problem` is one rank's; of a v-operation whose counts only each
 // rank knows itself, its counts stand for all. Equal on all ranks for equal models and (kind, counts, size, even).
 std::vector<Choice> RankAlgorithms(const CostModel& model, const Problem& problem, int64_t element_bytes);

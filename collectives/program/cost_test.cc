@@ -133,6 +133,7 @@ TEST(RankAlgorithms, ExtrapolatesLongOperations) {
   for (const Choice& choice : RankAlgorithms(model, p, 4)) {
     p.piece = choice.piece;
     const int64_t whole = PredictNs(model, ProgramsOf(choice.algorithm->name, p), 4);
+    EXPECT_LE(BusiestNs(model, ProgramsOf(choice.algorithm->name, p), 4), whole);
     EXPECT_NEAR(static_cast<double>(choice.predicted_ns) / whole, 1, 0.15) << choice.algorithm->name << " " << p.piece;
   }
 }
