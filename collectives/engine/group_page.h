@@ -17,7 +17,8 @@ struct alignas(kLine) GroupPage {
   // Constant once `ready` is 1.
   std::atomic<uint32_t> ready;
   uint32_t seats;
-  cpu_set_t cores;  // Where the owner may run.
+  uint32_t registered;  // The owner obeys membarrier(2).
+  cpu_set_t cores;      // Where the owner may run.
   // The owner has found everybody: from now on nobody looks for the group.
   alignas(kLine) std::atomic<uint32_t> attached;
   std::atomic<uint32_t> ended;   // `cause` is final.

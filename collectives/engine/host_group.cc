@@ -1,6 +1,7 @@
 #include "collectives/engine/host_group.h"
 
 #include <linux/futex.h>
+#include <linux/membarrier.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -28,6 +29,8 @@ void FutexWait(std::atomic<uint32_t>* word, uint32_t seen, int64_t ns) {
 void FutexWakeAll(std::atomic<uint32_t>* word) {
   (void)syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
+
+int Membarrier(int command) { return static_cast<int>(syscall(SYS_membarrier, command, 0, 0)); }
 
 // Whether ranks must share cores. `on_host`: of the whole job. Ranks that a launcher bound to cores of their
 // own have small sets; others have all cores in common.
@@ -67,10 +70,13 @@ absl::StatusOr<std::shared_ptr<HostGroup>> HostGroup::Create(std::shared_ptr<Sha
   page->seats = group->seats();
   CPU_ZERO(&page->cores);
   if (sched_getaffinity(0, sizeof page->cores, &page->cores) != 0) CPU_SET(0, &page->cores);
+  page->registered = Membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED) == 0 ? 1 : 0;
   page->ready.store(1, std::memory_order_release);
   group->pages_[group->own_] = page;
   group->segments_[group->own_] = std::move(segment);
   SHOAL_RETURN_IF_ERROR(group->FindPeers(deadline_ns));
+  group->sleepers_pay_ = std::all_of(group->pages_.begin(), group->pages_.end(),
+                                     [](const GroupPage* other) { return other->registered != 0; });
   group->joined_ = true;
   group->life_->AddSleeper(group.get());
   group->crowded_ = Crowded(group->pages_, *page, group->memory_->RanksOnHost());
@@ -165,7 +171,7 @@ absl::Status HostGroup::CheckPeer(int seat) {
 uint32_t HostGroup::PrepareSleep() {
   GroupPage& own = page(own_);
   own.asleep.fetch_add(1, std::memory_order_seq_cst);
-  OrderBeforeRing();
+  if (sleepers_pay_) (void)Membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
   return own.doorbell.load(std::memory_order_seq_cst);
 }
 
@@ -178,8 +184,6 @@ void HostGroup::Sleep(uint32_t seen, int64_t until_ns) {
 void HostGroup::CancelSleep() { page(own_).asleep.fetch_sub(1, std::memory_order_relaxed); }
 
 uint32_t HostGroup::Sleepers() const { return page(own_).asleep.load(std::memory_order_acquire); }
-
-void HostGroup::OrderBeforeRing() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 void HostGroup::RingOwn() {
   OrderBeforeRing();

@@ -62,8 +62,15 @@ class HostGroup final : public Sleeper {
   uint32_t Sleepers() const;    // Of this process, for tests.
   void RingOwn();               // Thread-safe.
   void RingIfAsleep(int seat);  // After what the peer is to see was written.
-  // Needed once between the writes and the calls of RingIfAsleep.
-  static void OrderBeforeRing();
+  // Needed once between the writes and the calls of RingIfAsleep: either we see the sleeper or it sees what
+  // we wrote.
+  void OrderBeforeRing() const {
+    if (sleepers_pay_) {
+      std::atomic_signal_fence(std::memory_order_seq_cst);
+    } else {
+      std::atomic_thread_fence(std::memory_order_seq_cst);
+    }
+  }
 
  private:
   HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<GroupLife> life, std::vector<int> members);
@@ -76,6 +83,7 @@ class HostGroup final : public Sleeper {
   int own_ = 0;
   bool crowded_ = false;
   bool joined_ = false;
+  bool sleepers_pay_ = false;  // Who goes to sleep has the kernel order everybody's memory accesses.
   std::vector<std::shared_ptr<const Segment>> segments_;  // By seat.
   std::vector<GroupPage*> pages_;
 };

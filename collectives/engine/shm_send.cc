@@ -137,7 +137,7 @@ void ShmChannel::State::RingBells() {
   bool any = false;
   for (const auto& peer : peers) any = any || (peer != nullptr && peer->written);
   if (!any) return;
-  HostGroup::OrderBeforeRing();
+  group->OrderBeforeRing();
   for (const auto& peer : peers) {
     if (peer == nullptr || !peer->written) continue;
     peer->written = false;

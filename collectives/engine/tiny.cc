@@ -304,7 +304,7 @@ void TinyGroup::State::Publish(uint32_t number) {
     std::memcpy(op.in_bytes <= kTinyFirstLineBytes ? slot.first : slot.payload, op.in, op.in_bytes);
   slot.stamp.store(number, std::memory_order_release);
   published = number;
-  HostGroup::OrderBeforeRing();
+  group->OrderBeforeRing();
   for (int seat = 0; seat < seats; ++seat) {
     if (seat != own) group->RingIfAsleep(seat);
   }
@@ -410,6 +410,12 @@ void TinyGroup::State::Complete(const Pending& op, uint32_t number) {
   if (!Matches(op, number)) return;
   Finish(op, number);
   finished.store(number, std::memory_order_release);
+  // The next contribution is likely as large: fetch its lines, which the peers have, while there is time.
+  if (number == published) {
+    auto* const next = reinterpret_cast<std::byte*>(&slots[own][(number + 1) % kTinySlots]);
+    const int64_t bytes = op.in_bytes <= kTinyFirstLineBytes ? kLine : kLine + op.in_bytes;
+    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(next + at, /*rw=*/1);
+  }
 }
 
 void TinyGroup::State::Finish(const Pending& op, uint32_t number) {
