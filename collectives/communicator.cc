@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <numeric>
 #include <utility>
@@ -17,6 +18,8 @@
 #include "collectives/engine/routed_channel.h"
 #include "collectives/engine/shm_channel.h"
 #include "collectives/engine/tcp_channel.h"
+#include "collectives/engine/tiny.h"
+#include "collectives/engine/tiny_call.h"
 #include "collectives/engine/world.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/status.h"
@@ -81,6 +84,13 @@ class Group final : public Communicator, private ExecutorHost {
   Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life);
 
   absl::StatusOr<std::unique_ptr<Channel>> OpenChannel(int64_t deadline_ns);
+  std::unique_ptr<TinyGroup> NewTinyGroup(std::shared_ptr<HostGroup> group);
+  void AttendTiny();
+  bool MayBeTiny(const OpOptions& options) const {
+    return tiny_ != nullptr && options.wire == WireFormat::kAsIs && options.algorithm.empty() && !life_->Ended();
+  }
+  TinyCall NewTinyCall(const OpOptions& options, TinyOp* op) const { return {index_, size_, options.order, op}; }
+  Work IssueTiny(TinyOp* op, const OpOptions& options);
   Work Issue(Op op, const OpOptions& options);
   Work IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
                    const OpOptions& options);
@@ -103,6 +113,8 @@ class Group final : public Communicator, private ExecutorHost {
   std::shared_ptr<Segment> shared_scratch_;
   Tensor scratch_;
   std::shared_ptr<Executor> executor_;  // Null in a group of one. Shared with threads that await an operation.
+  std::unique_ptr<TinyGroup> tiny_;     // Null in a group of one, and in one on several hosts.
+  std::atomic<bool> tiny_attended_{false};
 
   Mutex mutex_;
   std::map<std::vector<int>, uint64_t> splits_ ABSL_GUARDED_BY(mutex_);  // How often, by members.
@@ -153,6 +165,7 @@ absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns)
   if (members.size() > 1) {
     SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<HostGroup> group,
                            HostGroup::Create(world_->shared_memory(), life_, members, deadline_ns));
+    if (static_cast<int>(members.size()) == size_) tiny_ = NewTinyGroup(group);
     host = std::make_unique<ShmChannel>(std::move(group));
   }
   if (static_cast<int>(members.size()) < size_) network = std::make_unique<TcpChannel>(world_->data_mesh(), life_.get());
@@ -165,8 +178,29 @@ absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns)
 Group::~Group() {
   life_->RemoveCallbacks(this);
   if (executor_ == nullptr) return;
-  if (!executor_->Idle()) Abort(absl::CancelledError("closed with operations pending"));
+  const bool idle = executor_->Idle() && (tiny_ == nullptr || tiny_->Idle());
+  if (!idle) Abort(absl::CancelledError("closed with operations pending"));
   executor_->Close();
+}
+
+std::unique_ptr<TinyGroup> Group::NewTinyGroup(std::shared_ptr<HostGroup> group) {
+  TinyGroup::Hooks hooks;
+  hooks.name = [this](int member) { return Name(member); };
+  hooks.names = [this](const std::vector<int>& members) { return Names(members); };
+  hooks.left = [this](int member) { return Left(member); };
+  hooks.attend = [this] { AttendTiny(); };
+  return std::make_unique<TinyGroup>(std::move(group), absl::ToInt64Nanoseconds(world_->options().timeout),
+                                     std::move(hooks));
+}
+
+void Group::AttendTiny() {
+  if (tiny_attended_.exchange(true)) return;
+  executor_->Attend([this] {
+    if (tiny_->Poll()) return true;
+    tiny_attended_.store(false);
+    // What came since then, and took it to be attended.
+    return tiny_->Poll() && !tiny_attended_.exchange(true);
+  });
 }
 
 std::string Group::Names(const std::vector<int>& members) {
@@ -229,6 +263,13 @@ Work Group::Issue(Op op, const OpOptions& options) {
   return executor_->Push(std::move(op));
 }
 
+Work Group::IssueTiny(TinyOp* op, const OpOptions& options) {
+  if (options.deadline != absl::InfiniteFuture()) op->deadline_ns = SteadyDeadlineNs(options.deadline);
+  op->label = options.label;
+  op->seq = executor_->NextSeq();
+  return tiny_->Issue(*op);
+}
+
 // In a group of one every result is the input.
 void Group::RunAlone(const Op& op) {
   const bool to_out = op.out.bytes() > 0 && op.in.bytes() == op.out.bytes();
@@ -236,6 +277,8 @@ void Group::RunAlone(const Op& op) {
 }
 
 Work Group::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).AllReduce(in, out, op)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kAllReduce;
   request.reduce = op;
@@ -247,6 +290,8 @@ Work Group::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const Op
 
 Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                           const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).ReduceScatter(in, counts, out, op)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kReduceScatter;
   request.reduce = op;
@@ -259,6 +304,8 @@ Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, co
 
 Work Group::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
                       const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).AllGather(in, counts, out)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kAllGather;
   request.dtype = out.dtype();
@@ -270,12 +317,15 @@ Work Group::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const 
 
 Work Group::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
                      absl::Span<const int64_t> recv_counts, const OpOptions& options) {
+  const bool even = send_counts.empty() && recv_counts.empty();
+  TinyOp tiny;
+  if (even && MayBeTiny(options) && NewTinyCall(options, &tiny).AllToAllEven(in, out)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kAllToAll;
   request.dtype = in.dtype();
   request.in = in;
   request.out = out;
-  request.even = send_counts.empty() && recv_counts.empty();
+  request.even = even;
   if (request.even) {
     request.counts.assign(size_, in.elements() / size_);
     request.recv_counts = request.counts;
@@ -287,6 +337,8 @@ Work Group::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, co
 }
 
 Work Group::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).Broadcast(in_out, root)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kBroadcast;
   request.root = root;
@@ -296,6 +348,8 @@ Work Group::Broadcast(const Tensor& in_out, int root, const OpOptions& options) 
 }
 
 Work Group::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).Reduce(in, out, root, op)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kReduce;
   request.root = root;
@@ -308,6 +362,8 @@ Work Group::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, c
 
 Work Group::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
                    const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).Gather(in, counts, out, root)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kGather;
   request.root = root;
@@ -320,6 +376,8 @@ Work Group::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Ten
 
 Work Group::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
                     const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).Scatter(in, counts, out, root)) return IssueTiny(&tiny, options);
   Op request;
   request.kind = OpKind::kScatter;
   request.root = root;
@@ -330,7 +388,11 @@ Work Group::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Te
   return Issue(std::move(request), options);
 }
 
-Work Group::Barrier(const OpOptions& options) { return Issue(Op(), options); }
+Work Group::Barrier(const OpOptions& options) {
+  TinyOp tiny;
+  if (MayBeTiny(options) && NewTinyCall(options, &tiny).Barrier()) return IssueTiny(&tiny, options);
+  return Issue(Op(), options);
+}
 
 Work Group::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) {
   Op request;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/types/span.h"
 #include "collectives/communicator.h"
 #include "collectives/engine/work_state.h"
 #include "collectives/program/program.h"
@@ -39,6 +40,35 @@ struct Op {
 const char* KindName(OpKind kind);
 std::string OpName(OpKind kind, std::string_view label, uint64_t seq);  // all_reduce "grads" #17
 inline std::string OpName(const Op& op) { return OpName(op.kind, op.label, op.seq); }
+
+// Of what all ranks must agree on in an operation.
+class SignatureHash {
+ public:
+  SignatureHash(OpKind kind, DType dtype, ReduceOp reduce, Order order, int root,
+                WireFormat wire = WireFormat::kAsIs, bool even = false)
+      : kind_(kind) {
+    Mix(static_cast<uint64_t>(dtype) | static_cast<uint64_t>(reduce) << 8 | static_cast<uint64_t>(wire) << 16 |
+        static_cast<uint64_t>(order) << 24 | static_cast<uint64_t>(even) << 32);
+    Mix(root);
+  }
+  void Mix(uint64_t value) {
+    hash_ = (hash_ ^ value) * 0x9e3779b97f4a7c15u;
+    hash_ ^= hash_ >> 32;
+  }
+  void MixAll(absl::Span<const int64_t> values) {
+    for (int64_t value : values) Mix(value);
+  }
+  uint32_t Signature() const {
+    return static_cast<uint32_t>(kind_) << kHashBits | static_cast<uint32_t>(hash_ & ((1u << kHashBits) - 1));
+  }
+  static OpKind KindOf(uint32_t signature) { return static_cast<OpKind>(signature >> kHashBits); }
+
+ private:
+  static constexpr int kHashBits = 28;
+
+  const OpKind kind_;
+  uint64_t hash_ = 0xcbf29ce484222325u;
+};
 
 // Equal on all ranks that issued the same operation with the same arguments. A send's and its receive's are equal.
 uint32_t Signature(const Op& op);
