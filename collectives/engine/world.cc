@@ -115,6 +115,11 @@ absl::Status World::End(const std::string& cause) {
 }
 
 void World::Apply(const EpochCore::Effects& effects) {
+  if (!effects.died.empty()) {
+    std::vector<Deaths::Death> deaths;
+    for (const auto& [rank, cause] : core_->dead()) deaths.push_back({rank, cause, ProcessDied(rank)});
+    deaths_->Set(std::move(deaths));
+  }
   for (const auto& [group, cause] : effects.ended) lives_.at(group).raw->Finish(absl::AbortedError(cause));
   for (int rank : effects.left) peers_[rank]->left.store(true, std::memory_order_release);
   std::set<int> urgent;
@@ -303,11 +308,14 @@ std::string World::RankNames(const std::vector<int>& ranks) const {
   return absl::StrJoin(names, ", ");
 }
 
-std::vector<World::DeadPeer> World::Dead() const {
-  std::vector<DeadPeer> dead;
+std::vector<World::Deaths::Death> World::Deaths::Get() const {
   MutexLock lock(&mutex_);
-  for (const auto& [rank, cause] : core_->dead()) dead.push_back({rank, cause});
-  return dead;
+  return deaths_;
+}
+
+void World::Deaths::Set(std::vector<Death> deaths) {
+  MutexLock lock(&mutex_);
+  deaths_ = std::move(deaths);
 }
 
 bool World::OneHost(const std::vector<int>& ranks) const {
@@ -324,6 +332,7 @@ int World::RanksOnThisHost() const {
 // ---- The watch thread
 
 void World::OnProcessDeath(int rank) {
+  peers_[rank]->died.store(true, std::memory_order_release);
   MutexLock lock(&mutex_);
   EpochCore::Effects effects;
   core_->OnLost(rank, "process died", &effects);

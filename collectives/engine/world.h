@@ -69,11 +69,26 @@ class World {
 
   // The peer said goodbye: what it has not done by now it never will.
   bool Left(int rank) const { return peers_[rank]->left.load(std::memory_order_acquire); }
-  struct DeadPeer {
-    int rank = 0;
-    std::string cause;  // rank 2 (pid 71, host b): connection closed
+  // The dead peers, in the order of their ranks. Outlives the world; thread-safe.
+  class Deaths {
+   public:
+    struct Death {
+      int rank = 0;
+      std::string cause;  // rank 2 (pid 71, host b): connection closed
+      bool died = false;  // ProcessDied.
+    };
+    std::vector<Death> Get() const;
+    void Set(std::vector<Death> deaths);
+
+   private:
+    mutable Mutex mutex_;
+    std::vector<Death> deaths_ ABSL_GUARDED_BY(mutex_);
   };
-  std::vector<DeadPeer> Dead() const;
+  // A death is there before any group has ended because of it.
+  std::shared_ptr<const Deaths> deaths() const { return deaths_; }
+  // The kernel of this host says so (death_watch.h): no thread of that process will ever run again. False also where nobody can
+  // know: on other hosts.
+  bool ProcessDied(int rank) const { return peers_[rank]->died.load(std::memory_order_acquire); }
 
   // Of the group of all ranks; woken as well when any other group ends, and when any peer dies or leaves.
   void AddSleeper(Sleeper* sleeper) { root_->AddSleeper(sleeper); }
@@ -92,6 +107,7 @@ class World {
     PeerLink link;
     std::unique_ptr<ControlLink> control;  // Null for this process itself.
     std::atomic<bool> left{false};
+    std::atomic<bool> died{false};
     std::atomic<bool> closing{false};  // We have said, or queued, all that we will.
     // The monitor's own.
     bool open = true;       // It may still say something.
@@ -125,6 +141,7 @@ class World {
   static constexpr uint64_t kRootKey = 0;
 
   const WorldOptions options_;
+  const std::shared_ptr<Deaths> deaths_ = std::make_shared<Deaths>();
   std::vector<std::unique_ptr<Peer>> peers_;
   std::shared_ptr<GroupLife> root_;
   std::shared_ptr<SharedMemory> memory_;

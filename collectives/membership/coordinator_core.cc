@@ -161,6 +161,20 @@ void CoordinatorCore::State::OnReady(Process& process, const MemberMessage& mess
   process.accusations.clear();
   for (const Accusation& accusation : message.accusations)
     process.accusations[accusation.id] = accusation.cause;
+  BuryDead(MemberInfo(process.info), message.accusations);
+}
+
+// The connection of a dead process is closed only when its memory has been freed, which may take longer than forming the
+// next epoch.
+void CoordinatorCore::State::BuryDead(const MemberInfo& witness, const std::vector<Accusation>& accusations) {
+  for (const Accusation& accusation : accusations) {
+    const Process* dead = Find(accusation.id);
+    const bool seen = accusation.died && !witness.boot.empty() && accusation.id != witness.id;
+    if (!seen || dead == nullptr || dead->connection == 0 || dead->info.boot != witness.boot) continue;
+    Log(absl::StrCat(dead->info.Name(), " is dead, says ", witness.Name()));
+    Close(dead->connection, "it is dead");
+    TakeFromConnection(accusation.id, /*given_up=*/true);
+  }
 }
 
 void CoordinatorCore::State::OnFailed(Process& process, const MemberMessage& message) {

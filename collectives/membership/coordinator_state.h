@@ -145,6 +145,7 @@ struct CoordinatorCore::State {
   void Exclude(uint64_t id, const std::string& cause);
   void ResendCommit(Process& process);
   void RefuseRivals(const Process& process);
+  void BuryDead(const MemberInfo& witness, const std::vector<Accusation>& accusations);
   void OnReady(Process& process, const MemberMessage& message);
   void OnFailed(Process& process, const MemberMessage& message);
   void OnLeave(uint64_t id);

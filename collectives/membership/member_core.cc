@@ -97,9 +97,13 @@ struct MemberCore::State {
 
   void Accuse(const std::vector<Accusation>& more) {
     for (const Accusation& accusation : more) {
-      const bool known = std::any_of(accusations.begin(), accusations.end(),
-                                     [&](const Accusation& old) { return old.id == accusation.id; });
-      if (!known && accusation.id != self.id) accusations.push_back(accusation);
+      const auto known = std::find_if(accusations.begin(), accusations.end(),
+                                      [&](const Accusation& old) { return old.id == accusation.id; });
+      if (known != accusations.end()) {
+        known->died |= accusation.died;
+      } else if (accusation.id != self.id) {
+        accusations.push_back(accusation);
+      }
     }
   }
 

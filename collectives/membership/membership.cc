@@ -40,6 +40,7 @@ class ElasticMembership final : public Membership {
   View view_ ABSL_GUARDED_BY(mutex_);
   // Owned by the groups of the communicator: the epoch ends with them, or when the next one begins.
   std::weak_ptr<World> world_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<const World::Deaths> deaths_ ABSL_GUARDED_BY(mutex_);  // In it.
   std::unique_ptr<Seat> seat_;
 };
 
@@ -70,12 +71,11 @@ View ElasticMembership::view() const {
 std::vector<Accusation> ElasticMembership::LeavePresent() {
   MutexLock lock(&mutex_);
   std::vector<Accusation> accusations;
-  const std::shared_ptr<World> world = world_.lock();
-  if (world == nullptr) return accusations;
-  for (const World::DeadPeer& dead : world->Dead()) {
-    accusations.push_back({view_.members[dead.rank].id, dead.cause});
+  if (deaths_ == nullptr) return accusations;
+  if (const std::shared_ptr<World> world = world_.lock()) world->Leave();
+  for (const World::Deaths::Death& dead : deaths_->Get()) {
+    accusations.push_back({view_.members[dead.rank].id, dead.cause, dead.died});
   }
-  world->Leave();
   return accusations;
 }
 
@@ -120,6 +120,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::For
     MutexLock lock(&mutex_);
     view_ = std::move(formed.view);
     world_ = *world;
+    deaths_ = (*world)->deaths();
   }
   absl::StatusOr<std::unique_ptr<Communicator>> group = NewWorldGroup(*world, deadline);
   SHOAL_RETURN_IF_ERROR(group.status(), context);

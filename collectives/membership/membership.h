@@ -27,7 +27,11 @@ struct MembershipOptions {
   absl::Duration heartbeat_interval = absl::Milliseconds(100);
   // Peers and transports: job_id, secret, transport, interface, flows, timeout, heartbeat_timeout. rank, size, master and
   // epoch are not used.
-  WorldOptions world;
+  WorldOptions world = [] {
+    WorldOptions elastic;
+    elastic.heartbeat_timeout = absl::Seconds(1);
+    return elastic;
+  }();
 };
 
 class Membership {

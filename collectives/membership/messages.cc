@@ -9,7 +9,7 @@
 //   kFailed:     5, epoch, accusations                       kRefused:   5, cause
 //   kLeave:      6                                           kWaiting:   6, cause
 //                                                            kJoiners:   7, number
-//   accusations: how many, then id and cause of each
+//   accusations: how many, then id, cause and 1 (dead) or 0 of each
 #include "collectives/membership/messages.h"
 
 #include "collectives/membership/view_wire.h"
@@ -33,7 +33,9 @@ absl::Status ReadCause(WireReader& in, std::string* cause) {
 
 void Write(const std::vector<Accusation>& accusations, WireWriter& out) {
   out.U64(accusations.size());
-  for (const Accusation& accusation : accusations) out.U64(accusation.id).String(Shortened(accusation.cause));
+  for (const Accusation& accusation : accusations) {
+    out.U64(accusation.id).String(Shortened(accusation.cause)).U64(accusation.died ? 1 : 0);
+  }
 }
 
 absl::Status Read(WireReader& in, std::vector<Accusation>* accusations) {
@@ -43,6 +45,9 @@ absl::Status Read(WireReader& in, std::vector<Accusation>* accusations) {
     Accusation& accusation = accusations->emplace_back();
     accusation.id = in.U64();
     SHOAL_RETURN_IF_ERROR(ReadCause(in, &accusation.cause));
+    const uint64_t died = in.U64();
+    if (died > 1) return absl::DataLossError("an accusation is neither of a death nor of something else");
+    accusation.died = died == 1;
   }
   return absl::OkStatus();
 }

@@ -28,7 +28,7 @@ std::vector<MemberMessage> MemberMessages() {
     message.committed = SomeView();
     message.promised = Epoch{5};
     message.epoch = Epoch{3};
-    message.accusations = {{2, "connection closed"}, {9, "silent for 1 s"}};
+    message.accusations = {{2, "connection closed"}, {9, "process died", true}};
   }
   return all;
 }
@@ -69,7 +69,9 @@ TEST(Messages, AMembersMessagesSurviveTheWire) {
   EXPECT_EQ(ready.epoch, Epoch{3});
   ASSERT_EQ(ready.accusations.size(), 2u);
   EXPECT_EQ(ready.accusations[1].id, 9u);
-  EXPECT_EQ(ready.accusations[1].cause, "silent for 1 s");
+  EXPECT_EQ(ready.accusations[1].cause, "process died");
+  EXPECT_TRUE(ready.accusations[1].died);
+  EXPECT_FALSE(ready.accusations[0].died);
 }
 
 TEST(Messages, ACoordinatorsMessagesSurviveTheWire) {

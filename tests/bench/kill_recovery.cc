@@ -3,7 +3,7 @@
 // rank has as much resident memory of 4 KiB pages as asked for, half of it private and half shared, because the kernel
 // frees the memory of a dead process before it closes its sockets.
 //
-//   bench_kill_recovery [--ranks 4] [--resident-mib 1024] [--mib 64] [--kills 50] [--transport auto] [--membership]
+//   bench_kill_recovery [--ranks 4] [--resident-mib 1024] [--mib 64] [--kills 50] [--seed 1] [--transport auto] [--membership]
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -28,6 +28,7 @@
 #include "collectives/membership/membership.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
+#include "runtime/base/status.h"
 
 namespace shoal {
 namespace {
@@ -39,6 +40,7 @@ struct Settings {
   int64_t resident_mib = 1024;
   int64_t mib = 64;
   int kills = 50;
+  int seed = 1;
   std::string transport = "auto";
   bool membership = false;
 };
@@ -101,26 +103,31 @@ class Rank {
     return board_.round.load();
   }
 
+  // Of the job's tensors, which outlive epochs.
+  absl::Status Allocate(Communicator& group) {
+    if (!in_.empty()) return absl::OkStatus();
+    const int64_t elements = (settings_.mib << 20) / 4;
+    SHOAL_ASSIGN_OR_RETURN(in_, group.Allocate({elements}, DType::kF32));
+    SHOAL_ASSIGN_OR_RETURN(out_, group.Allocate({elements}, DType::kF32));
+    SHOAL_ASSIGN_OR_RETURN(joiners_, group.Allocate({1}, DType::kI32));
+    std::fill_n(in_.data<float>(), elements, 1.0f);
+    return absl::OkStatus();
+  }
+
   // Reduces until the group ends, or, among members, until somebody wants to join. False: it ended.
   bool Reduce(Communicator& group, int round, Membership* member = nullptr) {
-    const int64_t elements = (settings_.mib << 20) / 4;
-    absl::StatusOr<Tensor> in = group.Allocate({elements}, DType::kF32);
-    absl::StatusOr<Tensor> out = group.Allocate({elements}, DType::kF32);
-    absl::StatusOr<Tensor> joiners = group.Allocate({1}, DType::kI32);
-    absl::Status status = in.status();
-    if (status.ok()) status = out.status();
-    if (status.ok()) status = joiners.status();
-    if (status.ok()) std::fill_n(static_cast<float*>(in->raw()), elements, 1.0f);
+    absl::Status status = Allocate(group);
     for (int64_t count = 0; status.ok(); ++count) {
       if (member != nullptr) {
-        *static_cast<int32_t*>(joiners->raw()) = member->JoinersWaiting();
-        status = group.AllReduce(*joiners, *joiners, ReduceOp::kMax, {}).Await();
-        if (status.ok() && *static_cast<int32_t*>(joiners->raw()) > 0) return true;
+        *joiners_.data<int32_t>() = member->JoinersWaiting();
+        status = group.AllReduce(joiners_, joiners_, ReduceOp::kMax, {}).Await();
+        if (status.ok() && *joiners_.data<int32_t>() > 0) return true;
       }
-      if (status.ok()) status = group.AllReduce(*in, *out, ReduceOp::kSum, {.label = "grads"}).Await();
+      if (status.ok()) status = group.AllReduce(in_, out_, ReduceOp::kSum, {.label = "grads"}).Await();
       if (!status.ok()) break;
       if (count == 0) seat_.retried_ns.store(NowNs());
-      const float* sums = static_cast<const float*>(out->raw());
+      const float* sums = out_.data<float>();
+      const int64_t elements = out_.elements();
       for (int64_t i = 0; i < elements; i += 4099) SHOAL_CHECK(sums[i] == group.size());
       if (group.size() < settings_.ranks) continue;
       seat_.reduced.store(count + 1);
@@ -151,6 +158,7 @@ class Rank {
   Board::Seat& seat_;
   const int number_;
   WorldOptions options_;
+  Tensor in_, out_, joiners_;
 };
 
 pid_t Fork(const std::function<void()>& body) {
@@ -195,7 +203,7 @@ class Bench {
     if (settings_.membership) coordinator = Fork([this] { RunCoordinator(settings_.ranks); });
     board_->round.store(1);
     for (int seat = 0; seat < settings_.ranks; ++seat) Start(seat);
-    std::mt19937_64 random(1);
+    std::mt19937_64 random(settings_.seed);
     for (int round = 1; round <= settings_.kills; ++round) {
       Kill(round, random() % settings_.ranks, absl::Microseconds(random() % 30'000));
     }
@@ -288,6 +296,8 @@ bool Parse(int argc, char** argv, Settings* settings) {
       settings->mib = value;
     } else if (flag == "--kills") {
       settings->kills = value;
+    } else if (flag == "--seed") {
+      settings->seed = value;
     } else {
       return false;
     }
@@ -301,7 +311,7 @@ bool Parse(int argc, char** argv, Settings* settings) {
 int main(int argc, char** argv) {
   shoal::Settings settings;
   if (!shoal::Parse(argc, argv, &settings)) {
-    std::fprintf(stderr, "usage: %s [--ranks 4] [--resident-mib 1024] [--mib 64] [--kills 50] [--transport auto|tcp]"
+    std::fprintf(stderr, "usage: %s [--ranks 4] [--resident-mib 1024] [--mib 64] [--kills 50] [--seed 1] [--transport auto|tcp]"
                          " [--membership]\n", argv[0]);
     return 2;
   }
