@@ -45,7 +45,7 @@ class Job : public ::testing::Test {
   // A process that joins.
   void Start(uint64_t id, int wanted_rank = -1) {
     Member& member = members_[id];
-    member.info = {.id = id, .pid = static_cast<int64_t>(id), .host_name = "h", .wanted_rank = wanted_rank};
+    member.info = {.id = id, .pid = static_cast<int64_t>(id), .host_name = "h", .boot = boots_[id], .wanted_rank = wanted_rank};
     member.core = std::make_unique<MemberCore>(member.info, MemberOptions(), now_);
     Do(id, member.core->Ready({}, now_));
   }
@@ -100,6 +100,7 @@ class Job : public ::testing::Test {
   std::map<uint64_t, uint64_t> links_;  // Connection to member.
   std::set<uint64_t> stuck_;            // Do not answer proposals.
   bool drop_commits_ = false;
+  std::map<uint64_t, std::string> boots_ = {{11, "k"}, {12, "k"}, {13, "other"}};
 
  private:
   void Settle() {
@@ -302,6 +303,26 @@ TEST_F(RunningJob, ADeadAndAccusedMemberIsLeftOutAtOnce) {
   Run();
   EXPECT_EQ(Ranks(), (Ids{11, 13, 14}));
   EXPECT_EQ(Number(), 2u);
+}
+
+// The connection of a dead process stays open for as long as the kernel frees its memory.
+TEST_F(RunningJob, TheDeadAreNotWaitedForThoughTheirConnectionLives) {
+  Freeze(12);
+  Start(14);
+  Ready(11, {{12, "process died", /*died=*/true}});
+  Ready(13);
+  Run();
+  EXPECT_EQ(Ranks(), (Ids{11, 13, 14}));
+}
+
+TEST_F(RunningJob, NobodyKnowsOfDeathsOnAnotherHost) {
+  const uint64_t before = Number();
+  Freeze(13);
+  Start(14);
+  Ready(11, {{13, "process died", /*died=*/true}});
+  Ready(12);
+  Run();
+  EXPECT_EQ(Number(), before) << "a word is not a proof";
 }
 
 TEST_F(RunningJob, JoinersAreToldOfAndAdmittedWhenAllMembersAsk) {
