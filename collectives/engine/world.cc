@@ -31,8 +31,14 @@ constexpr int64_t kHastyFarewellNs = 5'000'000;
 class World::Life final : public GroupLife {
  public:
   Life(World* world, uint64_t key, std::vector<int> ranks, int index, std::vector<uint64_t> ancestors)
-      : GroupLife(key, std::move(ranks), index), world_(world), ancestors_(std::move(ancestors)) {}
-  ~Life() override { world_->Forget(number_); }
+      : GroupLife(key, std::move(ranks), index),
+        world_(world),
+        anchor_(world->anchor_),
+        ancestors_(std::move(ancestors)) {}
+  ~Life() override {
+    MutexLock lock(&anchor_->mutex);
+    if (anchor_->world != nullptr) anchor_->world->Forget(number_);
+  }
 
   absl::Status End(const std::string& cause) override { return world_->EndGroup(*this, cause); }
 
@@ -59,6 +65,7 @@ class World::Life final : public GroupLife {
 
  private:
   World* const world_;
+  const std::shared_ptr<Anchor> anchor_;
   const std::vector<uint64_t> ancestors_;  // Keys.
   uint64_t number_ = 0;                    // The core's.
 };
@@ -161,7 +168,10 @@ void World::RunCallbacks() {
 
 // ---- Start and end
 
-World::World(const WorldOptions& options) : options_(options) {}
+World::World(const WorldOptions& options) : options_(options) {
+  MutexLock lock(&anchor_->mutex);
+  anchor_->world = this;
+}
 
 absl::StatusOr<std::shared_ptr<World>> World::Connect(const WorldOptions& options) {
   std::vector<PeerLink> links;
@@ -287,6 +297,10 @@ World::~World() {
   watch_.reset();
   mesh_.reset();
   root_.reset();
+  {
+    MutexLock lock(&anchor_->mutex);
+    anchor_->world = nullptr;
+  }
   // Tensors may outlive the epoch; their end must not reach for links that are gone.
   if (memory_ != nullptr) memory_->Fence();
 }

@@ -55,7 +55,8 @@ class World {
   int RanksOnThisHost() const;
 
   // The life of the group `key`, which is over already when one of its ranks is dead or when it, or a group it descends from,
-  // was ended. `parent` null: not split from a group. The world outlives it; `parent` need not.
+  // was ended. `parent` null: not split from a group. Only its End needs the world: it may be destroyed later. `parent` need
+  // not live.
   std::shared_ptr<GroupLife> NewGroup(uint64_t key, std::vector<int> ranks, int index, const GroupLife* parent);
 
   bool Ended() const { return root_->Ended(); }
@@ -103,6 +104,11 @@ class World {
 
  private:
   class Life;
+  // How lives reach the world, which may be gone: a handle of an operation keeps its group's life.
+  struct Anchor {
+    Mutex mutex;  // Before World::mutex_.
+    World* world ABSL_GUARDED_BY(mutex) = nullptr;
+  };
   struct Peer {
     PeerLink link;
     std::unique_ptr<ControlLink> control;  // Null for this process itself.
@@ -141,6 +147,7 @@ class World {
   static constexpr uint64_t kRootKey = 0;
 
   const WorldOptions options_;
+  const std::shared_ptr<Anchor> anchor_ = std::make_shared<Anchor>();
   const std::shared_ptr<Deaths> deaths_ = std::make_shared<Deaths>();
   std::vector<std::unique_ptr<Peer>> peers_;
   std::shared_ptr<GroupLife> root_;
