@@ -38,6 +38,9 @@ using shoal::OpOptions;
 using shoal::ReduceOp;
 using shoal::Tensor;
 
+// Of one tensor or part of one: more than any memory, and no sum or product of such numbers overflows.
+constexpr int64_t kElementsMax = int64_t{1} << 44;
+
 std::string& ErrorText() {
   thread_local std::string text;
   return text;
@@ -76,6 +79,14 @@ T Known(const T* given, void (*init)(T*)) {
 
 bool IsDType(shoal_dtype dtype) { return dtype >= SHOAL_F32 && dtype <= SHOAL_I64; }
 
+// A number that is none stays one, so that the operation refuses it.
+ReduceOp Reduction(shoal_op op) {
+  return static_cast<ReduceOp>(op >= SHOAL_SUM && op <= SHOAL_AVERAGE ? static_cast<int>(op) : 0xff);
+}
+
+// Whether `data` can be an array of `count`.
+bool IsArray(const void* data, int64_t count) { return count == 0 || (count > 0 && data != nullptr); }
+
 Tensor Elements(const void* data, int64_t count, shoal_dtype dtype) {
   return Tensor(const_cast<void*>(data), {data == nullptr ? 0 : count}, static_cast<DType>(dtype));
 }
@@ -96,9 +107,13 @@ class Call {
   Call(const shoal_op_options* given, shoal_dtype dtype, std::initializer_list<int64_t> counts)
       : options_(Known(given, &shoal_op_options_init)) {
     if (!IsDType(dtype)) wrong_ = absl::InvalidArgumentError(absl::StrCat("dtype ", static_cast<int>(dtype)));
-    for (int64_t count : counts) {
-      if (count < 0) wrong_ = absl::InvalidArgumentError(absl::StrCat("count ", count));
+    if (options_.wire < SHOAL_AS_IS || options_.wire > SHOAL_WIRE_FP8) {
+      Refuse(absl::StrCat("wire format ", static_cast<int>(options_.wire)));
     }
+    if (options_.order < SHOAL_FAST || options_.order > SHOAL_FIXED) {
+      Refuse(absl::StrCat("order ", static_cast<int>(options_.order)));
+    }
+    for (int64_t count : counts) CheckCount(count);
     op_.deadline = After(options_.timeout);
     if (options_.label != nullptr) op_.label = options_.label;
     if (options_.algorithm != nullptr) op_.algorithm = options_.algorithm;
@@ -112,6 +127,10 @@ class Call {
     if (wrong_.ok()) return new shoal_work{issue(op_)};
     return new shoal_work{shoal::EndedWork(wrong_)};
   }
+  void CheckCount(int64_t count) {
+    if (count < 0 || count > kElementsMax) Refuse(absl::StrCat("count ", count));
+  }
+  bool refused() const { return !wrong_.ok(); }
   void Refuse(const std::string& why) { wrong_ = absl::InvalidArgumentError(why); }
 
  private:
@@ -120,13 +139,11 @@ class Call {
   absl::Status wrong_;
 };
 
-// Of a v-operation: one count per rank, none negative.
+// Of a v-operation: one count per rank.
 absl::Span<const int64_t> CheckedCounts(Call* call, const shoal_group* group, const int64_t* counts) {
   if (counts == nullptr) call->Refuse("no counts");
   const absl::Span<const int64_t> checked = Counts(group, counts);
-  for (int64_t count : checked) {
-    if (count < 0) call->Refuse(absl::StrCat("count ", count));
-  }
+  for (int64_t count : checked) call->CheckCount(count);
   return checked;
 }
 
@@ -135,19 +152,27 @@ struct Sparse {
   std::vector<shoal::SparseMove> moves;
 };
 
+// Empty when something is wrong.
 Sparse SparseArguments(Call* call, void* const* chunks, const int64_t* counts, int32_t chunks_count, shoal_dtype dtype,
                        const shoal_sparse_move* moves, int32_t moves_count) {
+  if (!IsArray(chunks, chunks_count) || !IsArray(counts, chunks_count) || !IsArray(moves, moves_count)) {
+    call->Refuse(absl::StrCat("arrays of ", chunks_count, " chunks and ", moves_count, " moves"));
+    return {};
+  }
   Sparse sparse;
   for (int32_t c = 0; c < chunks_count; ++c) {
-    if (counts[c] < 0) {
-      call->Refuse(absl::StrCat("count ", counts[c]));
-      return {};
-    }
+    call->CheckCount(counts[c]);
+    if (call->refused()) return {};
     sparse.chunks.push_back(Elements(chunks[c], counts[c], dtype));
   }
   for (int32_t m = 0; m < moves_count; ++m) {
-    sparse.moves.push_back({moves[m].chunk, moves[m].owner,
-                            std::vector<int>(moves[m].holders, moves[m].holders + moves[m].holders_count)});
+    const shoal_sparse_move& move = moves[m];
+    if (!IsArray(move.holders, move.holders_count)) {
+      call->Refuse(absl::StrCat("move ", m, ": an array of ", move.holders_count, " holders"));
+      return {};
+    }
+    sparse.moves.push_back(
+        {move.chunk, move.owner, std::vector<int>(move.holders, move.holders + move.holders_count)});
   }
   return sparse;
 }
@@ -268,6 +293,9 @@ uint64_t shoal_group_epoch(const shoal_group* group) { return static_cast<uint64
 shoal_code shoal_group_status(const shoal_group* group) { return Report(group->communicator->status()); }
 
 shoal_code shoal_split(shoal_group* group, const int32_t* members, int32_t count, shoal_group** part) {
+  if (!IsArray(members, count)) {
+    return Report(absl::InvalidArgumentError(absl::StrCat("an array of ", count, " members")));
+  }
   const std::vector<int> indices(members, members + count);
   absl::StatusOr<std::unique_ptr<shoal::Communicator>> split = group->communicator->Split(indices);
   if (!split.ok()) return Report(split.status());
@@ -282,6 +310,9 @@ void shoal_abort(shoal_group* group, const char* cause) {
 void shoal_group_free(shoal_group* group) { delete group; }
 
 shoal_code shoal_allocate(shoal_group* group, size_t bytes, shoal_memory** memory) {
+  if (bytes > static_cast<size_t>(kElementsMax)) {
+    return Report(absl::ResourceExhaustedError(absl::StrCat("allocate ", bytes, " bytes: no machine has so many")));
+  }
   absl::StatusOr<Tensor> tensor = group->communicator->Allocate({static_cast<int64_t>(bytes)}, DType::kU8);
   if (!tensor.ok()) return Report(tensor.status());
   *memory = new shoal_memory{*std::move(tensor)};
@@ -316,7 +347,7 @@ shoal_work* shoal_all_reduce(shoal_group* group, const void* in, void* out, int6
                              const shoal_op_options* options) {
   return Call(options, dtype, {count}).Run([&](const OpOptions& o) {
     return group->communicator->AllReduce(Elements(in, count, dtype), Elements(out, count, dtype),
-                                          static_cast<ReduceOp>(op), o);
+                                          Reduction(op), o);
   });
 }
 
@@ -327,7 +358,7 @@ shoal_work* shoal_reduce_scatter(shoal_group* group, const void* in, const int64
   return call.Run([&](const OpOptions& o) {
     return group->communicator->ReduceScatter(Elements(in, Sum(all), dtype), all,
                                               Elements(out, all[group->communicator->index()], dtype),
-                                              static_cast<ReduceOp>(op), o);
+                                              Reduction(op), o);
   });
 }
 
@@ -371,7 +402,7 @@ shoal_work* shoal_reduce(shoal_group* group, const void* in, void* out, int64_t 
                          shoal_op op, const shoal_op_options* options) {
   return Call(options, dtype, {count}).Run([&](const OpOptions& o) {
     return group->communicator->Reduce(Elements(in, count, dtype), Elements(out, count, dtype), root,
-                                       static_cast<ReduceOp>(op), o);
+                                       Reduction(op), o);
   });
 }
 
@@ -428,6 +459,6 @@ shoal_work* shoal_sparse_reduce_scatter(shoal_group* group, void* const* chunks,
   Call call(options, dtype, {});
   const Sparse sparse = SparseArguments(&call, chunks, counts, chunks_count, dtype, moves, moves_count);
   return call.Run([&](const OpOptions& o) {
-    return group->communicator->SparseReduceScatter(sparse.chunks, sparse.moves, static_cast<ReduceOp>(op), o);
+    return group->communicator->SparseReduceScatter(sparse.chunks, sparse.moves, Reduction(op), o);
   });
 }
