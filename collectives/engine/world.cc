@@ -417,7 +417,8 @@ void World::PollLinks(int64_t until_ns) {
 
 void World::FlushPeers() {
   for (const auto& peer : peers_) {
-    if (!peer->open || peer->finished) continue;
+    // Also who has said all it will waits for our end of the link.
+    if (peer->control == nullptr || peer->finished) continue;
     const bool closing = peer->closing.load(std::memory_order_acquire);
     // A broken link also reads as ended, with whatever the peer said last before that.
     if (!peer->control->Flush().ok()) {

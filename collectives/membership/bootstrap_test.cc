@@ -221,6 +221,25 @@ TEST(Bootstrap, ARankThatDiesWhileTheJobFormsMayComeBack) {
   master.join();
 }
 
+// Who has formed may be gone before others have.
+TEST(Bootstrap, RanksThatLeaveAtOnceHoldNobodyUp) {
+  for (int round = 0; round < 10; ++round) {
+    for (const char* transport : {"auto", "tcp"}) {
+      RunRanks(4, transport, [](Communicator&) {});
+      std::vector<std::thread> threads;
+      for (const WorldOptions& options : AllRanks(3, transport)) {
+        threads.emplace_back([options] {
+          // The first one's abort may come before another's communicator is made.
+          absl::StatusOr<std::unique_ptr<Communicator>> world = ConnectWorld(options);
+          if (world.ok()) (*world)->Abort(absl::CancelledError("enough"));
+          EXPECT_TRUE(world.ok() || absl::IsAborted(world.status())) << world.status();
+        });
+      }
+      for (std::thread& thread : threads) thread.join();
+    }
+  }
+}
+
 TEST(Bootstrap, BadOptionsAreNamed) {
   WorldOptions options = RankOptions(2, 2, "auto", UniqueRendezvous());
   EXPECT_TRUE(absl::IsInvalidArgument(ConnectWorld(options).status()));

@@ -292,7 +292,13 @@ void Mesh::ExchangeHosts() {
 void Mesh::OnControl(int rank) {
   Peer& peer = peers_[rank];
   if (!peer.link.control.valid()) return;
-  if (peer.host_known) return LoseControl(rank, absl::UnavailableError("connection closed"));
+  if (peer.host_known) {
+    // Who has said more than that had formed its mesh before: it has left the epoch, which is for the epoch to handle.
+    char byte = 0;
+    const bool had_formed = recv(peer.link.control.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) > 0;
+    if (!had_formed) return LoseControl(rank, absl::UnavailableError("connection closed"));
+    return Unwatch(peer.link.control.get());
+  }
   while (peer.host_bytes.size() < sizeof(HostWords)) {
     char bytes[sizeof(HostWords)];
     const ssize_t got = recv(peer.link.control.get(), bytes, sizeof bytes - peer.host_bytes.size(), 0);
