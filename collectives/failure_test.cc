@@ -126,6 +126,7 @@ TEST_P(Failures, StoppedPeerIsNoticedByItsSilenceAndFindsItsEpochOver) {
 TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
   std::atomic<int> called{0};
   RunRanks(3, GetParam(), [&](Communicator& group) {
+    (void)group.Barrier({}).Await();  // Before all have connected an abort would refuse them.
     Mutex mutex;
     CondVar changed;
     bool aborted = false;
@@ -155,6 +156,7 @@ TEST_P(Failures, AbortReachesEveryRankWithItsCause) {
 
 TEST_P(Failures, AbortEndsOperationsOfAllGroupsAndAllThatAreQueued) {
   RunRanks(3, GetParam(), [](Communicator& world) {
+    (void)world.Barrier({}).Await();  // Before all have connected an abort would refuse them.
     absl::StatusOr<std::unique_ptr<Communicator>> split = world.Split({0, 1, 2});
     std::vector<Work> works;
     if (world.index() != 2) {
@@ -284,6 +286,7 @@ TEST_P(Failures, LeavingAfterTheLastOperationDisturbsNobody) {
 
 TEST_P(Failures, WaitingForARankThatLeftEndsTheEpoch) {
   RunRanks(3, GetParam(), [](Communicator& group) {
+    EXPECT_EQ(group.Barrier({}).Await().ToString(), "OK");  // All have connected.
     if (group.index() == 1) return;
     const Tensor data = Zeros({100'000}, DType::kF32);
     EXPECT_THAT(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(),

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 
 #include "collectives/engine/data_flow.h"
@@ -18,13 +19,16 @@
 namespace shoal {
 namespace {
 
-constexpr int64_t kReadBudget = 1 << 20;  // Per flow and turn, so that no peer starves another.
+// Per flow and turn, so that no peer and no group starves another.
+constexpr int64_t kReadBudget = 1 << 20, kWriteBudget = 1 << 20;
 constexpr int64_t kSliceBytes = 256 << 10;
 constexpr size_t kDirectFlows = 4;  // Up to here every socket is asked, without asking epoll first.
 constexpr int kReadyMax = 64;
 // A sleeping thread's wake-up costs 25 us and more: waiting begins with asking again and again, which goes on
 // longer when it pays. Others that want the core get it in between.
 constexpr int64_t kSpinMaxNs = 100'000, kSpinMinNs = 5'000;
+// How long who moves bytes for all steps aside at most for those who want the lock.
+constexpr int64_t kLetInNs = 200'000;
 constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake; this bounds a lost one.
 // How long the control connection has to say why a peer's data connections closed.
 constexpr int64_t kGraceNs = 500'000'000;
@@ -67,6 +71,7 @@ struct DataMesh::Impl {
   // Move what can be moved now; true when something was.
   bool Pump();
   void EmptyOutboxes(int64_t* moved);
+  void ListDirty(int rank);
   void PumpOut(int rank, int64_t* moved);
   bool NextFrame(int rank, DataFlow::Frame* frame);
   void ReadFlow(Flow* flow, int64_t* moved);
@@ -76,11 +81,13 @@ struct DataMesh::Impl {
   void WakeWaiters();
 
   bool Ready(const Port* port) const;
+  void LetIn() ABSL_NO_THREAD_SAFETY_ANALYSIS;
   void Lead(Port* port, int64_t until_ns) ABSL_NO_THREAD_SAFETY_ANALYSIS;
   void Sleep(Port* port, int64_t until_ns) ABSL_NO_THREAD_SAFETY_ANALYSIS;
   void WriteWake() const;
 
   Mutex mutex;
+  std::atomic<int> knocking{0};  // Threads that wait for the mutex, but for those in `waiters`.
   Port::Shared shared;
   Fd epoll, wake;
   std::vector<Peer> peers;
@@ -93,7 +100,24 @@ struct DataMesh::Impl {
   Port* leader = nullptr;  // Whose thread asks the sockets; the other waiting threads sleep meanwhile.
   bool asleep = false;     // The leader, in the kernel.
   std::vector<Port*> waiters;
+  std::vector<int> emptied;  // Of EmptyOutboxes.
   int64_t spin_ns = kSpinMaxNs;
+};
+
+// The lock of a call. A mutex is not fair: the leader, which takes it again and again, must know that somebody waits.
+class ABSL_SCOPED_LOCKABLE DataMesh::Visit {
+ public:
+  explicit Visit(Impl* impl) ABSL_EXCLUSIVE_LOCK_FUNCTION(impl->mutex) : impl_(impl) {
+    impl_->knocking.fetch_add(1, std::memory_order_relaxed);
+    impl_->mutex.Lock();
+    impl_->knocking.fetch_sub(1, std::memory_order_relaxed);
+  }
+  ~Visit() ABSL_UNLOCK_FUNCTION() { impl_->mutex.Unlock(); }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  Impl* const impl_;
 };
 
 // ---- Flows: frames to ports.
@@ -214,9 +238,15 @@ bool DataMesh::Impl::NextFrame(int rank, DataFlow::Frame* frame) {
   return true;
 }
 
+void DataMesh::Impl::ListDirty(int rank) {
+  if (!shared.outboxes[rank].listed) shared.dirty.push_back(rank);
+  shared.outboxes[rank].listed = true;
+}
+
 void DataMesh::Impl::PumpOut(int rank, int64_t* moved) {
   Peer& peer = peers[rank];
   for (Flow* flow : peer.flows) {
+    const int64_t before = *moved;
     while (peer.status.ok() && flow->bytes.open()) {
       DataFlow::Frame frame;
       while (!flow->bytes.Full() && NextFrame(rank, &frame)) flow->bytes.Add(std::move(frame));
@@ -224,13 +254,20 @@ void DataMesh::Impl::PumpOut(int rank, int64_t* moved) {
       const absl::Status status = flow->bytes.Write(flow, moved);
       if (!status.ok()) ClosePeer(rank, status);
       if (flow->bytes.blocked()) break;
+      if (*moved - before < kWriteBudget) continue;
+      ListDirty(rank);  // A peer that reads as fast as this rank writes never blocks it.
+      break;
     }
   }
 }
 
 void DataMesh::Impl::ReadFlow(Flow* flow, int64_t* moved) {
   if (!flow->bytes.open()) return;
+  const int64_t before = *moved;
   const absl::StatusOr<DataFlow::Progress> progress = flow->bytes.Read(flow, kReadBudget, moved);
+  // The grace of a peer that closed begins behind the last that it had sent.
+  Peer& peer = peers[flow->rank];
+  if (!peer.status.ok() && *moved > before) peer.closed_ns = NowNs();
   if (progress.ok() && *progress != DataFlow::Progress::kEnd) return;
   ClosePeer(flow->rank, progress.ok() ? absl::UnavailableError("data connection closed") : progress.status());
   *moved += 1;
@@ -270,12 +307,10 @@ void DataMesh::Impl::HandleReady(const epoll_event* ready, int count, int64_t* m
 }
 
 void DataMesh::Impl::EmptyOutboxes(int64_t* moved) {
-  while (!shared.dirty.empty()) {
-    const int rank = shared.dirty.back();
-    shared.dirty.pop_back();
-    shared.outboxes[rank].listed = false;
-    PumpOut(rank, moved);
-  }
+  emptied.swap(shared.dirty);  // What is listed meanwhile has had its turn.
+  for (int rank : emptied) shared.outboxes[rank].listed = false;
+  for (int rank : emptied) PumpOut(rank, moved);
+  emptied.clear();
 }
 
 bool DataMesh::Impl::Pump() {
@@ -303,9 +338,10 @@ void DataMesh::Impl::WakeWaiters() {
     if (Ready(port)) port->changed.NotifyOne();
   }
   if (!asleep) return;
-  // This thread has moved the bytes of the one that leads, or filled a socket that only the kernel can empty.
+  // This thread has moved the bytes of the one that leads, left some to be sent, or filled a socket that only the kernel
+  // can empty.
   ArmBlocked();
-  if (Ready(leader)) WriteWake();
+  if (Ready(leader) || !shared.dirty.empty()) WriteWake();
 }
 
 bool DataMesh::Impl::Ready(const Port* port) const {
@@ -317,13 +353,30 @@ void DataMesh::Impl::WriteWake() const {
   (void)!write(wake.get(), &one, sizeof one);
 }
 
+// As long as bytes keep coming nothing else would make the leader let go of the lock.
+void DataMesh::Impl::LetIn() {
+  const auto wanted = [this] {
+    return knocking.load(std::memory_order_relaxed) > 0 ||
+           std::any_of(waiters.begin(), waiters.end(), [this](const Port* port) { return Ready(port); });
+  };
+  for (const int64_t until_ns = NowNs() + kLetInNs; wanted() && NowNs() < until_ns;) {
+    mutex.Unlock();
+    (void)sched_yield();
+    mutex.Lock();
+  }
+}
+
 void DataMesh::Impl::Lead(Port* port, int64_t until_ns) {
   const int64_t begin_ns = NowNs();
   int64_t now_ns = begin_ns;
   bool spun_out = false;
   while (!Ready(port) && now_ns < until_ns) {
-    if (Pump()) continue;
+    const bool moved = Pump();
     now_ns = NowNs();
+    if (moved) {
+      LetIn();
+      continue;
+    }
     if (now_ns - begin_ns < spin_ns) {
       mutex.Unlock();
       (void)sched_yield();
@@ -338,9 +391,9 @@ void DataMesh::Impl::Lead(Port* port, int64_t until_ns) {
     const int count = PollFlows(std::clamp<int64_t>(until_ns - now_ns, 0, kSleepMaxNs), ready);
     mutex.Lock();
     asleep = false;
-    int64_t moved = 0;
-    HandleReady(ready, count, &moved);
-    if (moved > 0) WakeWaiters();
+    int64_t bytes = 0;
+    HandleReady(ready, count, &bytes);
+    if (bytes > 0) WakeWaiters();
     now_ns = NowNs();
     CheckPort(port);
   }
@@ -364,7 +417,7 @@ void DataMesh::Impl::Sleep(Port* port, int64_t until_ns) {
 DataMesh::DataMesh(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 DataMesh::~DataMesh() {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   impl_->ports.clear();
   for (const auto& flow : impl_->flows) flow->bytes.Close();
 }
@@ -376,7 +429,7 @@ absl::StatusOr<std::unique_ptr<DataMesh>> DataMesh::Create(uint64_t epoch, std::
 }
 
 DataMesh::Port* DataMesh::Open(const GroupLife* life) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   Port* port = impl_->Find(life->key());
   if (port != nullptr) {
     SHOAL_CHECK(port->life == nullptr) << "group " << life->key() << " is open already";
@@ -389,7 +442,7 @@ DataMesh::Port* DataMesh::Open(const GroupLife* life) {
 }
 
 void DataMesh::Close(Port* port) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->Fail(absl::CancelledError("the group is closed"));
   impl_->Detach(port);
   impl_->closed_groups.insert(port->key);
@@ -398,7 +451,7 @@ void DataMesh::Close(Port* port) {
 
 void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes,
                     uint64_t token) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   const int rank = port->life->ranks()[member];
   port->Send(rank, id, data, bytes, token);
   impl_->DetachFailed(port);
@@ -410,29 +463,29 @@ void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data,
 
 void DataMesh::Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token,
                        Into whose) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->Receive(port->life->ranks()[member], id, into, bytes, token, whose);
   impl_->DetachFailed(port);
 }
 
 void DataMesh::Release(Port* port, const std::byte* view) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->Release(view);
 }
 
 void DataMesh::Finish(Port* port, MessageId id) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->Finish(id);
   impl_->DetachFailed(port);
 }
 
 void DataMesh::Probe(Port* port, int member, MessageId id) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->Probe(port->life->ranks()[member], id);
 }
 
 absl::Status DataMesh::Poll(Port* port, std::vector<Channel::Event>* events) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   impl_->CheckPort(port);
   int64_t moved = 0;
   if (!port->events.empty()) {
@@ -450,7 +503,7 @@ absl::Status DataMesh::Poll(Port* port, std::vector<Channel::Event>* events) {
 
 absl::Status DataMesh::Wait(Port* port, int64_t until_ns) {
   Impl& impl = *impl_;
-  MutexLock lock(&impl.mutex);
+  Visit lock(&impl);
   while (true) {
     impl.CheckPort(port);
     if (impl.Ready(port) || NowNs() >= until_ns) break;
@@ -468,14 +521,14 @@ absl::Status DataMesh::Wait(Port* port, int64_t until_ns) {
 }
 
 void DataMesh::Wake(Port* port) {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   port->woken = true;
   port->changed.NotifyOne();
   if (impl_->leader == port && impl_->asleep) impl_->WriteWake();
 }
 
 std::vector<int> DataMesh::Awaited(const Port* port) const {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   std::vector<int> members;
   const std::vector<int>& ranks = port->life->ranks();
   for (size_t member = 0; member < ranks.size(); ++member) {
@@ -484,8 +537,13 @@ std::vector<int> DataMesh::Awaited(const Port* port) const {
   return members;
 }
 
+uint64_t DataMesh::Reached(const Port* port, int member) const {
+  Visit lock(impl_.get());
+  return port->Reached(port->life->ranks()[member]);
+}
+
 Mismatch DataMesh::MismatchOf(const Port* port) const {
-  MutexLock lock(&impl_->mutex);
+  Visit lock(impl_.get());
   Mismatch mismatch = port->mismatch;
   const std::vector<int>& ranks = port->life->ranks();
   mismatch.member = static_cast<int>(std::find(ranks.begin(), ranks.end(), mismatch.member) - ranks.begin());

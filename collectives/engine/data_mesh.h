@@ -50,10 +50,12 @@ class DataMesh {
   absl::Status Wait(Port* port, int64_t until_ns);
   void Wake(Port* port);
   std::vector<int> Awaited(const Port* port) const;
+  uint64_t Reached(const Port* port, int member) const;
   Mismatch MismatchOf(const Port* port) const;
 
  private:
   struct Impl;
+  class Visit;
   explicit DataMesh(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -241,8 +241,9 @@ void DataMesh::Port::Release(const std::byte* view) {
 
 absl::StatusOr<std::byte*> DataMesh::Port::OnHeader(int rank, const DataHeader& header) {
   if (!failure.ok()) return nullptr;
-  if (!AgreeSeen(rank, header) || header.type == DataType::kProbe) return nullptr;
   Side& side = At(rank);
+  if ((header.op & kPairBit) == 0) side.reached = std::max<uint64_t>(side.reached, header.op);
+  if (!AgreeSeen(rank, header) || header.type == DataType::kProbe) return nullptr;
   if (header.type == DataType::kReady) return OnReady(rank, header);
   if (header.type == DataType::kCredit) {
     if (static_cast<int64_t>(header.total) < 0 || static_cast<int64_t>(header.total) > side.window_used) {

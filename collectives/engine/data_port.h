@@ -59,6 +59,7 @@ struct DataMesh::Port {
   void Finish(MessageId id);
   void Probe(int rank, MessageId id);
   bool Pending(int rank) const;
+  uint64_t Reached(int rank) const { return sides[rank] == nullptr ? 0 : sides[rank]->reached; }
 
   // The network's side. An error: the rank sends what it must not.
   absl::StatusOr<std::byte*> OnHeader(int rank, const DataHeader& header);
@@ -107,6 +108,7 @@ struct DataMesh::Port {
     int64_t window_used = 0;  // Bytes of small messages that the peer has not given back.
     int64_t consumed = 0;     // Of the peer's window: not given back yet.
     int wanted_early = 0;
+    uint64_t reached = 0;  // The latest collective of which something has come.
   };
   // What is known of an operation's signature, on this rank and on the wire.
   struct OpState {

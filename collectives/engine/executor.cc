@@ -1,7 +1,8 @@
 #include "collectives/engine/executor.h"
 
 #include <algorithm>
-#include <cstring>
+#include <functional>
+#include <numeric>
 
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
@@ -14,20 +15,29 @@ constexpr uint64_t kTransferBit = uint64_t{1} << 63;
 // Tokens of collectives are instructions' indices; those of transfers count from here.
 constexpr uint64_t kFirstTransferToken = uint64_t{1} << 40;
 
-// Most operations are awaited as soon as they are issued: then the thread need not be woken for them. While the group is
-// in use it looks by itself, this often, for operations that nobody runs; having found one, it is woken for the next
-// ones at once.
+// While the group is in use the thread looks by itself, this often, for operations that nobody runs although they usually
+// are awaited at once.
 constexpr int64_t kLookNs = 2'000'000;
 constexpr int64_t kInUseNs = 50'000'000;
-constexpr int kUnawaitedAfter = 64;
+constexpr int64_t kAtOnceNs = 20'000;
 // Between two looks at operations that run elsewhere and that nobody awaits.
 constexpr int64_t kAttendNs = 50'000;
-// After so long an operation's members are told what this rank waits in.
-constexpr int64_t kProbeNs = 3'000'000;
+// After so long the members that an operation waits for are told what this rank waits in, and then all; when the deadline
+// is near, earlier.
+constexpr int64_t kProbeNs = 3'000'000, kProbeAllNs = 100'000'000;
+// When this rank waits only for members that wait themselves, these can better say who misses the deadline.
+constexpr int64_t kLenientNs = 50'000'000;
 // How long a driver sleeps at most before it looks whether the peers it waits for have left.
 constexpr int64_t kWaitNs = 50'000'000;
 
 }  // namespace
+
+size_t AwaitHabits::SlotOf(const Op& op) {
+  const auto bytes = static_cast<uint64_t>(op.in.bytes() + op.out.bytes());
+  const uint64_t mixed =
+      (std::hash<std::string>()(op.label) ^ (bytes << 8 | static_cast<uint64_t>(op.kind))) * 0x9e3779b97f4a7c15u;
+  return mixed >> 56;
+}
 
 Executor::Executor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host)
     : channel_(std::move(channel)), life_(std::move(life)), host_(host), deadline_ns_(kNeverNs) {
@@ -42,6 +52,8 @@ void Executor::Wake() { channel_->Wake(); }
 
 Work Executor::Push(Op op) {
   auto state = std::make_shared<QueuedWork>(weak_from_this());
+  state->issued_ns = NowNs();
+  state->habit = AwaitHabits::SlotOf(op);
   op.state = state;
   const bool is_transfer = op.kind == OpKind::kSend || op.kind == OpKind::kReceive;
   bool notify = false, wake = false;
@@ -49,7 +61,9 @@ Work Executor::Push(Op op) {
     MutexLock lock(&mutex_);
     op.seq = is_transfer ? ++transfers_issued_ : NextSeq();  // Transfers stand outside of the common order.
     const int64_t deadline_ns = op.deadline_ns;
+    state->wakes = habits_.MustWake(state->habit);
     if (is_transfer) {
+      waking_transfers_ += state->wakes ? 1 : 0;
       transfer_deadlines_.insert(deadline_ns);
       ++open_transfers_;
       issued_transfers_.push_back(std::move(op));
@@ -62,9 +76,8 @@ Work Executor::Push(Op op) {
     // A driver looks for the next collective by itself, when it has ended the one before.
     wake = driving_ && (is_transfer || closer);
     if (!thread_.joinable()) thread_ = std::thread([this] { RunThread(); });
-    notify = !driving_ && (asleep_ || unawaited_ > 0);
-    if (unawaited_ > 0) --unawaited_;
-    pushed_ns_ = NowNs();
+    notify = !driving_ && (asleep_ || MustWake());
+    pushed_ns_ = state->issued_ns;
   }
   if (notify) changed_.NotifyAll();
   if (wake) channel_->Wake();
@@ -78,6 +91,11 @@ void Executor::Attend(std::function<bool()> poll) {
     if (!thread_.joinable()) thread_ = std::thread([this] { RunThread(); });
   }
   changed_.NotifyAll();
+}
+
+// Whether operations are left that the thread must be told of, rather than find in time.
+bool Executor::MustWake() const {
+  return waking_transfers_ > 0 || std::any_of(queue_.begin(), queue_.end(), [](const Op& op) { return op.state->wakes; });
 }
 
 bool Executor::HasWork() const { return !queue_.empty() || open_transfers_ > 0; }
@@ -97,13 +115,18 @@ void Executor::Help(QueuedWork& work, int64_t deadline_ns) {
   bool notify = false;
   {
     MutexLock lock(&mutex_);
+    if (NowNs() - work.issued_ns < kAtOnceNs) {
+      habits_.AwaitedAtOnce(work.habit);
+    } else {
+      habits_.LeftAlone(work.habit);
+    }
     if (driving_) {
       somebody_waits_ = true;
       return;
     }
     Drive([&work] { return work.Done(); }, deadline_ns);
     // Operations are left for whoever awaits them, or for the thread, which finds them by itself soon.
-    notify = closing_ || (!driving_ && HasWork() && (asleep_ || somebody_waits_ || unawaited_ > 0));
+    notify = closing_ || (!driving_ && HasWork() && (asleep_ || somebody_waits_ || MustWake()));
     if (!HasWork()) somebody_waits_ = false;
   }
   if (notify) changed_.NotifyAll();
@@ -113,7 +136,10 @@ void Executor::SleepUntilNeeded() {
   const bool in_use = NowNs() - pushed_ns_ < kInUseNs;
   if (in_use && !closing_) {
     if (changed_.WaitUntil(&mutex_, SteadyTime(NowNs() + kLookNs))) return;
-    if (!driving_ && HasWork()) unawaited_ = kUnawaitedAfter;  // Nobody came for it.
+    if (driving_) return;
+    // Nobody came for these.
+    for (const Op& op : queue_) habits_.LeftAlone(op.state->habit);
+    for (const Op& op : issued_transfers_) habits_.LeftAlone(op.state->habit);
     return;
   }
   asleep_ = true;
@@ -179,9 +205,8 @@ void Executor::Drive(const Until& until, int64_t deadline_ns) {
     if (!advanced && !late && ended_.empty()) {
       CheckWaiting();
       if (ended_.empty()) {
-        const int64_t wait_ns = front_ != nullptr && !probed_ ? kProbeNs : kWaitNs;
         const int64_t until_ns =
-            std::min({deadline_ns, deadline_ns_.load(std::memory_order_relaxed), NowNs() + wait_ns});
+            std::min({deadline_ns, DueNs(), front_ != nullptr ? probe_ns_ : kNeverNs, NowNs() + kWaitNs});
         (void)channel_->Wait(until_ns);  // The next Poll says the same.
       }
     }
@@ -203,9 +228,9 @@ bool Executor::TellEnded() {
   ended.clear();
   mutex_.Lock();
   --telling_;
-  if (ended_.capacity() == 0) ended_.swap(ended);
-  if (driving_) return false;
+  if (driving_) return false;  // ended_ is another thread's now.
   driving_ = true;
+  if (ended_.capacity() == 0) ended_.swap(ended);  // Spares an allocation.
   return true;
 }
 
@@ -216,6 +241,7 @@ bool Executor::Advance() {
     return true;
   }
   if (front_ == nullptr) StartFront();
+  if (failed_) return true;
   bool did = front_ != nullptr && run_.Step();
   events_.clear();
   const absl::Status polled = channel_->Poll(&events_);
@@ -279,7 +305,7 @@ void Executor::StartFront() {
   }
   life_->note().Start(front_->kind, front_->label, front_->seq);
   started_ns_ = NowNs();
-  probed_ = false;
+  PlanProbes();
   prelude_ = host_->Prelude(*front_);
   Op& op = prelude_ != nullptr ? *prelude_ : *front_;
   // The group's own operations are numbered beside the others, by the one that they come before.
@@ -313,6 +339,7 @@ void Executor::FinishFront() {
     prelude_ = nullptr;
     host_->PreludeEnded();
     started_ns_ = NowNs();
+    PlanProbes();
     const absl::Status started = Start(*front_, front_->seq);
     if (!started.ok()) EndGroup(absl::StrCat(OpName(*front_), ": ", AbslSv(std::string(started.message()))));
     return;
@@ -343,19 +370,53 @@ void Executor::EndTransfer(uint64_t token) {
   {
     MutexLock lock(&mutex_);
     --open_transfers_;
+    waking_transfers_ -= op.state->wakes ? 1 : 0;
     transfer_deadlines_.erase(transfer_deadlines_.find(op.deadline_ns));
   }
   ended_.emplace_back(std::move(op.state), absl::OkStatus());
 }
 
-std::vector<int> Executor::Missing() const {
-  const std::vector<int> awaited = channel_->Awaited();
-  // Who has sent something for this operation is in it, and waits for somebody else.
-  std::vector<int> silent;
-  for (int member : awaited) {
-    if (front_ == nullptr || !run_.HeardFrom(member)) silent.push_back(member);
+// ---- Waiting for too long.
+
+std::vector<int> Executor::NotArrived(const std::vector<int>& members) const {
+  std::vector<int> missing;
+  for (int member : members) {
+    if (member != life_->index() && channel_->Reached(member) < front_->seq) missing.push_back(member);
   }
-  return silent.empty() ? awaited : silent;
+  return missing;
+}
+
+const Op* Executor::LateTransfer() const {
+  for (const auto& [token, transfer] : transfers_) {
+    if (transfer.op.deadline_ns <= deadline_ns_.load(std::memory_order_relaxed)) return &transfer.op;
+  }
+  return nullptr;
+}
+
+int64_t Executor::DueNs() const { return std::max(deadline_ns_.load(std::memory_order_relaxed), lenient_ns_); }
+
+void Executor::MissDeadline() {
+  if (const Op* late = LateTransfer(); late != nullptr) {
+    return EndGroup(absl::StrCat(OpName(*late), ": deadline passed: ", host_->Names({late->root}), " had not arrived"));
+  }
+  if (front_ == nullptr) return;  // It was issued a moment ago, too late.
+  const std::vector<int> awaited = channel_->Awaited();
+  std::vector<int> missing = NotArrived(awaited);
+  if (missing.empty() && lenient_ns_ == 0) {
+    lenient_ns_ = NowNs() + kLenientNs;
+    return;
+  }
+  if (missing.empty()) {
+    std::vector<int> all(life_->ranks().size());
+    std::iota(all.begin(), all.end(), 0);
+    missing = NotArrived(all);
+  }
+  const std::string name = OpName(*front_);
+  if (missing.empty()) {
+    return EndGroup(absl::StrCat(name, ": deadline passed: all are in it, and the data of ", host_->Names(awaited),
+                                 " had not arrived"));
+  }
+  EndGroup(absl::StrCat(name, ": deadline passed: ", host_->Names(missing), " had not arrived"));
 }
 
 std::string Executor::NameOfRunning() const {
@@ -368,10 +429,9 @@ std::string Executor::NameOfRunning() const {
 }
 
 void Executor::CheckWaiting() {
-  if (NowNs() >= deadline_ns_.load(std::memory_order_relaxed)) {
-    return EndGroup(absl::StrCat(NameOfRunning(), ": deadline passed: ", host_->Names(Missing()), " had not arrived"));
-  }
-  if (front_ != nullptr && !probed_ && NowNs() - started_ns_ >= kProbeNs) ProbeAwaited();
+  const int64_t now_ns = NowNs();
+  if (now_ns >= DueNs()) return MissDeadline();
+  if (front_ != nullptr && now_ns >= probe_ns_) Probe();
   std::vector<int> left;
   for (int member : channel_->Awaited()) {
     if (host_->Left(member)) left.push_back(member);
@@ -387,11 +447,27 @@ void Executor::CheckWaiting() {
   }
 }
 
-void Executor::ProbeAwaited() {
-  probed_ = true;
-  const MessageId id = {front_->seq, 0, Signature(*front_)};
+void Executor::PlanProbes() {
+  probes_ = 0;
+  lenient_ns_ = 0;
+  probe_ns_ = started_ns_ + std::min(kProbeNs, (DueNs() - started_ns_) / 4);
+}
+
+// The first tells those who are in another operation, and wait for this rank there. The second tells everybody who is not
+// to blame when a deadline passes.
+void Executor::Probe() {
+  const bool first = probes_++ == 0;
+  probe_ns_ = first ? started_ns_ + std::min(kProbeAllNs, (DueNs() - started_ns_) / 2) : kNeverNs;
   if (prelude_ != nullptr) return;
-  for (int member : channel_->Awaited()) channel_->Probe(member, id);
+  const MessageId id = {front_->seq, 0, Signature(*front_)};
+  std::vector<int> members = channel_->Awaited();
+  if (!first) {
+    members.resize(life_->ranks().size());
+    std::iota(members.begin(), members.end(), 0);
+  }
+  for (int member : members) {
+    if (member != life_->index()) channel_->Probe(member, id);
+  }
 }
 
 std::string Executor::MismatchText(const Mismatch& mismatch) const {
@@ -439,8 +515,12 @@ void Executor::FailAll() {
   transfers_.clear();
   MutexLock lock(&mutex_);
   open_transfers_ = issued_transfers_.size();
+  waking_transfers_ = 0;
   transfer_deadlines_.clear();
-  for (const Op& op : issued_transfers_) transfer_deadlines_.insert(op.deadline_ns);
+  for (const Op& op : issued_transfers_) {
+    waking_transfers_ += op.state->wakes ? 1 : 0;
+    transfer_deadlines_.insert(op.deadline_ns);
+  }
 }
 
 }  // namespace shoal

@@ -1,9 +1,10 @@
 // Runs the operations of one group over its channel: collectives one after the other in the order of issue, sends and
 // receives all at once. They run on a thread that awaits one of them, or, when nobody does, on the executor's own thread
-// (started by the first operation): waking a sleeping thread costs 25 us, more than a small operation. Whoever runs moves
-// everybody's bytes. Thread-safe.
+// (started by the first operation): waking a sleeping thread costs 25 us, more than a small operation, so it is woken only
+// for those that are not usually awaited at once. Whoever runs moves everybody's bytes. Thread-safe.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <deque>
 #include <functional>
@@ -45,6 +46,25 @@ class ExecutorHost {
   virtual void PreludeEnded() {}
 };
 
+// Learns which operations are awaited as soon as they are issued. By kind, label and size: a program repeats itself. Not
+// thread-safe.
+class AwaitHabits {
+ public:
+  AwaitHabits() { wakes_.fill(1); }  // What is not known yet may be meant to run beside what its issuer does next.
+  static size_t SlotOf(const Op& op);
+
+  // Whether a thread must be woken for such an operation, because its issuer may not come to run it.
+  bool MustWake(size_t slot) const { return wakes_[slot] > 0; }
+  void AwaitedAtOnce(size_t slot) { wakes_[slot] -= wakes_[slot] > 0 ? 1 : 0; }
+  void LeftAlone(size_t slot) { wakes_[slot] = kForget; }
+
+ private:
+  static constexpr size_t kSlots = 256;
+  static constexpr uint8_t kForget = 16;  // So often awaited at once, one that was left alone counts as awaited again.
+
+  std::array<uint8_t, kSlots> wakes_;
+};
+
 class Executor final : public WorkRunner, public Sleeper, public std::enable_shared_from_this<Executor> {
  public:
   // Borrows `host` until Close().
@@ -71,6 +91,7 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   using Ended = std::pair<std::shared_ptr<QueuedWork>, absl::Status>;
 
   void RunThread();
+  bool MustWake() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void SetDeadline() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AttendOnce() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -92,12 +113,16 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   void EndFront(const absl::Status& status);
   void EndTransfer(uint64_t token);
   void CheckWaiting();       // Deadlines and peers that left.
-  void ProbeAwaited();
+  void MissDeadline();
+  std::vector<int> NotArrived(const std::vector<int>& members) const;
+  const Op* LateTransfer() const;  // Null: none.
+  int64_t DueNs() const;  // Of the next deadline.
+  void PlanProbes();
+  void Probe();
   void EndGroup(const std::string& cause);
   void FailAll();
   std::string MismatchText(const Mismatch& mismatch) const;
   std::string NameOfRunning() const;
-  std::vector<int> Missing() const;
 
   std::unique_ptr<Channel> channel_;  // Null once closed.
   const std::shared_ptr<GroupLife> life_;
@@ -116,7 +141,10 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   Op* prelude_ = nullptr;   // Runs before the front one.
   bool failed_ = false;
   int64_t started_ns_ = 0;
-  bool probed_ = false;  // The members that the front operation waits for.
+  // The members that the front operation waits for are probed, later all.
+  int probes_ = 0;          // Sent.
+  int64_t probe_ns_ = 0;    // When the next is due.
+  int64_t lenient_ns_ = 0;  // Until then others may say who misses the deadline. 0: it is not missed yet.
   absl::flat_hash_map<uint64_t, Transfer> transfers_;  // By token.
   uint64_t transfers_posted_ = 0;
   std::map<std::tuple<OpKind, int, uint32_t>, uint64_t> transfer_numbers_;  // By direction, member and tag.
@@ -138,7 +166,8 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   // Whether the thread must be told of new operations, or finds them itself.
   bool asleep_ ABSL_GUARDED_BY(mutex_) = false;
   bool somebody_waits_ ABSL_GUARDED_BY(mutex_) = false;  // For an operation that another thread runs.
-  int unawaited_ ABSL_GUARDED_BY(mutex_) = 0;  // Operations to come for which the thread is woken at once.
+  AwaitHabits habits_ ABSL_GUARDED_BY(mutex_);
+  size_t waking_transfers_ ABSL_GUARDED_BY(mutex_) = 0;  // Of the open ones.
   int64_t pushed_ns_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

@@ -219,6 +219,75 @@ TEST(Executor, ACloserDeadlineBehindCountsAndAllThatIsQueuedEnds) {
   EXPECT_TRUE(absl::IsAborted(member.Barrier().Await()));
 }
 
+// Whoever waits only for a rank that waits itself does not blame that one.
+TEST(Executor, AMissedDeadlineNamesWhoIsMissing) {
+  for (int round = 0; round < 30; ++round) {
+    RunMembers(4, [](Member& member, int index) {
+      if (index == 2) return;
+      const absl::Status status = member.Sum(Filled(5, 1), absl::Milliseconds(30), "norm").Await();
+      EXPECT_THAT(status.ToString(), AllOf(HasSubstr("all_reduce \"norm\" #1: deadline passed: rank 2 had not arrived")));
+    });
+  }
+}
+
+TEST(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
+  MemoryNetwork network(3, 1);
+  Member member(&network, 3, 0), one(&network, 3, 1), two(&network, 3, 2);
+  const Work sum = member.Sum(Filled(100, 1), absl::Seconds(1000));
+  Op receive;
+  receive.kind = OpKind::kReceive;
+  receive.root = 2;
+  receive.out = Filled(1, 1);
+  EXPECT_THAT(member.Issue(std::move(receive), absl::Milliseconds(20)).Await().ToString(),
+              AllOf(HasSubstr("deadline passed: rank 2 had not arrived"), Not(HasSubstr("rank 1"))));
+  EXPECT_TRUE(absl::IsAborted(sum.Await()));
+}
+
+TEST(Executor, HabitsTellWhatIsLeftAlone) {
+  Op sum, other;
+  sum.kind = OpKind::kAllReduce;
+  sum.label = "norm";
+  other.kind = OpKind::kReduceScatter;
+  other.label = "grads";
+  const size_t slot = AwaitHabits::SlotOf(sum);
+  ASSERT_NE(slot, AwaitHabits::SlotOf(other));
+  ASSERT_EQ(slot, AwaitHabits::SlotOf(sum));
+  AwaitHabits habits;
+  EXPECT_TRUE(habits.MustWake(slot));  // Unknown.
+  habits.AwaitedAtOnce(slot);
+  EXPECT_FALSE(habits.MustWake(slot));
+  EXPECT_TRUE(habits.MustWake(AwaitHabits::SlotOf(other)));
+  habits.LeftAlone(slot);
+  for (int i = 0; i < 8; ++i) habits.AwaitedAtOnce(slot);
+  EXPECT_TRUE(habits.MustWake(slot));  // Now and then awaited, now and then not.
+  for (int i = 0; i < 8; ++i) habits.AwaitedAtOnce(slot);
+  EXPECT_FALSE(habits.MustWake(slot));
+}
+
+// Threads change places as the driver whenever something has ended: what has ended belongs to one of them at a time.
+TEST(Executor, CallbacksWhileOthersDriveLoseNothing) {
+  RunMembers(2, [](Member& member, int index) {
+    constexpr int kThreads = 3, kRounds = 200;
+    std::atomic<int> called{0};
+    std::vector<std::thread> threads;
+    for (uint32_t t = 0; t < kThreads; ++t) {
+      threads.emplace_back([&, t] {
+        for (int i = 0; i < kRounds; ++i) {
+          const Tensor data = Filled(4, static_cast<float>(i));
+          const Work work = member.Transfer(index == 0 ? OpKind::kSend : OpKind::kReceive, data, 1 - index, t);
+          work.OnDone([&](const absl::Status&) {
+            ++called;
+            std::this_thread::yield();
+          });
+          ASSERT_EQ(work.Await().ToString(), "OK");
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    while (called < kThreads * kRounds) std::this_thread::yield();
+  });
+}
+
 TEST(Executor, OtherOperationsAreNoticedAndBothAreNamed) {
   for (int64_t elements : {8, 1000, 100'000}) {
     MemoryNetwork network(2, 1);

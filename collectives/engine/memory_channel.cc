@@ -26,6 +26,7 @@ class MemoryChannel final : public Channel {
       sent.copy.assign(data, data + bytes);
       network_.members_[member_].sent.push_back(token);
     }
+    network_.Note(member_, member, id.op);
     network_.Match(key);
   }
 
@@ -58,6 +59,7 @@ class MemoryChannel final : public Channel {
 
   void Probe(int member, MessageId id) override {
     MutexLock lock(&network_.mutex_);
+    network_.Note(member_, member, id.op);
     for (const auto& [key, wanted] : network_.wanted_) {
       const bool fits = wanted.id.op != id.op || wanted.id.signature == id.signature;
       if (std::get<1>(key) == member && !fits) network_.Fail(member, {member_, wanted.id, id, wanted.bytes, 0});
@@ -111,6 +113,13 @@ class MemoryChannel final : public Channel {
       if (std::get<1>(key) == member_ && network_.sent_.count(key) == 0) members.insert(std::get<0>(key));
     }
     return {members.begin(), members.end()};
+  }
+
+  uint64_t Reached(int member) const override {
+    MutexLock lock(&network_.mutex_);
+    const std::map<int, uint64_t>& reached = network_.members_[member_].reached;
+    const auto found = reached.find(member);
+    return found == reached.end() ? 0 : found->second;
   }
 
   Mismatch mismatch() const override {
@@ -169,6 +178,11 @@ void MemoryNetwork::CheckSignatures(const Key& key) {
     mismatch.our_bytes = wanted.bytes;
     if (!fits) Fail(to, mismatch);
   }
+}
+
+void MemoryNetwork::Note(int from, int to, uint64_t op) {
+  uint64_t& reached = members_[to].reached[from];
+  if ((op >> 63) == 0) reached = std::max(reached, op);
 }
 
 void MemoryNetwork::Match(const Key& key) {

@@ -48,10 +48,12 @@ class MemoryNetwork {
     std::map<const std::byte*, Sent> views;
     std::set<uint64_t> finished;    // Operations.
     bool woken = false;
+    std::map<int, uint64_t> reached;  // By sender.
     absl::Status status;
     Mismatch mismatch;
   };
 
+  void Note(int from, int to, uint64_t op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Match(const Key& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CheckSignatures(const Key& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Fail(int member, const Mismatch& mismatch) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -122,7 +122,6 @@ struct ProgramRun::State {
   std::vector<int32_t> waits;    // By instruction: unfinished ones that it depends on.
   std::vector<int32_t> readers;  // By receiving instruction: reads of its view to come.
   std::vector<const std::byte*> views;
-  std::vector<bool> heard;  // By member.
   ReadySet posts;  // Messages.
   ReadySet work;   // Reductions, and sends that must be encoded and receives that must be decoded first.
   int working = -1;
@@ -335,7 +334,6 @@ void ProgramRun::Start(std::shared_ptr<const PreparedProgram> program, Operands 
   state.waits = state.prepared->waits_;
   state.readers = state.prepared->readers_;
   state.views.assign(count, nullptr);
-  state.heard.assign(state.operands.group_size, false);
   state.posts.Reset(count);
   state.work.Reset(count);
   state.working = -1;
@@ -372,7 +370,6 @@ void ProgramRun::OnEvent(const Channel::Event& event) {
   const int i = static_cast<int>(event.token - state.base_token);
   const Instruction& instruction = state.at(i);
   if (instruction.code == OpCode::kReceive) {
-    state.heard[instruction.peer] = true;
     if (state.viewed(instruction)) {
       state.views[i] = event.view;
       if (instruction.region.buffer != Buffer::kMessage) return state.work.Add(i);
@@ -383,7 +380,5 @@ void ProgramRun::OnEvent(const Channel::Event& event) {
 }
 
 bool ProgramRun::Done() const { return state_->left == 0; }
-
-bool ProgramRun::HeardFrom(int member) const { return state_->left > 0 && state_->heard[member]; }
 
 }  // namespace shoal

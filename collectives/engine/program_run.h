@@ -77,8 +77,6 @@ class ProgramRun {
   void OnEvent(const Channel::Event& event);
   // All instructions have ended. What was read from views counts only if the channel's next Poll returns OK.
   bool Done() const;
-  // Whether a message of this run has arrived from the member.
-  bool HeardFrom(int member) const;
 
  private:
   struct State;

@@ -78,6 +78,10 @@ std::vector<int> RoutedChannel::Awaited() const {
   return all;
 }
 
+uint64_t RoutedChannel::Reached(int member) const {
+  return (on_host_[member] ? host_ : network_).channel->Reached(member);
+}
+
 Mismatch RoutedChannel::mismatch() const { return failed_ == nullptr ? Mismatch{} : failed_->mismatch(); }
 
 }  // namespace shoal

@@ -209,6 +209,8 @@ std::vector<int> ShmChannel::Awaited() const {
   return members;
 }
 
+uint64_t ShmChannel::Reached(int member) const { return state_->PeerOf(member).reached; }
+
 Mismatch ShmChannel::mismatch() const { return state_->mismatch; }
 
 }  // namespace shoal

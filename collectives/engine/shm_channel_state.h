@@ -115,6 +115,7 @@ struct Peer {
   RingWriter out;
   RingReader in;
   bool written = false;  // Since its bell was last rung.
+  uint64_t reached = 0;  // The latest collective of which something has come.
   MessageId probe;       // The operation that it is in, of one that has not begun here.
   absl::flat_hash_map<Key, Posted> posted;
   absl::flat_hash_map<Key, Arrival> arrived;

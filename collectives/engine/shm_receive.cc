@@ -42,6 +42,7 @@ void ShmChannel::State::TakeProbe(Peer& peer, MessageId theirs) {
 void ShmChannel::State::TakeMessage(Peer& peer, const Record& record) {
   const Key key = {record.op, record.tag};
   const MessageId theirs = {record.op, record.tag, record.signature};
+  if ((key.op & kUnordered) == 0) peer.reached = std::max(peer.reached, key.op);
   if (key.tag == kProbeTag && (key.op & kUnordered) == 0) return TakeProbe(peer, theirs);
   const auto found = peer.posted.find(key);
   if ((key.op & kUnordered) == 0) {

@@ -41,6 +41,12 @@ class QueuedWork final : public Work::State {
   absl::Status Await(absl::Time deadline) override;
   void OnDone(std::function<void(const absl::Status&)> callback) override;
 
+  // The queue's own, set before anybody else has the handle: when the operation was issued, its slot in AwaitHabits
+  // (engine/executor.h), and whether a thread is woken for it.
+  int64_t issued_ns = 0;
+  size_t habit = 0;
+  bool wakes = false;
+
   // Ends the operation: wakes who waits and runs the callbacks on this thread.
   void Finish(const absl::Status& result);
 
