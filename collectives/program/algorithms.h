@@ -10,7 +10,7 @@
 namespace shoal {
 
 struct Algorithm {
-  std::string_view name;  // direct, ring, ring2, recursive_doubling, halving_doubling, tree, double_tree, bruck, two_level...
+  std::string_view name;  // direct, fused, ring, ring2, recursive_doubling, halving_doubling, tree, double_tree, bruck, two_level...
   // Whether it can solve this kind, size and topology. Depends only on what all ranks know alike.
   bool (*applies)(const Problem& problem);
   // Requires applies(problem).

@@ -86,6 +86,7 @@ std::vector<Problem> ProblemsOf(OpKind kind, int size, int root, const Shape& sh
     p.root = root;
     p.piece = shape.piece;
     p.topology = topology;
+    p.lending = true;
     p.in_place = shape.in_place == 1 || (shape.in_place == 2 && r % 2 == 0);
     switch (kind) {
       case OpKind::kAllReduce:

@@ -172,6 +172,27 @@ Region Builder::ReceiveView(int peer, int64_t count) {
   return {Buffer::kMessage, index, 0, count};
 }
 
+int Builder::Lend(int peer, Region region) {
+  if (region.count == 0 || peer == rank()) return -1;
+  Begin({});
+  OrderWrite(region);
+  const int index = program_.Send(peer, sent_[peer]++, region, Ordered());
+  program_.instructions[index].lends = true;
+  return index;
+}
+
+Region Builder::Borrow(int peer, int64_t count) {
+  const Region view = ReceiveView(peer, count);
+  if (view.receive >= 0) program_.instructions[view.receive].lends = true;
+  return view;
+}
+
+int Builder::ReduceAndReturn(absl::Span<const Region> from, Region target) {
+  const int index = Reduce(from, target, /*final=*/true);
+  if (index >= 0) program_.instructions[index].returns = from.size() > 1;
+  return index;
+}
+
 int Builder::Reduce(absl::Span<const Region> from, Region target, bool final) {
   if (target.count == 0) return -1;
   Begin({});

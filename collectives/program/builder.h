@@ -81,6 +81,11 @@ class Builder {
   int Receive(int peer, Region into, absl::Span<const int> after = {});
   Region ReceiveView(int peer, int64_t count);
   int Reduce(absl::Span<const Region> from, Region target, bool final);
+  // Lends kOut or scratch memory to a peer, which takes it by Borrow and gives it back by ReduceAndReturn: the last step of a
+  // reduction, into `target` and into all that was borrowed of `from`. What follows here and uses the region waits for that.
+  int Lend(int peer, Region region);
+  Region Borrow(int peer, int64_t count);
+  int ReduceAndReturn(absl::Span<const Region> from, Region target);
   // Nothing to do when both are the same memory.
   int Copy(Region from, Region to);
 

@@ -86,6 +86,7 @@ int64_t Log2(int64_t n) {
 Load PartedLoad(std::string_view name, const Problem& p, int64_t bytes) {
   const int64_t n = p.size, steps = Log2(n), phases = p.kind == OpKind::kAllReduce ? 2 : 1;
   const int64_t reduced = p.kind == OpKind::kAllGather ? 0 : bytes;
+  if (name == "fused") return {1, 0, 2 * bytes, 2 * n};
   if (name == "direct1") return {1, (n - 1) * bytes, n * bytes, 2 * n};
   if (name == "ring") return {phases * (n - 1), phases * bytes, 2 * reduced, 3 * phases * n};
   if (name == "ring2") return {phases * (n - 1), phases * bytes, 2 * reduced, 6 * phases * n};

@@ -67,6 +67,12 @@ class Simulation {
   bool Near(int a, int b) const { return model_.shared_memory && host_[a] == host_[b]; }
   const Link& LinkOf(int from, int to) const { return model_.links[from * size_ + to]; }
 
+  // What arithmetic reads; and what it writes beyond its first target.
+  int64_t WorkBytes(const Item& item) const {
+    const Instruction& i = *item.instruction;
+    return Bytes(item) * (i.sources_count + (i.returns ? i.sources_count - 1 : 0));
+  }
+
   void Prepare();
   void MatchMessages();
   void Start(int g);
@@ -168,7 +174,7 @@ void Simulation::Start(int g) {
   Item& item = items_[g];
   const Instruction& i = *item.instruction;
   if (i.code == OpCode::kReduce) {
-    const int64_t work = TimeFor(Bytes(item) * i.sources_count, model_.reduce_bytes_per_ms);
+    const int64_t work = TimeFor(WorkBytes(item), model_.reduce_bytes_per_ms);
     Push(Compute(item.rank, model_.instruction_ns + work), kEnded, g);
     return;
   }
@@ -230,7 +236,7 @@ int64_t Simulation::Busiest() {
   for (const Item& item : items_) {
     const Instruction& i = *item.instruction;
     if (i.code == OpCode::kReduce) {
-      rank[item.rank] += TimeFor(Bytes(item) * i.sources_count, model_.reduce_bytes_per_ms);
+      rank[item.rank] += TimeFor(WorkBytes(item), model_.reduce_bytes_per_ms);
     } else if (i.code == OpCode::kSend && !Near(item.rank, i.peer)) {
       out_free_[item.rank] += TimeFor(Bytes(item), port_[item.rank]);
       in_free_[i.peer] += TimeFor(Bytes(item), port_[i.peer]);

@@ -12,6 +12,9 @@
 //             back when the last instruction that reads it has ended.
 //   kReduce   region = sources[0] op sources[1] op ..., in that order; one source: a copy. `final` on the instruction that
 //             completes a reduction (averages divide there). The target may be one of the sources.
+// Lending (`lends`, on both ends of a message): until the send ends, the peer alone uses the region, and it may write there.
+// The receive is of a view; one kReduce that `returns` has the whole view among its sources, and writes its result there as
+// well. So the sender's region holds that result when its send ends. Only where Problem::lending.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +60,8 @@ enum class OpCode : uint8_t { kSend, kReceive, kReduce };
 struct Instruction {
   OpCode code = OpCode::kReduce;
   bool final = false;
+  bool lends = false;    // Of kSend and kReceive.
+  bool returns = false;  // Of kReduce: the result goes to all lent views among its sources, too.
   int32_t peer = -1;  // Index in the group.
   uint32_t tag = 0;   // Unique among the messages of the program from this sender to this receiver.
   Region region;
@@ -105,6 +110,7 @@ struct Problem {
   std::vector<int64_t> counts;
   std::vector<int64_t> recv_counts;
   bool even = false;              // Of an all_to_all: every rank has these counts.
+  bool lending = false;           // All ranks can lend each other memory (Channel::Lends).
   bool in_place = false;          // kIn and kOut share memory (see Communicator).
   std::vector<SparseMove> moves;  // `counts` are then the chunks' sizes.
   int64_t piece = 0;              // Longer regions are cut into pieces of so many elements, to overlap; 0: never.

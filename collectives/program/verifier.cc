@@ -50,6 +50,10 @@ class Run {
   absl::Status CheckForm();
   absl::Status CheckInstruction(int g) const;
   absl::Status CheckReduce(int g) const;
+  absl::Status CheckLending(int g) const;
+  bool Lent(int g, const Region& region) const {
+    return region.buffer == Buffer::kMessage && At(base_[rank_[g]] + region.receive).lends;
+  }
   absl::Status MatchMessages();
 
   absl::Status Execute();
@@ -59,11 +63,13 @@ class Run {
   void End(int g);
   absl::Status Deadlock() const;
 
+  struct Access;
   absl::Status Read(int g, const Region& region);
   absl::Status Write(int g, const Region& region);
+  Access* AccessesOf(int g, const Region& region);
   bool Before(int earlier, int later);
 
-  const SymbolicValue* ValuesOf(int g, const Region& region) const;
+  SymbolicValue* ValuesOf(int g, const Region& region);
   absl::Status Defined(int g, const Region& region, const SymbolicValue* values) const;
 
   absl::Status CheckBarrier() const;
@@ -98,6 +104,7 @@ class Run {
     int32_t next;
   };
   std::vector<std::vector<Access>> accesses_;
+  std::vector<std::vector<Access>> borrowed_;  // By receive that borrows: likewise, of its view.
   std::vector<Reader> readers_;
 
   std::vector<int32_t> seen_;  // In search seen_[g].
@@ -111,10 +118,10 @@ std::string Run::Text(int g) const {
   std::string text = absl::StrCat("rank ", rank_[g], ", instruction ", g - base_[rank_[g]], " (");
   switch (i.code) {
     case OpCode::kSend:
-      absl::StrAppend(&text, "send ", RegionText(i.region), " to ", i.peer, " tag ", i.tag);
+      absl::StrAppend(&text, i.lends ? "lend " : "send ", RegionText(i.region), " to ", i.peer, " tag ", i.tag);
       break;
     case OpCode::kReceive:
-      absl::StrAppend(&text, "receive ", RegionText(i.region), " from ", i.peer, " tag ", i.tag);
+      absl::StrAppend(&text, i.lends ? "borrow " : "receive ", RegionText(i.region), " from ", i.peer, " tag ", i.tag);
       break;
     case OpCode::kReduce:
       absl::StrAppend(&text, "reduce into ", RegionText(i.region));
@@ -134,6 +141,7 @@ absl::Status Run::CheckForm() {
     accesses_.emplace_back(memory_[r].size());
   }
   views_left_.resize(rank_.size());
+  borrowed_.resize(rank_.size());
   for (int g = 0; g < static_cast<int>(rank_.size()); ++g) {
     for (int32_t d : ProgramOf(g).DependenciesOf(At(g))) {
       if (d < 0 || d >= g - base_[rank_[g]]) return Error(g, absl::StrCat("depends on ", d, ", which is no earlier one"));
@@ -150,8 +158,29 @@ absl::Status Run::CheckInstruction(int g) const {
   if (i.region.count <= 0) return Error(g, "no elements");
   if (!view && !memory_[rank_[g]].Exists(i.region)) return Error(g, "out of range: no such memory");
   if (i.code != OpCode::kSend && i.region.buffer == Buffer::kIn) return Error(g, "writes to the input");
+  SHOAL_RETURN_IF_ERROR(CheckLending(g));
   if (i.code == OpCode::kReduce) return CheckReduce(g);
   if (i.peer < 0 || i.peer >= size() || i.peer == rank_[g]) return Error(g, "no such peer");
+  return absl::OkStatus();
+}
+
+absl::Status Run::CheckLending(int g) const {
+  const Instruction& i = At(g);
+  if (i.lends && !problems_[rank_[g]].lending) return Error(g, "lends where nobody can");
+  if (i.lends && i.code == OpCode::kSend && i.region.buffer == Buffer::kIn) return Error(g, "lends the input");
+  if (i.lends && i.code == OpCode::kReceive && i.region.buffer != Buffer::kMessage) return Error(g, "borrows, but not as a view");
+  if (i.lends && i.code == OpCode::kReceive) {
+    const auto returns = [&](const Instruction& other) {
+      const absl::Span<const Region> sources = ProgramOf(g).SourcesOf(other);
+      return other.code == OpCode::kReduce && other.returns &&
+             std::any_of(sources.begin(), sources.end(), [&](const Region& source) {
+               return source.buffer == Buffer::kMessage && base_[rank_[g]] + source.receive == g;
+             });
+    };
+    const std::vector<Instruction>& all = ProgramOf(g).instructions;
+    const int64_t count = std::count_if(all.begin(), all.end(), returns);
+    if (count != 1) return Error(g, absl::StrCat("what it borrows is returned ", count, " times"));
+  }
   return absl::OkStatus();
 }
 
@@ -169,6 +198,9 @@ absl::Status Run::CheckReduce(int g) const {
       }
       if (source.begin < 0 || source.begin + source.count > At(receive).region.count) {
         return Error(g, absl::StrCat("out of range: source ", RegionText(source)));
+      }
+      if (i.returns && At(receive).lends && source.count != At(receive).region.count) {
+        return Error(g, absl::StrCat("returns only a part, ", RegionText(source)));
       }
       continue;
     }
@@ -201,6 +233,7 @@ absl::Status Run::MatchMessages() {
     if (found == sends.end()) return Error(g, "nobody sends this message");
     const int send = found->second;
     if (match_[send] >= 0) return Error(g, "another receive has this tag");
+    if (At(send).lends != i.lends) return Error(g, absl::StrCat("lent on one side alone: ", Text(send)));
     if (At(send).region.count != i.region.count) return Error(g, absl::StrCat("its message is another length: ", Text(send)));
     match_[send] = g;
     match_[g] = send;
@@ -257,7 +290,8 @@ absl::Status Run::Start(int g) {
   started_[g] = ++clock_;
   if (i.code == OpCode::kReduce) return StartReduce(g);
   if (i.code == OpCode::kSend) {
-    SHOAL_RETURN_IF_ERROR(Read(g, i.region));
+    // As long as it is lent nobody else may use it, as when it is written.
+    SHOAL_RETURN_IF_ERROR(i.lends ? Write(g, i.region) : Read(g, i.region));
     return started_[match_[g]] ? Transfer(g, match_[g]) : absl::OkStatus();
   }
   if (i.region.buffer != Buffer::kMessage) SHOAL_RETURN_IF_ERROR(Write(g, i.region));
@@ -269,6 +303,7 @@ absl::Status Run::Transfer(int send, int receive) {
   const Region& from = At(send).region;
   const Region& into = At(receive).region;
   if (into.buffer == Buffer::kMessage) {
+    if (At(receive).lends) borrowed_[receive].resize(into.count);
     End(receive);
     if (views_left_[receive] == 0) End(send);
     return absl::OkStatus();
@@ -292,10 +327,13 @@ absl::Status Run::StartReduce(int g) {
   const Instruction& i = At(g);
   const absl::Span<const Region> sources = ProgramOf(g).SourcesOf(i);
   for (const Region& source : sources) {
-    if (source.buffer != Buffer::kMessage) {
-      SHOAL_RETURN_IF_ERROR(Read(g, source));
-    } else if (!Before(base_[rank_[g]] + source.receive, g)) {
+    if (source.buffer == Buffer::kMessage && !Before(base_[rank_[g]] + source.receive, g)) {
       return Error(g, absl::StrCat("missing dependency: reads ", RegionText(source), " before it was received"));
+    }
+    if (Lent(g, source)) {
+      SHOAL_RETURN_IF_ERROR(i.returns ? Write(g, source) : Read(g, source));
+    } else if (source.buffer != Buffer::kMessage) {
+      SHOAL_RETURN_IF_ERROR(Read(g, source));
     }
   }
   SHOAL_RETURN_IF_ERROR(Write(g, i.region));
@@ -319,12 +357,14 @@ absl::Status Run::StartReduce(int g) {
       expressions_[e].Fold(values[e].expression);
     }
   }
-  SymbolicValue* const target = memory_[rank_[g]].At(i.region);
   for (int64_t e = 0; e < i.region.count; ++e) {
     result_[e].expression = expressions_[e].Finish(i.final);
     result_[e].finals += i.final ? 1 : 0;
     result_[e].state = SymbolicValue::kDefined;
-    target[e] = result_[e];
+  }
+  std::copy(result_.begin(), result_.end(), memory_[rank_[g]].At(i.region));
+  for (const Region& source : sources) {
+    if (i.returns && Lent(g, source)) std::copy(result_.begin(), result_.end(), ValuesOf(g, source));
   }
   End(g);
   for (const Region& source : sources) {
@@ -335,7 +375,7 @@ absl::Status Run::StartReduce(int g) {
   return absl::OkStatus();
 }
 
-const SymbolicValue* Run::ValuesOf(int g, const Region& region) const {
+SymbolicValue* Run::ValuesOf(int g, const Region& region) {
   if (region.buffer != Buffer::kMessage) return memory_[rank_[g]].At(region);
   const int send = match_[base_[rank_[g]] + region.receive];
   return memory_[rank_[send]].At(At(send).region) + region.begin;
@@ -351,8 +391,13 @@ absl::Status Run::Defined(int g, const Region& region, const SymbolicValue* valu
   return absl::OkStatus();
 }
 
+Run::Access* Run::AccessesOf(int g, const Region& region) {
+  if (region.buffer == Buffer::kMessage) return &borrowed_[base_[rank_[g]] + region.receive][region.begin];
+  return &accesses_[rank_[g]][memory_[rank_[g]].Begin(region)];
+}
+
 absl::Status Run::Read(int g, const Region& region) {
-  Access* const accesses = &accesses_[rank_[g]][memory_[rank_[g]].Begin(region)];
+  Access* const accesses = AccessesOf(g, region);
   int32_t shown = -1;               // Neighbours mostly have one history.
   int32_t list = -2, longer = -1;
   for (int64_t e = 0; e < region.count; ++e) {
@@ -375,7 +420,7 @@ absl::Status Run::Read(int g, const Region& region) {
 }
 
 absl::Status Run::Write(int g, const Region& region) {
-  Access* const accesses = &accesses_[rank_[g]][memory_[rank_[g]].Begin(region)];
+  Access* const accesses = AccessesOf(g, region);
   int32_t shown = -1, list = -1;
   for (int64_t e = 0; e < region.count; ++e) {
     Access& access = accesses[e];

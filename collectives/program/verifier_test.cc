@@ -117,6 +117,79 @@ TEST(Verifier, CatchesADeadlockOfViews) {
   EXPECT_THAT(c.Message(), AllOf(HasSubstr("instruction 2"), HasSubstr("buffer hazard"), HasSubstr("(send in[0, 4)")));
 }
 
+// Both ranks lend each other a half of what they have, and get it back with the sum.
+Case Lending() {
+  Case c(2, 4, /*in_place=*/true);
+  for (int r = 0; r < 2; ++r) {
+    c.problems[r].lending = true;
+    Program& p = c.programs[r];
+    const Region own = Out(r * 2, 2), other = Out(2 - r * 2, 2);
+    p.Send(1 - r, 0, other);
+    p.Receive(1 - r, 0, {Buffer::kMessage, -1, 0, 2});
+    p.Reduce({r == 0 ? own : View(1, 2), r == 0 ? View(1, 2) : own}, own, true, {1});
+    p.instructions[0].lends = p.instructions[1].lends = p.instructions[2].returns = true;
+  }
+  return c;
+}
+
+TEST(Verifier, FollowsWhatIsLent) {
+  EXPECT_EQ(Lending().Message(), "");
+  Case c = Lending();  // What comes back may be used.
+  c.programs[0].scratch = 2;
+  c.programs[0].Reduce({Out(2, 2)}, Scratch(0, 2), false, {0});
+  c.programs[0].Reduce({Scratch(0, 2)}, Out(2, 2), false, {3});
+  EXPECT_EQ(c.Message(), "");
+}
+
+TEST(Verifier, CatchesWhoeverUsesWhatIsLent) {
+  Case c = Lending();
+  c.programs[0].scratch = 2;
+  c.programs[0].Reduce({Out(2, 2)}, Scratch(0, 2), false);
+  EXPECT_THAT(c.Message(), AllOf(HasSubstr("rank 0, instruction"), HasSubstr("(lend out[2, 4) to 1 tag 0)")));
+  Case d = Lending();
+  d.programs[1].Reduce({Out(2, 2)}, Out(0, 2), false, {2});  // Also to write to it.
+  EXPECT_THAT(d.Message(), AllOf(HasSubstr("rank 1, instruction 3"), HasSubstr("(lend out[0, 2) to 0 tag 0)")));
+  Case e = Lending();  // To two peers, or twice to one.
+  e.programs[0].Send(1, 1, Out(2, 2));
+  e.programs[1].scratch = 2;
+  e.programs[1].Receive(0, 1, {Buffer::kMessage, -1, 0, 2});
+  e.programs[1].Reduce({View(3, 2)}, Scratch(0, 2), false, {3});
+  EXPECT_THAT(e.Message(), HasSubstr("(send out[2, 4) to 1 tag 1): missing dependency"));
+  e.programs[0].instructions[3].lends = e.programs[1].instructions[3].lends = true;
+  e.programs[1].instructions[4].returns = true;
+  EXPECT_THAT(e.Message(), HasSubstr("(lend out[2, 4) to 1 tag 1): missing dependency: writes"));
+}
+
+TEST(Verifier, CatchesWhatIsNotReturnedOrNotLent) {
+  Case c = Lending();
+  c.programs[1].instructions[2].returns = false;
+  EXPECT_THAT(c.Message(), AllOf(HasSubstr("rank 1, instruction 1 (borrow"), HasSubstr("returned 0 times")));
+  Case d = Lending();
+  d.programs[1].scratch = 2;
+  d.programs[1].Reduce({View(1, 2)}, Scratch(0, 2), false, {1});
+  d.programs[1].instructions[3].returns = true;
+  EXPECT_THAT(d.Message(), HasSubstr("returned 2 times"));
+  Case e = Lending();
+  e.programs[0].instructions[0].lends = false;
+  EXPECT_THAT(e.Message(), AllOf(HasSubstr("rank 1, instruction 1"), HasSubstr("on one side alone")));
+  Case f = Lending();
+  f.programs[0].instructions[0].region.buffer = Buffer::kIn;
+  EXPECT_THAT(f.Message(), HasSubstr("lends the input"));
+  Case g = Lending();
+  g.problems[1].lending = false;
+  EXPECT_THAT(g.Message(), AllOf(HasSubstr("rank 1"), HasSubstr("lends where nobody can")));
+  Case h = Lending();
+  h.programs[1].instructions[2].dependencies_count = 0;
+  EXPECT_THAT(h.Message(), AllOf(HasSubstr("rank 1, instruction 2"), HasSubstr("missing dependency")));
+  Case i = Lending();
+  i.programs[1].sources[0].count = i.programs[1].sources[1].count = i.programs[1].instructions[2].region.count = 1;
+  EXPECT_THAT(i.Message(), HasSubstr("returns only a part"));
+  Case j = Lending();  // Read by another one that is not ordered before what returns it.
+  j.programs[1].scratch = 2;
+  j.programs[1].Reduce({View(1, 2)}, Scratch(0, 2), false, {1});
+  EXPECT_THAT(j.Message(), AllOf(HasSubstr("rank 1, instruction 3"), HasSubstr("in a race")));
+}
+
 // That the receiver answered does not mean that the transport is through with the sender's memory.
 TEST(Verifier, TakesNoAnswerForTheEndOfASend) {
   Case c = Star();
@@ -274,10 +347,11 @@ TEST(Verifier, TellsIndexOrder) {
 
 // Takes dependencies away one by one, from real programs: nearly all of them are needed.
 TEST(Verifier, NoticesMostMissingDependenciesOfRealPrograms) {
-  for (std::string_view name : {"direct", "ring", "recursive_doubling", "halving_doubling", "tree"}) {
+  for (std::string_view name : {"direct", "fused", "ring", "recursive_doubling", "halving_doubling", "tree"}) {
     Case c(4, 70, /*in_place=*/true);
     for (Problem& p : c.problems) {
       p.piece = 9;
+      p.lending = true;
       const absl::StatusOr<const Algorithm*> algorithm = FindAlgorithm(name, p);
       ASSERT_TRUE(algorithm.ok()) << algorithm.status();
       c.programs[p.rank] = (*algorithm)->make(p);
