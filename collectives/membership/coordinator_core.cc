@@ -179,8 +179,6 @@ void CoordinatorCore::State::BuryDead(const MemberInfo& witness, const std::vect
 
 void CoordinatorCore::State::OnFailed(Process& process, const MemberMessage& message) {
   const bool current = IsProposed(process.info.id) && proposal->view.epoch == message.epoch;
-  if (current && message.accusations.empty())
-    return Exclude(process.info.id, "it could not connect, and blames nobody");
   if (current) process.answer = Process::kFailed;
   for (const Accusation& accusation : message.accusations) {
     if (accusation.id == process.info.id) continue;

@@ -99,6 +99,7 @@ class Job : public ::testing::Test {
   std::deque<std::function<void()>> events_;
   std::map<uint64_t, uint64_t> links_;  // Connection to member.
   std::set<uint64_t> stuck_;            // Do not answer proposals.
+  std::set<uint64_t> patient_;          // Fail to connect with more than two others, and blame none of them.
   bool drop_commits_ = false;
   std::map<uint64_t, std::string> boots_ = {{11, "k"}, {12, "k"}, {13, "other"}};
 
@@ -220,12 +221,15 @@ class Job : public ::testing::Test {
     if (stuck_.contains(id)) return;
     std::vector<Accusation> accusations;
     for (const MemberInfo& peer : view.members) {
+      // Waits for others, and gives up with them.
+      if (patient_.contains(id)) continue;
       if (!members_.contains(peer.id) || unreachable_.contains({id, peer.id}) ||
           unreachable_.contains({peer.id, id}))
         accusations.push_back({peer.id, "refused"});
     }
+    const bool waits = patient_.contains(id) && view.members.size() > 3;
     Deliver(id, [=, this] {
-      Do(id, accusations.empty() ? members_[id].core->OnConnected(view.epoch, now_)
+      Do(id, accusations.empty() && !waits ? members_[id].core->OnConnected(view.epoch, now_)
                                  : members_[id].core->OnConnectFailed(view.epoch, accusations, now_));
     });
   }
@@ -417,6 +421,29 @@ TEST_F(RunningJob, ANewcomerThatOneMemberCannotReachIsExcluded) {
   EXPECT_FALSE(members_[14].excluded.empty());
 }
 
+TEST_F(RunningJob, WhoWaitedForTwoThatDoNotReachEachOtherIsNotToBlame) {
+  Start(14);
+  Run();
+  unreachable_ = {{14, 12}};
+  patient_ = {11, 13};
+  for (uint64_t id : {11, 12, 13}) Ready(id);
+  Run();
+  EXPECT_EQ(Ranks(), (Ids{11, 12, 13}));
+  EXPECT_EQ(Number(), 3u);
+  EXPECT_EQ(members_[11].excluded, "");
+  EXPECT_EQ(members_[14].excluded, "it and pid 12, host h do not reach each other: refused");
+}
+
+TEST_F(RunningJob, WhenNobodyIsToBlameThoseGoThatCouldNotConnect) {
+  Start(14);
+  Run();
+  patient_ = {13};
+  for (uint64_t id : {11, 12, 13}) Ready(id);
+  Run();
+  EXPECT_EQ(Ranks(), (Ids{11, 12, 14}));
+  EXPECT_EQ(members_[13].excluded, "it could not connect, and blames nobody");
+}
+
 TEST_F(RunningJob, ARestartedCoordinatorLearnsTheJobFromItsMembers) {
   StopCoordinator();
   Start(14);
@@ -490,6 +517,21 @@ TEST_F(RunningJob, APausedCoordinatorExcludesNobody) {
   Run();
   EXPECT_EQ(Ranks(), (Ids{11, 12, 13}));
   EXPECT_EQ(Number(), 2u);
+}
+
+TEST(Member, MayBeToldToWaitBeforeItDials) {
+  constexpr int64_t kDelayMs = 700;
+  MemberOptions options;
+  options.first_dial_delay = absl::Milliseconds(kDelayMs);
+  MemberCore core({.id = 1}, options, 0);
+  int64_t dialled_ms = -1;
+  for (int64_t ms = 0; dialled_ms < 0 && ms < 10 * kDelayMs; ++ms) {
+    if (core.NextTimeNs() > ms * kMs) continue;
+    for (const MemberCore::Action& action : core.OnTime(ms * kMs)) {
+      if (action.type == MemberCore::Action::kDial) dialled_ms = ms;
+    }
+  }
+  EXPECT_EQ(dialled_ms, kDelayMs);
 }
 
 TEST(Seating, SurvivorsKeepTheirOrderAndNewcomersGetWhatIsFree) {

@@ -82,8 +82,26 @@ bool CoordinatorCore::State::ProposalStands() {
     if (answer == Process::kNone) return true;
     failed |= answer == Process::kFailed;
   }
-  if (!failed) Commit();
+  if (failed) {
+    ExcludeBlameless();
+  } else {
+    Commit();
+  }
   return false;
+}
+
+// Members may fail to connect only because others do not reach each other: then those are to blame. When nobody blames
+// anybody, another attempt may show who it is; when it does not, the fault is their own.
+void CoordinatorCore::State::ExcludeBlameless() {
+  std::vector<uint64_t> blameless;
+  for (const auto& [pair, cause] : conflicts) {
+    if (IsProposed(pair.first) && IsProposed(pair.second)) return;
+  }
+  if (!std::exchange(nobody_blamed, true)) return;
+  for (const MemberInfo& member : proposal->view.members) {
+    if (Find(member.id)->answer == Process::kFailed) blameless.push_back(member.id);
+  }
+  for (uint64_t id : blameless) Exclude(id, "it could not connect, and blames nobody");
 }
 
 // A request for the epoch after an older one counts from a member that has lost the committed one: it
@@ -234,6 +252,7 @@ void CoordinatorCore::State::SetCommitted(const View& view) {
   learned_ns = now;
   left.clear();
   conflicts.clear();
+  nobody_blamed = false;
   joiners_told = 0;
 }
 

@@ -71,6 +71,7 @@ struct CoordinatorCore::State {
       0;  // `committed` began here, in ignorance of any other job: until then one may come back.
   std::set<uint64_t> left;  // Members of `committed` that left.
   Conflicts conflicts;      // Found since `committed`.
+  bool nobody_blamed = false;  // A proposal failed so since `committed`.
   std::unique_ptr<Proposal> proposal;
   std::vector<uint64_t> awaited;                                  // Members that hold up the next epoch.
   int64_t forgiven_ns = std::numeric_limits<int64_t>::min() / 2;  // When conflicts were last forgotten.
@@ -154,6 +155,7 @@ struct CoordinatorCore::State {
   // ---- The next epoch ----
   void Advance();
   bool ProposalStands();
+  void ExcludeBlameless();
   bool Asks(const Process& process) const;
   bool LineageIsOver();
   bool GivenUp(uint64_t id, const std::set<uint64_t>& accused);

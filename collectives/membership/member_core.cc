@@ -9,7 +9,7 @@ namespace shoal {
 
 struct MemberCore::State {
   State(MemberInfo self, MemberOptions options, int64_t now_ns)
-      : self(std::move(self)), options(options), last_call_ns(now_ns), now(now_ns), redial_ns(now_ns) {}
+      : self(std::move(self)), options(options), last_call_ns(now_ns), now(now_ns), redial_ns(now_ns + Ns(options.first_dial_delay)) {}
 
   const MemberInfo self;
   const MemberOptions options;

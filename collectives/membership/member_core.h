@@ -16,6 +16,7 @@ struct MemberOptions {
   absl::Duration heartbeat_interval = absl::Milliseconds(100);
   absl::Duration heartbeat_timeout = absl::Seconds(1);  // A silent coordinator is dialled anew.
   absl::Duration redial_interval = absl::Milliseconds(50);
+  absl::Duration first_dial_delay = absl::ZeroDuration();
 };
 
 class MemberCore {

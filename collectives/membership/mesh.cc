@@ -64,6 +64,7 @@ struct Mesh::Peer {
   size_t flows = 0;         // How many data connections there will be, once known.
   size_t flows_here = 0;
   absl::Status trouble;     // The last failure to reach it.
+  bool let_go = false;      // It was reached since, and closed: it has given up, for reasons of its own.
 };
 
 struct Mesh::Dial {
@@ -207,13 +208,16 @@ void Mesh::AdvanceDial(uint64_t key, int64_t now_ns) {
   }
   dial.pending.reset();
   // The next address at once, a new round after a moment.
-  dial.due_ns = dial.next % dial.addresses.size() == 0 ? now_ns + kRetryNs : now_ns;
+  const bool tried_all = dial.next % dial.addresses.size() == 0;
+  if (tried_all) peers_[dial.rank].let_go = false;
+  dial.due_ns = tried_all ? now_ns + kRetryNs : now_ns;
   if (now_ns >= dial.due_ns) StartDial(key, dial, now_ns);
 }
 
 void Mesh::Install(int rank, const Hello& hello, Fd socket) {
   Peer& peer = peers_[rank];
   peer.trouble = absl::OkStatus();
+  peer.let_go = false;
   if (hello.flows == 0) {
     Watch(socket.get(), EPOLLIN, kControlKey | static_cast<uint64_t>(rank));
     peer.link.control = std::move(socket);
@@ -328,6 +332,7 @@ void Mesh::LoseControl(int rank, const absl::Status& why) {
   peer.host_told = peer.host_known = false;
   peer.host_bytes.clear();
   peer.trouble = why;
+  peer.let_go = true;
   if (state_ == State::kFormed) return GiveUp(NowNs());
   if (rank > rank_) return;  // It will dial again.
   AddDial(rank, /*flow=*/0, /*flows=*/0, NowNs() + kRetryNs);
@@ -437,8 +442,8 @@ void Mesh::GiveUp(int64_t now_ns) {
     const Peer& peer = peers_[rank];
     if (static_cast<int>(rank) == rank_) continue;
     const bool reached = peer.link.control.valid() && peer.flows_here >= peer.flows;
-    // Who is connected and silent waits for somebody else.
-    if (reached) continue;
+    // Who is connected and silent waits for somebody else, and who was has gone to say so.
+    if (reached || (peer.let_go && state_ != State::kFormed)) continue;
     const std::string seconds = absl::StrFormat("%.1f s", (now_ns - begun_ns_) * 1e-9);
     const std::string cause = state_ == State::kFormed ? std::string(peer.trouble.message())
                               : peer.trouble.ok()

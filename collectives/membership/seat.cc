@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "collectives/membership/endpoint.h"
 #include "collectives/transport/clock.h"
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t kUnsentNs = 5'000'000;      // How often a full connection with the coordinator is tried again.
 constexpr int64_t kFarewellNs = 200'000'000;  // How long a leaving member waits for the coordinator to hear it.
+constexpr int kDelayDoublingsMax = 4;         // Of the heartbeat timeout.
 constexpr absl::Duration kMeshTimeMin = absl::Seconds(1);
 
 MemberOptions CoreOptions(const MembershipOptions& options) {
@@ -121,7 +123,7 @@ absl::StatusOr<Seat::Formed> Seat::Await(int64_t deadline_ns) {
 void Seat::Run() {
   Greeter greeter(doors_.Listeners(),
                   Credentials{options_.world.job_id, options_.world.secret, Purpose::kControl});
-  NewCore();
+  NewCore(absl::ZeroDuration());
   while (true) {
     {
       MutexLock lock(&mutex_);
@@ -156,7 +158,8 @@ void Seat::Turn(Greeter* greeter) {
   if (NowNs() >= core_->NextTimeNs()) Act(core_->OnTime(NowNs()));
 }
 
-void Seat::NewCore() {
+// Which dials the coordinator after `delay`.
+void Seat::NewCore(absl::Duration delay) {
   MemberInfo self = DescribeSelf(doors_);
   self.addresses = addresses_;
   self.wanted_rank = options_.wanted_rank;
@@ -164,7 +167,9 @@ void Seat::NewCore() {
   proposed_ = Epoch{0};
   mesh_->Cancel();
   joiners_.store(0, std::memory_order_release);
-  core_ = std::make_unique<MemberCore>(std::move(self), core_options_, NowNs());
+  MemberOptions core_options = core_options_;
+  core_options.first_dial_delay = delay;
+  core_ = std::make_unique<MemberCore>(std::move(self), core_options, NowNs());
   bool asked = false;
   {
     MutexLock lock(&mutex_);
@@ -271,16 +276,8 @@ void Seat::Perform(MemberCore::Action& action) {
     }
     case Action::kCommit:
       return Commit(action.view);
-    case Action::kExcluded: {
-      {
-        MutexLock lock(&mutex_);
-        excluded_ = true;
-      }
-      SHOAL_LOG(kWarning) << "excluded from the job: " << action.text << "; joining again as a new member";
-      on_excluded_(action.text);
-      actions_.clear();  // Of the core that is over.
-      return NewCore();
-    }
+    case Action::kExcluded:
+      return OnExcluded(action.text);
     case Action::kRefused: {
       MutexLock lock(&mutex_);
       refused_ = absl::FailedPreconditionError(absl::StrCat("the coordinator refused this process: ", action.text));
@@ -301,7 +298,27 @@ void Seat::Perform(MemberCore::Action& action) {
   }
 }
 
+// Joins again as a new member: at once after an epoch, later and later when it never gets into one. Each attempt to connect
+// with somebody out of reach holds all others up.
+void Seat::OnExcluded(const std::string& cause) {
+  absl::Duration delay = absl::ZeroDuration();
+  if (exclusions_ > 0) delay = core_options_.heartbeat_timeout * (1 << std::min(exclusions_ - 1, kDelayDoublingsMax));
+  ++exclusions_;
+  const std::string text = absl::StrCat("excluded from the job: ", cause, "; joining again as a new member",
+                                        exclusions_ > 1 ? absl::StrCat(" in ", absl::FormatDuration(delay)) : "");
+  SHOAL_LOG(kWarning) << text;
+  {
+    MutexLock lock(&mutex_);
+    excluded_ = true;
+    waiting_.clear();
+  }
+  on_excluded_(cause);
+  actions_.clear();  // Of the core that is over.
+  NewCore(delay);
+}
+
 void Seat::Commit(const View& view) {
+  exclusions_ = 0;
   Formed formed;
   formed.view = view;
   formed.rank = view.RankOf(id_);

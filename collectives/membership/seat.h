@@ -55,7 +55,7 @@ class Seat {
   // The thread.
   void Run();
   void Turn(Greeter* greeter);
-  void NewCore();
+  void NewCore(absl::Duration delay);
   void TakeRequests();
   void TakeDial();
   void ReadCoordinator();
@@ -63,6 +63,7 @@ class Seat {
   void WatchMesh();
   void Act(std::vector<MemberCore::Action> actions);
   void Perform(MemberCore::Action& action);
+  void OnExcluded(const std::string& cause);
   void Commit(const View& view);
   void Leave();
   int64_t NextTimeNs() const;
@@ -84,6 +85,7 @@ class Seat {
   Epoch proposed_{0};
   bool told_ = false;  // What became of the mesh of `proposed_`: connected,
   bool broke_ = false;  // failed.
+  int exclusions_ = 0;  // Since the last epoch.
   std::deque<MemberCore::Action> actions_;
   bool acting_ = false;
 
