@@ -1,6 +1,11 @@
 #include "tests/process/network_hosts.h"
 
+#include <fcntl.h>
+#include <sched.h>
 #include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "runtime/base/status.h"
@@ -11,6 +16,9 @@ namespace shoal::testing {
 namespace {
 
 constexpr char kIp[] = "/usr/sbin/ip";
+constexpr int kSwitchByte = 254;
+// No interface has it: frames to it reach nobody.
+constexpr char kNobody[] = "02:00:00:00:00:fe";
 
 absl::Status Ip(const std::string& words) {
   SubprocessOptions options;
@@ -23,39 +31,103 @@ absl::Status Ip(const std::string& words) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<NetworkHosts>> NetworkHosts::Create() {
+NetworkHosts::NetworkHosts(int hosts)
+    : cables_(hosts, Cable::kUp), paths_(hosts, std::vector<Path>(hosts, Path::kOpen)) {}
+
+absl::StatusOr<std::unique_ptr<NetworkHosts>> NetworkHosts::Create(int hosts) {
   if (geteuid() != 0 || access(kIp, X_OK) != 0) {
     return absl::FailedPreconditionError("network namespaces need root and iproute2");
   }
-  std::unique_ptr<NetworkHosts> hosts(new NetworkHosts());
-  for (int host : {0, 1}) {
-    const std::string name = absl::StrCat("shoal-", getpid(), "-", host);
-    SHOAL_RETURN_IF_ERROR(Ip("netns add " + name));
-    hosts->names_[host] = name;
-    SHOAL_RETURN_IF_ERROR(Ip("-n " + name + " link set lo up"));
+  std::unique_ptr<NetworkHosts> network(new NetworkHosts(hosts));
+  SHOAL_RETURN_IF_ERROR(network->Build());
+  return network;
+}
+
+absl::Status NetworkHosts::Build() {
+  for (int host = kSwitch; host < hosts(); ++host) {
+    SHOAL_RETURN_IF_ERROR(Ip("netns add " + Name(host)));
+    made_.push_back(Name(host));
+    SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " link set lo up"));
   }
-  SHOAL_RETURN_IF_ERROR(
-      Ip("-n " + hosts->names_[0] + " link add eth0 type veth peer name eth0 netns " + hosts->names_[1]));
-  for (int host : {0, 1}) {
-    SHOAL_RETURN_IF_ERROR(
-        Ip("-n " + hosts->names_[host] + " addr add " + hosts->Address(host) + "/24 dev eth0"));
-    SHOAL_RETURN_IF_ERROR(Ip("-n " + hosts->names_[host] + " link set eth0 up"));
+  const std::string at_switch = "-n " + Name(kSwitch);
+  SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link add eth0 type bridge"));
+  SHOAL_RETURN_IF_ERROR(Ip(at_switch + " addr add " + Address(kSwitch) + "/24 dev eth0"));
+  SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link set eth0 up"));
+  for (int host = 0; host < hosts(); ++host) {
+    const std::string port = absl::StrCat("port", host);
+    SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link add " + port + " type veth peer name eth0 netns " + Name(host)));
+    SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link set " + port + " master eth0 up"));
+    SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " addr add " + Address(host) + "/24 dev eth0"));
+    SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " link set eth0 up"));
   }
-  return hosts;
+  return absl::OkStatus();
 }
 
 NetworkHosts::~NetworkHosts() {
-  for (const std::string& name : names_) {
-    // What cannot be removed was not made.
-    if (!name.empty()) Ip("netns del " + name).IgnoreError();
-  }
+  for (const std::string& name : made_) Ip("netns del " + name).IgnoreError();
+}
+
+std::string NetworkHosts::Name(int host) const {
+  return absl::StrCat("shoal-", getpid(), "-", host == kSwitch ? "switch" : absl::StrCat(host));
 }
 
 std::vector<std::string> NetworkHosts::On(int host, std::vector<std::string> command) const {
-  command.insert(command.begin(), {kIp, "netns", "exec", names_[host]});
+  command.insert(command.begin(), {kIp, "netns", "exec", Name(host)});
   return command;
 }
 
-std::string NetworkHosts::Address(int host) const { return absl::StrCat("10.77.0.", host + 1); }
+absl::Status NetworkHosts::Enter(int host) const {
+  const std::string& name = made_[host - kSwitch];  // Not Name: the caller may be a forked process.
+  const std::string path = "/run/netns/" + name;
+  const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) return absl::NotFoundError(absl::StrCat(path, ": ", std::strerror(errno)));
+  const std::string host_name = host == kSwitch ? "switch" : absl::StrCat("host-", host);
+  const bool entered = setns(fd, CLONE_NEWNET) == 0 && unshare(CLONE_NEWUTS) == 0 &&
+                       sethostname(host_name.data(), host_name.size()) == 0;
+  const int error = errno;
+  close(fd);
+  if (!entered) return absl::FailedPreconditionError(absl::StrCat("entering ", path, ": ", std::strerror(error)));
+  return absl::OkStatus();
+}
+
+std::string NetworkHosts::Address(int host) const {
+  return absl::StrCat("10.77.0.", host == kSwitch ? kSwitchByte : host + 1);
+}
+
+absl::Status NetworkHosts::SetCable(int host, Cable cable) {
+  const Cable before = cables_[host];
+  cables_[host] = cable;
+  const std::string port = absl::StrCat("-n ", Name(kSwitch), " link set port", host);
+  const std::string interface = absl::StrCat("-n ", Name(host), " link set eth0");
+  if (cable == Cable::kPulled) return Ip(port + " down");
+  if (cable == Cable::kDown) return Ip(interface + " down");
+  if (before == Cable::kPulled) return Ip(port + " up");
+  SHOAL_RETURN_IF_ERROR(Ip(interface + " up"));
+  // The interface has forgotten its neighbours.
+  for (int to = 0; to < hosts(); ++to) {
+    if (paths_[host][to] == Path::kCut) SHOAL_RETURN_IF_ERROR(ApplyPath(host, to));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status NetworkHosts::SetPath(int from, int to, Path path) {
+  if (paths_[from][to] == path) return absl::OkStatus();
+  paths_[from][to] = path;
+  return cables_[from] == Cable::kDown ? absl::OkStatus() : ApplyPath(from, to);
+}
+
+absl::Status NetworkHosts::ApplyPath(int from, int to) const {
+  const std::string neighbour = absl::StrCat(Address(to), " dev eth0");
+  const std::string at = absl::StrCat("-n ", Name(from), " neigh ");
+  if (paths_[from][to] == Path::kCut) return Ip(at + "replace " + neighbour + " lladdr " + kNobody + " nud permanent");
+  return Ip(at + "del " + neighbour);
+}
+
+bool NetworkHosts::Reaches(int from, int to) const {
+  if (from == to) return true;
+  const auto up = [this](int host) { return host == kSwitch || cables_[host] == Cable::kUp; };
+  const bool open = from == kSwitch || to == kSwitch || paths_[from][to] == Path::kOpen;
+  return up(from) && up(to) && open;
+}
 
 }  // namespace shoal::testing
