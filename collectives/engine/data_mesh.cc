@@ -51,6 +51,7 @@ struct DataMesh::Impl {
   };
   struct Peer {
     std::vector<Flow*> flows;
+    int64_t came_ns = 0;    // When bytes came last, once MayBeUnderWay has been asked.
     absl::Status status;    // Why nothing is sent to it any more.
     int64_t closed_ns = 0;  // When that began; what it had sent before is still read.
   };
@@ -268,6 +269,7 @@ void DataMesh::Impl::ReadFlow(Flow* flow, int64_t* moved) {
   // The grace of a peer that closed begins behind the last that it had sent.
   Peer& peer = peers[flow->rank];
   if (!peer.status.ok() && *moved > before) peer.closed_ns = NowNs();
+  if (peer.came_ns != 0 && *moved > before) peer.came_ns = NowNs();
   if (progress.ok() && *progress != DataFlow::Progress::kEnd) return;
   ClosePeer(flow->rank, progress.ok() ? absl::UnavailableError("data connection closed") : progress.status());
   *moved += 1;
@@ -535,6 +537,16 @@ std::vector<int> DataMesh::Awaited(const Port* port) const {
     if (port->Pending(ranks[member])) members.push_back(static_cast<int>(member));
   }
   return members;
+}
+
+bool DataMesh::MayBeUnderWay(Port* port, int member) {
+  Visit lock(impl_.get());
+  Impl::Peer& peer = impl_->peers[port->life->ranks()[member]];
+  if (peer.came_ns == 0) peer.came_ns = NowNs();
+  // Connections end behind what was sent. Who left may keep his for a while.
+  const bool open =
+      std::any_of(peer.flows.begin(), peer.flows.end(), [](const Impl::Flow* flow) { return flow->bytes.open(); });
+  return open && NowNs() - peer.came_ns < kGraceNs;
 }
 
 uint64_t DataMesh::Reached(const Port* port, int member) const {

@@ -50,6 +50,7 @@ class DataMesh {
   absl::Status Wait(Port* port, int64_t until_ns);
   void Wake(Port* port);
   std::vector<int> Awaited(const Port* port) const;
+  bool MayBeUnderWay(Port* port, int member);
   uint64_t Reached(const Port* port, int member) const;
   Mismatch MismatchOf(const Port* port) const;
 
