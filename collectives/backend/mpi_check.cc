@@ -91,6 +91,17 @@ void CheckMoves(Communicator& group) {
 void CheckErrors(Communicator& group) {
   const Tensor data = Ramp(4, 0);
   SHOAL_CHECK(absl::IsInvalidArgument(group.Broadcast(data, group.size(), {}).Await()));
+  // A part of another size than the counts say: MPI itself would read or write past its end.
+  const int64_t n = group.size();
+  const std::vector<int64_t> counts(n, 4);
+  const Tensor whole = Ramp(4 * n, 0), small = Ramp(3, 0), large = Ramp(5, 0);
+  for (const Tensor& part : {small, large}) {
+    SHOAL_CHECK(absl::IsInvalidArgument(group.ReduceScatter(whole, counts, part, ReduceOp::kSum, {}).Await()));
+    SHOAL_CHECK(absl::IsInvalidArgument(group.AllGather(part, counts, whole, {}).Await()));
+    SHOAL_CHECK(absl::IsInvalidArgument(group.Gather(part, counts, whole, 0, {}).Await()));
+    SHOAL_CHECK(absl::IsInvalidArgument(group.Scatter(whole, counts, part, 0, {}).Await()));
+  }
+  SHOAL_CHECK(absl::IsInvalidArgument(group.Gather(data, {}, Tensor(), n - 1, {}).Await()));
   const absl::StatusOr<std::unique_ptr<Communicator>> part = group.Split(std::vector<int>{group.index()});
   SHOAL_CHECK(part.ok() && (*part)->size() == 1);
   Ok((*part)->AllReduce(data, data, ReduceOp::kSum, {}));

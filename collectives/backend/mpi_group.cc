@@ -13,6 +13,7 @@
 
 #include "absl/time/clock.h"
 #include "collectives/backend/mpi_plugin.h"
+#include "collectives/engine/arguments.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/reduce.h"
 #include "collectives/engine/work_state.h"
@@ -112,10 +113,8 @@ class MpiGroup final : public Communicator {
   // Issues the requests as one operation.
   Work Issue(OpKind kind, std::vector<Request> requests, std::vector<Tensor> held, const absl::Status& valid,
              const OpOptions& options, std::function<void()> finish = {});
-  absl::Status Check(std::initializer_list<const Tensor*> tensors, DType dtype, uint32_t tag = 0) const;
-  absl::Status CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole) const;
-  absl::Status CheckRank(int rank) const;
-  absl::Status CheckMoves(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves) const;
+  // What every transport asks of the arguments, and what MPI can count to.
+  absl::Status Check(Op op, const OpOptions& options) const;
   // Averages divide what MPI summed.
   std::function<void()> Divide(const Tensor& out, ReduceOp op) const;
 
@@ -299,55 +298,29 @@ Work MpiGroup::Issue(OpKind kind, std::vector<Request> requests, std::vector<Ten
   return work;
 }
 
-absl::Status MpiGroup::Check(std::initializer_list<const Tensor*> tensors, DType dtype, uint32_t tag) const {
-  for (const Tensor* tensor : tensors) {
-    if (tensor->elements() > kCountMax) {
-      return absl::InvalidArgumentError(absl::StrCat(tensor->elements(), " elements: MPI counts to ", kCountMax));
-    }
-    if (!tensor->empty() && tensor->dtype() != dtype) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(AbslSv(Name(tensor->dtype())), " and ", AbslSv(Name(dtype)), " in one operation"));
-    }
+absl::Status MpiGroup::Check(Op op, const OpOptions& options) const {
+  op.wire = options.wire;  // Over MPI it travels as it is, which loses nothing.
+  SHOAL_RETURN_IF_ERROR(CheckArguments(op, index_, size_));
+  if (op.tag >= kSparseTag) {
+    return absl::InvalidArgumentError(absl::StrCat("tag ", op.tag, ", below ", kSparseTag, " over MPI"));
   }
-  if (tag >= kSparseTag) return absl::InvalidArgumentError(absl::StrCat("tag ", tag, ", below ", kSparseTag, " over MPI"));
-  return absl::OkStatus();
-}
-
-absl::Status MpiGroup::CheckCounts(absl::Span<const int64_t> counts, const Tensor& whole) const {
-  if (static_cast<int>(counts.size()) != size_) {
-    return absl::InvalidArgumentError(absl::StrCat(counts.size(), " counts for ", size_, " ranks"));
-  }
-  int64_t sum = 0;
-  for (int64_t count : counts) {
-    if (count < 0) return absl::InvalidArgumentError(absl::StrCat("count ", count));
-    sum += count;
-  }
-  if (sum == whole.elements()) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("counts have a sum of ", sum, ", the tensor has ", whole.elements(), " elements"));
-}
-
-absl::Status MpiGroup::CheckRank(int rank) const {
-  if (rank >= 0 && rank < size_) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("rank ", rank, " in a group of ", size_));
-}
-
-absl::Status MpiGroup::CheckMoves(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves) const {
-  for (const SparseMove& move : moves) {
-    if (move.chunk < 0 || move.chunk >= static_cast<int>(chunks.size())) {
-      return absl::InvalidArgumentError(absl::StrCat("chunk ", move.chunk, " of ", chunks.size()));
+  op.chunks.insert(op.chunks.end(), {op.in, op.out});
+  for (const Tensor& tensor : op.chunks) {
+    if (tensor.elements() > kCountMax) {
+      return absl::InvalidArgumentError(absl::StrCat(tensor.elements(), " elements: MPI counts to ", kCountMax));
     }
-    SHOAL_RETURN_IF_ERROR(CheckRank(move.owner));
-    for (int holder : move.holders) SHOAL_RETURN_IF_ERROR(CheckRank(holder));
   }
   return absl::OkStatus();
 }
 
-absl::Status First(std::initializer_list<absl::Status> statuses) {
-  for (const absl::Status& status : statuses) {
-    if (!status.ok()) return status;
-  }
-  return absl::OkStatus();
+// The operation as the other transports know it.
+Op NewOp(OpKind kind, const Tensor& in, const Tensor& out, DType dtype) {
+  Op op;
+  op.kind = kind;
+  op.dtype = dtype;
+  op.in = in;
+  op.out = out;
+  return op;
 }
 
 std::function<void()> MpiGroup::Divide(const Tensor& out, ReduceOp op) const {
@@ -366,14 +339,17 @@ Work MpiGroup::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const
   request.op.in = in.raw();
   request.op.out = out.raw();
   request.op.count = in.elements();
-  absl::Status valid = Check({&in, &out}, in.dtype());
-  if (in.elements() != out.elements()) valid = absl::InvalidArgumentError("in and out differ in size");
-  return Issue(OpKind::kAllReduce, {request}, {in, out}, valid, options, Divide(out, op));
+  Op wanted = NewOp(OpKind::kAllReduce, in, out, in.dtype());
+  wanted.reduce = op;
+  return Issue(OpKind::kAllReduce, {request}, {in, out}, Check(std::move(wanted), options), options, Divide(out, op));
 }
 
 Work MpiGroup::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                              const OpOptions& options) {
-  const absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckCounts(counts, in)});
+  Op wanted = NewOp(OpKind::kReduceScatter, in, out, in.dtype());
+  wanted.reduce = op;
+  wanted.counts.assign(counts.begin(), counts.end());
+  const absl::Status valid = Check(std::move(wanted), options);
   // MPI wants the result apart from the input.
   const Tensor result = valid.ok() ? Empty({counts[index_]}, in.dtype()) : Tensor();
   Request request = NewRequest(SHOAL_MPI_REDUCE_SCATTER, in.dtype());
@@ -394,8 +370,9 @@ Work MpiGroup::AllGather(const Tensor& in, absl::Span<const int64_t> counts, con
   request.op.in = in.raw();
   request.op.out = out.raw();
   request.counts.assign(counts.begin(), counts.end());
-  const absl::Status valid = First({Check({&in, &out}, out.dtype()), CheckCounts(counts, out)});
-  return Issue(OpKind::kAllGather, {request}, {in, out}, valid, options);
+  Op wanted = NewOp(OpKind::kAllGather, in, out, out.dtype());
+  wanted.counts = request.counts;
+  return Issue(OpKind::kAllGather, {request}, {in, out}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
@@ -407,9 +384,11 @@ Work MpiGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts,
   request.counts.assign(send_counts.begin(), send_counts.end());
   request.recv_counts.assign(recv_counts.begin(), recv_counts.end());
   if (even) request.counts = request.recv_counts = std::vector<int64_t>(size_, in.elements() / size_);
-  const absl::Status valid =
-      First({Check({&in, &out}, in.dtype()), CheckCounts(request.counts, in), CheckCounts(request.recv_counts, out)});
-  return Issue(OpKind::kAllToAll, {request}, {in, out}, valid, options);
+  Op wanted = NewOp(OpKind::kAllToAll, in, out, in.dtype());
+  wanted.even = even;
+  wanted.counts = request.counts;
+  wanted.recv_counts = request.recv_counts;
+  return Issue(OpKind::kAllToAll, {request}, {in, out}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
@@ -417,8 +396,9 @@ Work MpiGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& option
   request.op.out = in_out.raw();
   request.op.count = in_out.elements();
   request.op.peer = root;
-  const absl::Status valid = First({Check({&in_out}, in_out.dtype()), CheckRank(root)});
-  return Issue(OpKind::kBroadcast, {request}, {in_out}, valid, options);
+  Op wanted = NewOp(OpKind::kBroadcast, in_out, in_out, in_out.dtype());
+  wanted.root = root;
+  return Issue(OpKind::kBroadcast, {request}, {in_out}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
@@ -428,11 +408,10 @@ Work MpiGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op
   request.op.out = out.raw();
   request.op.count = in.elements();
   request.op.peer = root;
-  absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckRank(root)});
-  if (index_ == root && in.elements() != out.elements()) {
-    valid = absl::InvalidArgumentError("in and out differ in size");
-  }
-  return Issue(OpKind::kReduce, {request}, {in, out}, valid, options,
+  Op wanted = NewOp(OpKind::kReduce, in, index_ == root ? out : Tensor(), in.dtype());
+  wanted.root = root;
+  wanted.reduce = op;
+  return Issue(OpKind::kReduce, {request}, {in, out}, Check(std::move(wanted), options), options,
                index_ == root ? Divide(out, op) : std::function<void()>());
 }
 
@@ -443,9 +422,10 @@ Work MpiGroup::Gather(const Tensor& in, absl::Span<const int64_t> counts, const 
   request.op.out = out.raw();
   request.op.peer = root;
   request.counts.assign(counts.begin(), counts.end());
-  const absl::Status valid = First({Check({&in, &out}, in.dtype()), CheckRank(root),
-                                    index_ == root ? CheckCounts(counts, out) : absl::OkStatus()});
-  return Issue(OpKind::kGather, {request}, {in, out}, valid, options);
+  Op wanted = NewOp(OpKind::kGather, in, index_ == root ? out : Tensor(), in.dtype());
+  wanted.root = root;
+  wanted.counts = request.counts;
+  return Issue(OpKind::kGather, {request}, {in, out}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
@@ -455,9 +435,10 @@ Work MpiGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const
   request.op.out = out.raw();
   request.op.peer = root;
   request.counts.assign(counts.begin(), counts.end());
-  const absl::Status valid = First({Check({&in, &out}, out.dtype()), CheckRank(root),
-                                    index_ == root ? CheckCounts(counts, in) : absl::OkStatus()});
-  return Issue(OpKind::kScatter, {request}, {in, out}, valid, options);
+  Op wanted = NewOp(OpKind::kScatter, index_ == root ? in : Tensor(), out, out.dtype());
+  wanted.root = root;
+  wanted.counts = request.counts;
+  return Issue(OpKind::kScatter, {request}, {in, out}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::Barrier(const OpOptions& options) {
@@ -470,8 +451,10 @@ Work MpiGroup::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& opt
   request.op.count = in.elements();
   request.op.peer = to;
   request.op.tag = static_cast<int>(tag);
-  const absl::Status valid = First({Check({&in}, in.dtype(), tag), CheckRank(to)});
-  return Issue(OpKind::kSend, {request}, {in}, valid, options);
+  Op wanted = NewOp(OpKind::kSend, in, Tensor(), in.dtype());
+  wanted.root = to;
+  wanted.tag = tag;
+  return Issue(OpKind::kSend, {request}, {in}, Check(std::move(wanted), options), options);
 }
 
 Work MpiGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) {
@@ -480,8 +463,21 @@ Work MpiGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOption
   request.op.count = out.elements();
   request.op.peer = from;
   request.op.tag = static_cast<int>(tag);
-  const absl::Status valid = First({Check({&out}, out.dtype(), tag), CheckRank(from)});
-  return Issue(OpKind::kReceive, {request}, {out}, valid, options);
+  Op wanted = NewOp(OpKind::kReceive, Tensor(), out, out.dtype());
+  wanted.root = from;
+  wanted.tag = tag;
+  return Issue(OpKind::kReceive, {request}, {out}, Check(std::move(wanted), options), options);
+}
+
+Op NewSparseOp(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp reduce) {
+  Op op = NewOp(kind, Tensor(), Tensor(), DType::kF32);
+  op.reduce = reduce;
+  op.chunks.assign(chunks.begin(), chunks.end());
+  op.moves.assign(moves.begin(), moves.end());
+  for (const Tensor& chunk : chunks) {
+    if (!chunk.empty()) op.dtype = chunk.dtype();
+  }
+  return op;
 }
 
 // One tag serves all sparse operations: MPI matches the messages between two ranks in the order of issue, which is the same
@@ -489,7 +485,7 @@ Work MpiGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOption
 Work MpiGroup::SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
                                const OpOptions& options) {
   std::vector<Request> requests;
-  const absl::Status valid = CheckMoves(chunks, moves);
+  const absl::Status valid = Check(NewSparseOp(OpKind::kSparseAllGather, chunks, moves, ReduceOp::kSum), options);
   if (!valid.ok()) return Issue(OpKind::kSparseAllGather, {}, {}, valid, options);
   for (const SparseMove& move : moves) {
     const Tensor& chunk = chunks[move.chunk];
@@ -515,7 +511,7 @@ Work MpiGroup::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<c
   std::vector<Request> requests;
   std::vector<Tensor> held(chunks.begin(), chunks.end());
   std::vector<std::function<void()>> sums;
-  const absl::Status valid = CheckMoves(chunks, moves);
+  const absl::Status valid = Check(NewSparseOp(OpKind::kSparseReduceScatter, chunks, moves, op), options);
   if (!valid.ok()) return Issue(OpKind::kSparseReduceScatter, {}, {}, valid, options);
   for (const SparseMove& move : moves) {
     const Tensor& chunk = chunks[move.chunk];
