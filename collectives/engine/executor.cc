@@ -172,7 +172,7 @@ void Executor::RunThread() {
       continue;
     }
     if (driving_ || !HasWork()) {
-      if (closing_ && !driving_ && telling_ == 0 && !HasWork()) return;
+      if (closing_ && !driving_ && telling_.empty() && !HasWork()) return;
       SleepUntilNeeded();
       continue;
     }
@@ -184,6 +184,8 @@ void Executor::Close() {
   std::thread thread;
   {
     MutexLock lock(&mutex_);
+    SHOAL_CHECK(std::find(telling_.begin(), telling_.end(), std::this_thread::get_id()) == telling_.end())
+        << "a communicator is destroyed by a callback of one of its operations";
     closing_ = true;
     thread = std::move(thread_);
   }
@@ -201,12 +203,14 @@ void Executor::Drive(const Until& until, int64_t deadline_ns) {
   while (!until() && HasWork()) {
     mutex_.Unlock();
     const bool advanced = Advance();
-    const bool late = !advanced && deadline_ns != kNeverNs && NowNs() >= deadline_ns;
-    if (!advanced && !late && ended_.empty()) {
+    const int64_t now_ns = NowNs();
+    const bool late = now_ns >= deadline_ns;
+    if (ended_.empty() && (advanced ? now_ns >= check_ns_ : !late)) {
+      check_ns_ = now_ns + kWaitNs;
       CheckWaiting();
-      if (ended_.empty()) {
+      if (!advanced && ended_.empty()) {
         const int64_t until_ns =
-            std::min({deadline_ns, DueNs(), front_ != nullptr ? probe_ns_ : kNeverNs, NowNs() + kWaitNs});
+            std::min({deadline_ns, DueNs(), front_ != nullptr ? probe_ns_ : kNeverNs, now_ns + kWaitNs});
         (void)channel_->Wait(until_ns);  // The next Poll says the same.
       }
     }
@@ -222,12 +226,12 @@ bool Executor::TellEnded() {
   ended.swap(ended_);
   SetDeadline();
   driving_ = false;
-  ++telling_;
+  telling_.push_back(std::this_thread::get_id());
   mutex_.Unlock();
   for (auto& [state, status] : ended) state->Finish(status);
   ended.clear();
   mutex_.Lock();
-  --telling_;
+  telling_.erase(std::find(telling_.begin(), telling_.end(), std::this_thread::get_id()));
   if (driving_) return false;  // ended_ is another thread's now.
   driving_ = true;
   if (ended_.capacity() == 0) ended_.swap(ended);  // Spares an allocation.
@@ -434,7 +438,7 @@ void Executor::CheckWaiting() {
   if (front_ != nullptr && now_ns >= probe_ns_) Probe();
   std::vector<int> left;
   for (int member : channel_->Awaited()) {
-    if (host_->Left(member)) left.push_back(member);
+    if (host_->Left(member) && !channel_->MayBeUnderWay(member)) left.push_back(member);
   }
   if (left.empty()) return;
   // What they did, they did before they said goodbye: look again.
@@ -494,7 +498,13 @@ void Executor::EndGroup(const std::string& cause) {
 }
 
 void Executor::FailAll() {
-  failed_ = true;  // From now on the channel is left alone.
+  if (!failed_) {
+    // From now on the channel is left alone. It lets go of all memory before the owners get theirs back.
+    failed_ = true;
+    events_.clear();
+    (void)channel_->Poll(&events_);
+    events_.clear();
+  }
   const absl::Status status = life_->status();
   SHOAL_CHECK(!status.ok());
   if (front_ != nullptr) EndFront(status);

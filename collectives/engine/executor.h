@@ -81,7 +81,7 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
 
   bool Idle();
   // Waits until no operation is left, then joins the thread and closes the channel. Call once, when the operations are
-  // bound to end and no more will come; handles may outlive it.
+  // bound to end and no more will come; handles may outlive it. Not from a callback of one of them.
   void Close();
 
   // The group ended or a member left.
@@ -144,6 +144,7 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   // The members that the front operation waits for are probed, later all.
   int probes_ = 0;          // Sent.
   int64_t probe_ns_ = 0;    // When the next is due.
+  int64_t check_ns_ = 0;    // When CheckWaiting is due although something moves.
   int64_t lenient_ns_ = 0;  // Until then others may say who misses the deadline. 0: it is not missed yet.
   absl::flat_hash_map<uint64_t, Transfer> transfers_;  // By token.
   uint64_t transfers_posted_ = 0;
@@ -160,7 +161,7 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   uint64_t transfers_issued_ ABSL_GUARDED_BY(mutex_) = 0;
   size_t open_transfers_ ABSL_GUARDED_BY(mutex_) = 0;
   bool driving_ ABSL_GUARDED_BY(mutex_) = false;
-  int telling_ ABSL_GUARDED_BY(mutex_) = 0;  // Threads that run callbacks.
+  std::vector<std::thread::id> telling_ ABSL_GUARDED_BY(mutex_);  // Threads that run callbacks.
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread thread_ ABSL_GUARDED_BY(mutex_);
   // Whether the thread must be told of new operations, or finds them itself.

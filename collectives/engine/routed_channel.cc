@@ -49,13 +49,15 @@ absl::Status RoutedChannel::PollPart(Part* part, std::vector<Event>* events) {
   const size_t before = events->size();
   const absl::Status status = part->channel->Poll(events);
   part->open -= static_cast<int64_t>(events->size() - before);
-  if (!status.ok()) failed_ = part->channel.get();
+  if (!status.ok() && failed_ == nullptr) failed_ = part->channel.get();
   return status;
 }
 
 absl::Status RoutedChannel::Poll(std::vector<Event>* events) {
-  const absl::Status status = PollPart(&host_, events);
-  return status.ok() ? PollPart(&network_, events) : status;
+  // Both, whatever the first says: a channel lets go of borrowed memory when it is polled.
+  const absl::Status host = PollPart(&host_, events);
+  const absl::Status network = PollPart(&network_, events);
+  return host.ok() ? network : host;
 }
 
 absl::Status RoutedChannel::Wait(int64_t until_ns) {
@@ -77,6 +79,8 @@ std::vector<int> RoutedChannel::Awaited() const {
   std::sort(all.begin(), all.end());
   return all;
 }
+
+bool RoutedChannel::MayBeUnderWay(int member) { return PartOf(member).channel->MayBeUnderWay(member); }
 
 uint64_t RoutedChannel::Reached(int member) const {
   return (on_host_[member] ? host_ : network_).channel->Reached(member);

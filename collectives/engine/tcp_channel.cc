@@ -21,6 +21,7 @@ absl::Status TcpChannel::Poll(std::vector<Event>* events) { return mesh_->Poll(p
 absl::Status TcpChannel::Wait(int64_t until_ns) { return mesh_->Wait(port_, until_ns); }
 void TcpChannel::Wake() { mesh_->Wake(port_); }
 std::vector<int> TcpChannel::Awaited() const { return mesh_->Awaited(port_); }
+bool TcpChannel::MayBeUnderWay(int member) { return mesh_->MayBeUnderWay(port_, member); }
 uint64_t TcpChannel::Reached(int member) const { return mesh_->Reached(port_, member); }
 Mismatch TcpChannel::mismatch() const { return mesh_->MismatchOf(port_); }
 

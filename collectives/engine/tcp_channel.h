@@ -33,6 +33,7 @@ class TcpChannel final : public Channel {
   absl::Status Wait(int64_t until_ns) override;
   void Wake() override;
   std::vector<int> Awaited() const override;
+  bool MayBeUnderWay(int member) override;
   uint64_t Reached(int member) const override;
   Mismatch mismatch() const override;
 

@@ -505,6 +505,12 @@ int64_t TinyGroup::State::CheckWaiting() {
     awaited = is_published ? next : next - kDepth;
     if (first.deadline_ns == 0) first.deadline_ns = NowNs() + timeout_ns;
     op = first;
+    // Those behind it wait as well, and may have less time.
+    const auto consider = [&op](const Pending& other) {
+      if (other.deadline_ns != 0) op.deadline_ns = std::min(op.deadline_ns, other.deadline_ns);
+    };
+    for (uint32_t number = next; Reached(published, number); ++number) consider(At(number));
+    for (const Pending& other : queue) consider(other);
   }
   if (status.ok()) {
     std::vector<int> left;
