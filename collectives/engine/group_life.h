@@ -69,6 +69,10 @@ class GroupLife {
   // Ends this group and those split from it, on every member, unless it is over. Returns status(). Never blocks.
   virtual absl::Status End(const std::string& cause) = 0;
 
+  // The kernel says that the member's process is dead: its threads run no more, or for some microseconds at most. False: it
+  // may live. Lock-free.
+  virtual bool ProcessDied(int /*member*/) const { return false; }
+
   uint64_t key() const { return key_; }                    // Names the group on the wire.
   const std::vector<int>& ranks() const { return ranks_; }  // Of the world, by index in the group.
   int index() const { return index_; }

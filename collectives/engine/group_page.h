@@ -24,6 +24,9 @@ struct alignas(kLine) GroupPage {
   std::atomic<uint32_t> ended;   // `cause` is final.
   std::atomic<uint32_t> asleep;  // The owner's threads that sleep on the doorbell, or are about to.
   alignas(kLine) std::atomic<uint32_t> doorbell;  // A futex. Peers write it too.
+  // 1: the owner writes to memory that it has borrowed from others (HostGroup::BeginWrite), in each view to these bytes.
+  alignas(kLine) std::atomic<uint32_t> writing;
+  std::atomic<int64_t> write_begin, write_bytes;
   alignas(kLine) char cause[512];
 };
 static_assert(sizeof(std::atomic<uint32_t>) == 4 && std::atomic<uint32_t>::is_always_lock_free);

@@ -12,6 +12,7 @@
 #include "absl/strings/str_join.h"
 #include "collectives/engine/group_page.h"
 #include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -20,6 +21,10 @@ namespace {
 // Whatever should have rung: look again after this.
 constexpr int64_t kSleepNs = 50'000'000;
 constexpr int kYields = 200;
+// A piece takes some 50 us. Ranks that share cores may be kept from it for some time slices.
+constexpr int64_t kPatienceNs = 10'000'000;
+// What the kernel calls dead may run until the interrupt that ends it has reached its core.
+constexpr int64_t kDyingNs = 500'000;
 
 void FutexWait(std::atomic<uint32_t>* word, uint32_t seen, int64_t ns) {
   const timespec timeout = {ns / 1'000'000'000, ns % 1'000'000'000};
@@ -144,6 +149,7 @@ void HostGroup::Fence(const std::string& cause) {
   for (int seat = 0; seat < seats(); ++seat) {
     if (seat != own_) RingIfAsleep(seat);
   }
+  AwaitWriters();
 }
 
 absl::Status HostGroup::CheckAlive() {
@@ -164,6 +170,83 @@ absl::Status HostGroup::CheckPeer(int seat) {
   const absl::Status status = life_->End(
       cause.empty() ? absl::StrCat("rank ", life_->ranks()[members_[seat]], " ended the group") : cause);
   return status.ok() ? absl::AbortedError(cause) : status;
+}
+
+// ---- Lending.
+
+bool HostGroup::Lend(const Loan& loan) {
+  MutexLock lock(&loans_mutex_);
+  if (fenced_) return false;
+  loans_.push_back(loan);
+  return true;
+}
+
+bool HostGroup::EndLoan(int seat, const std::byte* data) {
+  MutexLock lock(&loans_mutex_);
+  const auto loan = std::find_if(loans_.begin(), loans_.end(),
+                                 [&](const Loan& one) { return one.seat == seat && one.data == data; });
+  SHOAL_CHECK(loan != loans_.end()) << "nothing was lent there";
+  const bool whole = loan->cuts == SharedMemory::Cuts() ||
+                     !SharedMemory::WasCutOff(loan->data, loan->bytes, loan->cuts);
+  *loan = loans_.back();
+  loans_.pop_back();
+  return whole;
+}
+
+bool HostGroup::AnyEnded() const {
+  return std::any_of(pages_.begin(), pages_.end(),
+                     [](const GroupPage* page) { return page->ended.load(std::memory_order_seq_cst) != 0; });
+}
+
+bool HostGroup::BeginWrite(int64_t begin, int64_t bytes) {
+  GroupPage& own = page(own_);
+  own.write_begin.store(begin, std::memory_order_relaxed);
+  own.write_bytes.store(bytes, std::memory_order_relaxed);
+  own.writing.store(1, std::memory_order_seq_cst);
+  if (__builtin_expect(!AnyEnded(), 1)) return true;
+  own.writing.store(0, std::memory_order_release);
+  return false;
+}
+
+bool HostGroup::EndWrite() {
+  page(own_).writing.store(0, std::memory_order_release);
+  std::atomic_thread_fence(std::memory_order_acquire);  // As in CheckPeer.
+  return !AnyEnded();
+}
+
+// False: it still writes.
+bool HostGroup::AwaitWriter(int seat, int64_t until_ns) const {
+  int64_t died_ns = 0;
+  for (int round = 0; page(seat).writing.load(std::memory_order_seq_cst) != 0; ++round) {
+    const int64_t now_ns = NowNs();
+    if (died_ns == 0 && life_->ProcessDied(members_[seat])) died_ns = now_ns;
+    if (died_ns != 0 && now_ns - died_ns >= kDyingNs) return true;
+    if (died_ns == 0 && now_ns >= until_ns) return false;
+    if (round < kYields) {
+      sched_yield();
+    } else {
+      usleep(20);
+    }
+  }
+  return true;
+}
+
+void HostGroup::AwaitWriters() {
+  MutexLock lock(&loans_mutex_);
+  fenced_ = true;
+  const int64_t until_ns = NowNs() + kPatienceNs;
+  std::vector<bool> through(members_.size());
+  for (const Loan& loan : loans_) {
+    if (through[loan.seat]) continue;
+    through[loan.seat] = AwaitWriter(loan.seat, until_ns);
+    if (through[loan.seat]) continue;
+    // The piece does not change while it is written. The numbers are a peer's: they may be nonsense.
+    const GroupPage& peer = page(loan.seat);
+    const int64_t begin = std::clamp<int64_t>(peer.write_begin.load(std::memory_order_relaxed), 0, loan.bytes);
+    const int64_t bytes =
+        std::clamp<int64_t>(peer.write_bytes.load(std::memory_order_relaxed), 0, loan.bytes - begin);
+    if (bytes > 0) SharedMemory::CutOff(loan.data + begin, bytes);
+  }
 }
 
 // ---- Sleeping.

@@ -1,7 +1,18 @@
 // What the members of one group that share a host keep in shared memory: a segment per member, which that
 // member alone writes (but for its doorbell) and the others read. Messages (engine/shm_channel.h) and tiny
-// operations (engine/tiny.h) go through it. A process that was stopped and comes back late finds only its own
-// memory to write to.
+// operations (engine/tiny.h) go through it.
+//
+// Lending. Members also write to memory that others lend them, and nobody may write there any more when its owner
+// has gone on without him. So:
+//   - A writer, for each piece: sets `writing` in its page; looks whether anybody has set `ended`, and if so
+//     clears `writing` and never writes again; writes; clears `writing`.
+//   - Who ends the group sets `ended`; then it sees `writing` clear, once, in the page of each member that it has
+//     lent memory to. That is before anybody learns of the end (Fence).
+// Both set and look in one order for all (sequentially consistent): either the writer sees `ended`, or its owner
+// sees `writing` and waits until what was written is there. Whoever was seen with `writing` clear cannot begin
+// again without seeing `ended`. A member that stays at `writing` is waited for no longer than kPatienceNs. It is
+// either dead, and writes no more; or stopped, and its one piece is cut off: those pages become this
+// process's own (SharedMemory::CutOff), before anybody learns of the end.
 #pragma once
 
 #include <atomic>
@@ -15,6 +26,7 @@
 #include "absl/status/statusor.h"
 #include "collectives/engine/group_life.h"
 #include "collectives/engine/shared_memory.h"
+#include "runtime/base/mutex.h"
 
 namespace shoal {
 
@@ -54,6 +66,22 @@ class HostGroup final : public Sleeper {
   // to be read.
   absl::Status CheckPeer(int seat);
 
+  // What this process lends to a seat, from now until EndLoan, with SharedMemory::Cuts() from before it was found to
+  // be shared. False: the group is over.
+  struct Loan {
+    int seat = 0;
+    const std::byte* data = nullptr;
+    int64_t bytes = 0;
+    uint64_t cuts = 0;
+  };
+  bool Lend(const Loan& loan);
+  // The seat has given it back. False: another group had to cut it off, so that what was written may be missing.
+  bool EndLoan(int seat, const std::byte* data);
+  // Around each write to what this process has borrowed, by one thread at a time; of each view the same bytes. False:
+  // somebody has ended the group; of Begin: nothing may be written; of End: what was read does not count.
+  bool BeginWrite(int64_t begin, int64_t bytes);
+  bool EndWrite();
+
   // Sleeping. A thread that is about to sleep announces it, looks once more, and sleeps; peers ring after
   // they wrote.
   uint32_t PrepareSleep();  // Returns what Sleep wants.
@@ -76,6 +104,9 @@ class HostGroup final : public Sleeper {
   HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<GroupLife> life, std::vector<int> members);
   absl::Status FindPeers(int64_t deadline_ns);
   bool FindPeer(int seat);
+  bool AnyEnded() const;
+  void AwaitWriters();
+  bool AwaitWriter(int seat, int64_t until_ns) const;
 
   const std::shared_ptr<SharedMemory> memory_;
   const std::shared_ptr<GroupLife> life_;
@@ -86,6 +117,10 @@ class HostGroup final : public Sleeper {
   bool sleepers_pay_ = false;  // Who goes to sleep has the kernel order everybody's memory accesses.
   std::vector<std::shared_ptr<const Segment>> segments_;  // By seat.
   std::vector<GroupPage*> pages_;
+
+  Mutex loans_mutex_;
+  bool fenced_ ABSL_GUARDED_BY(loans_mutex_) = false;  // Nothing is lent any more.
+  std::vector<Loan> loans_ ABSL_GUARDED_BY(loans_mutex_);
 };
 
 }  // namespace shoal

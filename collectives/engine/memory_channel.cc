@@ -14,21 +14,39 @@ class MemoryChannel final : public Channel {
 
   void Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) override {
     MutexLock lock(&network_.mutex_);
-    const MemoryNetwork::Key key = {member_, member, id.op, id.tag};
-    MemoryNetwork::Sent& sent = network_.sent_[key];
-    SHOAL_CHECK(sent.bytes == 0 && !sent.eager) << "sent twice: tag " << id.tag;
-    sent.id = id;
-    sent.data = data;
-    sent.bytes = bytes;
-    sent.token = token;
-    sent.eager = network_.random_() % 2 == 0;
-    if (sent.eager) {
-      sent.copy.assign(data, data + bytes);
-      network_.members_[member_].sent.push_back(token);
-    }
     network_.Note(member_, member, id.op);
-    network_.Match(key);
+    network_.Post({member_, member, id.op, id.tag}, {.id = id, .data = data, .bytes = bytes, .token = token});
   }
+
+  bool Lends() const override { return true; }
+
+  void Lend(int member, MessageId id, std::byte* data, int64_t bytes, uint64_t token) override {
+    MutexLock lock(&network_.mutex_);
+    network_.Note(member_, member, id.op);
+    network_.Post({member_, member, id.op, id.tag},
+                  {.id = id, .data = data, .bytes = bytes, .token = token, .lent = true});
+  }
+
+  void Borrow(int member, MessageId id, int64_t bytes, uint64_t token) override {
+    MutexLock lock(&network_.mutex_);
+    Want(member, {id, nullptr, bytes, token, /*view=*/true, /*borrow=*/true});
+  }
+
+  // What the owner gets back of a copy is copied to it.
+  void GiveBack(int member, MessageId, const std::byte* view) override {
+    MutexLock lock(&network_.mutex_);
+    const auto found = network_.members_[member_].views.find(view);
+    SHOAL_CHECK(found != network_.members_[member_].views.end()) << "no such view";
+    const MemoryNetwork::Sent& sent = found->second.first;
+    if (sent.eager && sent.bytes > 0) std::memcpy(const_cast<std::byte*>(sent.data), view, sent.bytes);
+    network_.members_[member].sent.push_back(sent.token);
+    network_.members_[member_].sent.push_back(found->second.second);
+    network_.members_[member_].views.erase(found);
+    network_.changed_.NotifyAll();
+  }
+
+  bool BeginWrite(int64_t, int64_t) override { return true; }
+  bool EndWrite() override { return true; }
 
   void Receive(int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token) override {
     MutexLock lock(&network_.mutex_);
@@ -44,7 +62,8 @@ class MemoryChannel final : public Channel {
     MutexLock lock(&network_.mutex_);
     const auto found = network_.members_[member_].views.find(view);
     SHOAL_CHECK(found != network_.members_[member_].views.end()) << "no such view";
-    if (!found->second.eager) network_.members_[member].sent.push_back(found->second.token);
+    const MemoryNetwork::Sent& sent = found->second.first;
+    if (!sent.eager) network_.members_[member].sent.push_back(sent.token);
     network_.members_[member_].views.erase(found);
     network_.changed_.NotifyAll();
   }
@@ -185,6 +204,17 @@ void MemoryNetwork::Note(int from, int to, uint64_t op) {
   if ((op >> 63) == 0) reached = std::max(reached, op);
 }
 
+void MemoryNetwork::Post(const Key& key, Sent sent) {
+  SHOAL_CHECK(sent_.count(key) == 0) << "sent twice: tag " << std::get<3>(key);
+  sent.eager = random_() % 2 == 0;
+  if (sent.eager) {
+    sent.copy.assign(sent.data, sent.data + sent.bytes);
+    if (!sent.lent) members_[std::get<0>(key)].sent.push_back(sent.token);
+  }
+  sent_.emplace(key, std::move(sent));
+  Match(key);
+}
+
 void MemoryNetwork::Match(const Key& key) {
   CheckSignatures(key);
   if (sent_.count(key) != 0 && wanted_.count(key) != 0) members_[std::get<1>(key)].arrived.push_back(key);
@@ -194,12 +224,13 @@ void MemoryNetwork::Match(const Key& key) {
 void MemoryNetwork::Take(int member, const Key& key, std::vector<Channel::Event>* events) {
   Sent sent = std::move(sent_[key]);
   const Wanted wanted = wanted_[key];
+  SHOAL_CHECK(sent.lent == wanted.borrow) << "lent on one side alone";
   sent_.erase(key);
   wanted_.erase(key);
   const std::byte* const bytes = sent.eager ? sent.copy.data() : sent.data;
   if (wanted.view) {
     events->push_back({wanted.token, bytes});
-    members_[member].views.emplace(bytes, std::move(sent));
+    members_[member].views.emplace(bytes, std::pair(std::move(sent), wanted.token));
     return;
   }
   if (sent.bytes > 0) std::memcpy(wanted.into, bytes, sent.bytes);

@@ -34,6 +34,7 @@ class MemoryNetwork {
     uint64_t token = 0;
     std::vector<std::byte> copy;  // Of an eager message.
     bool eager = false;
+    bool lent = false;
   };
   struct Wanted {
     MessageId id;
@@ -41,11 +42,12 @@ class MemoryNetwork {
     int64_t bytes = 0;
     uint64_t token = 0;
     bool view = false;
+    bool borrow = false;
   };
   struct Member {
-    std::vector<uint64_t> sent;     // Tokens that wait to be told.
+    std::vector<uint64_t> sent;     // Tokens that wait to be told: of what was sent, lent or given back.
     std::vector<Key> arrived;       // Matched messages that wait to be taken.
-    std::map<const std::byte*, Sent> views;
+    std::map<const std::byte*, std::pair<Sent, uint64_t>> views;  // With the receive's token.
     std::set<uint64_t> finished;    // Operations.
     bool woken = false;
     std::map<int, uint64_t> reached;  // By sender.
@@ -54,6 +56,7 @@ class MemoryNetwork {
   };
 
   void Note(int from, int to, uint64_t op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Post(const Key& key, Sent sent) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Match(const Key& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CheckSignatures(const Key& key) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Fail(int member, const Mismatch& mismatch) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

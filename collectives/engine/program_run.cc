@@ -68,6 +68,7 @@ PreparedProgram::PreparedProgram(Program program, WireFormat wire) : program_(st
       SHOAL_CHECK(earlier >= 0 && static_cast<size_t>(earlier) < i) << "instruction " << i << " after " << earlier;
       ++successors_begin_[earlier + 1];
     }
+    if (instruction.lends && instruction.code == OpCode::kReceive) ++borrows_;
     if (instruction.code != OpCode::kReduce) continue;
     for (const Region& source : program_.SourcesOf(instruction)) {
       if (source.buffer == Buffer::kMessage) ++readers_[source.receive];
@@ -93,6 +94,7 @@ void PreparedProgram::PlanWire() {
   };
   for (size_t i = 0; i < all.size(); ++i) {
     if (all[i].code != OpCode::kSend || all[i].region.count == 0) continue;
+    SHOAL_CHECK(!all[i].lends) << "what is lent has no wire format";
     SHOAL_CHECK(all[i].region.buffer != Buffer::kMessage) << "a view cannot be sent on in a wire format";
     for (size_t j = 0; j < i; ++j) {
       if (all[j].code != OpCode::kReduce || !all[j].final || !SameMemory(all[j].region, all[i].region)) continue;
@@ -126,8 +128,9 @@ struct ProgramRun::State {
   ReadySet work;   // Reductions, and sends that must be encoded and receives that must be decoded first.
   int working = -1;
   int64_t worked = 0;  // Elements of it.
-  size_t left = 0;     // Instructions.
+  size_t left = 0;     // Instructions, and views that are to be given back.
   std::vector<const std::byte*> sources;
+  std::vector<std::byte*> targets;
 
   const Program& program() const { return prepared->program(); }
   const Instruction& at(int i) const { return prepared->program().instructions[i]; }
@@ -153,6 +156,7 @@ struct ProgramRun::State {
   bool Work(int i);
   bool ReduceSome(int i);
   void ReducePiece(const Instruction& instruction, int64_t begin, int64_t count);
+  bool ReduceAndReturnPiece(const Instruction& instruction, int64_t begin, int64_t count);
   void ReduceWirePiece(const Instruction& instruction, int64_t begin, int64_t count);
   int Divisor(const Instruction& instruction) const;
 };
@@ -173,7 +177,11 @@ void ProgramRun::State::End(int i) {
 void ProgramRun::State::DropView(int receive) {
   if (!viewed(at(receive))) return;
   const std::byte* const view = std::exchange(views[receive], nullptr);
-  channel->Release(at(receive).peer, IdOf(at(receive)), view);
+  if (at(receive).lends) {
+    channel->GiveBack(at(receive).peer, IdOf(at(receive)), view);
+  } else {
+    channel->Release(at(receive).peer, IdOf(at(receive)), view);
+  }
 }
 
 std::byte* ProgramRun::State::LocateInChunks(const Region& region) const {
@@ -207,7 +215,13 @@ void ProgramRun::State::PostOne(int i) {
   const uint64_t token = base_token + static_cast<uint64_t>(i);
   if (instruction.code == OpCode::kSend) {
     const std::byte* const data = wired() && instruction.region.count > 0 ? wire(i) : Locate(instruction.region);
-    channel->Send(instruction.peer, IdOf(instruction), data, bytes, token);
+    if (instruction.lends) {
+      channel->Lend(instruction.peer, IdOf(instruction), const_cast<std::byte*>(data), bytes, token);
+    } else {
+      channel->Send(instruction.peer, IdOf(instruction), data, bytes, token);
+    }
+  } else if (instruction.lends) {
+    channel->Borrow(instruction.peer, IdOf(instruction), bytes, token);
   } else if (viewed(instruction)) {
     channel->ReceiveView(instruction.peer, IdOf(instruction), bytes, token);
   } else {
@@ -226,8 +240,12 @@ int ProgramRun::State::Divisor(const Instruction& instruction) const {
 void ProgramRun::State::ReducePiece(const Instruction& instruction, int64_t begin, int64_t count) {
   std::byte* const target = Locate(instruction.region) + begin * element_bytes;
   sources.clear();
+  targets.assign(1, target);
   for (const Region& region : program().SourcesOf(instruction)) {
-    sources.push_back(Locate(region) + begin * element_bytes);
+    std::byte* const source = Locate(region) + begin * element_bytes;
+    sources.push_back(source);
+    const bool lent = region.buffer == Buffer::kMessage && at(region.receive).lends;
+    if (instruction.returns && lent) targets.push_back(source);
   }
   const int divisor = Divisor(instruction);
   if (sources.size() == 1 && divisor == 1) {
@@ -235,7 +253,14 @@ void ProgramRun::State::ReducePiece(const Instruction& instruction, int64_t begi
     return;
   }
   const ReduceOp op = operands.reduce == ReduceOp::kAverage && divisor == 1 ? ReduceOp::kSum : operands.reduce;
-  Reduce(operands.dtype, op, sources, {target}, count, divisor);
+  Reduce(operands.dtype, op, sources, targets, count, divisor);
+}
+
+// False: the group is over.
+bool ProgramRun::State::ReduceAndReturnPiece(const Instruction& instruction, int64_t begin, int64_t count) {
+  if (!channel->BeginWrite(begin * element_bytes, count * element_bytes)) return false;
+  ReducePiece(instruction, begin, count);
+  return channel->EndWrite();
 }
 
 void ProgramRun::State::ReduceWirePiece(const Instruction& instruction, int64_t begin, int64_t count) {
@@ -274,7 +299,11 @@ bool ProgramRun::State::ReduceSome(int i) {
   const int64_t piece =
       std::max(kPieceBytes / inputs / element_bytes / kDecoded * kDecoded, kDecoded);
   const int64_t count = std::min(left_over, piece);
-  if (count > 0) (wired() ? ReduceWirePiece(instruction, worked, count) : ReducePiece(instruction, worked, count));
+  if (instruction.returns) {
+    if (!ReduceAndReturnPiece(instruction, worked, count)) return false;
+  } else if (count > 0) {
+    (wired() ? ReduceWirePiece(instruction, worked, count) : ReducePiece(instruction, worked, count));
+  }
   worked += count;
   if (worked < instruction.region.count) return false;
   if (wired() && prepared->wire_place_[i] >= 0) {
@@ -338,7 +367,8 @@ void ProgramRun::Start(std::shared_ptr<const PreparedProgram> program, Operands 
   state.work.Reset(count);
   state.working = -1;
   state.worked = 0;
-  state.left = count;
+  SHOAL_CHECK(state.prepared->borrows_ == 0 || channel->Lends());
+  state.left = count + state.prepared->borrows_;
   for (size_t i = 0; i < count; ++i) {
     if (state.waits[i] == 0) state.MakeReady(static_cast<int>(i));
   }
@@ -370,6 +400,10 @@ void ProgramRun::OnEvent(const Channel::Event& event) {
   const int i = static_cast<int>(event.token - state.base_token);
   const Instruction& instruction = state.at(i);
   if (instruction.code == OpCode::kReceive) {
+    if (instruction.lends && event.view == nullptr) {  // It has been given back.
+      --state.left;
+      return;
+    }
     if (state.viewed(instruction)) {
       state.views[i] = event.view;
       if (instruction.region.buffer != Buffer::kMessage) return state.work.Add(i);

@@ -40,6 +40,7 @@ class PreparedProgram {
   std::vector<int64_t> wire_place_;
   std::vector<bool> encodes_;  // By sending instruction: whether it writes them itself, or a reduction has before.
   int64_t wire_bytes_ = 0;
+  size_t borrows_ = 0;  // Instructions.
 };
 
 // Where a program's buffers lie.

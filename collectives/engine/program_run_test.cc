@@ -141,6 +141,7 @@ struct Case {
       problem.recv_counts = Received(rank);
     }
     problem.in_place = in_place;
+    problem.lending = true;
     problem.moves = moves;
     problem.piece = piece;
     return problem;

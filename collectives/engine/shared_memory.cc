@@ -29,8 +29,9 @@ class OwnSegments {
 
   void Join(SharedMemory* epoch) {
     MutexLock lock(&mutex_);
-    for (const auto& [base, segment] : segments_) {
-      const absl::Status status = epoch->announcer_.added(*segment);
+    for (const auto& [base, own] : segments_) {
+      if (!own.shared) continue;
+      const absl::Status status = epoch->announcer_.added(*own.segment);
       if (!status.ok()) SHOAL_LOG(kError) << "shared memory stays unknown to the peers: " << status.message();
     }
     epochs_.insert(epoch);
@@ -51,7 +52,7 @@ class OwnSegments {
     MutexLock lock(&mutex_);  // Released before `shared`, whose end takes it.
     for (SharedMemory* epoch : epochs_)
       SHOAL_RETURN_IF_ERROR(epoch->announcer_.added(*shared), "announce it");
-    segments_[shared->base()] = shared.get();
+    segments_[shared->base()] = {shared.get()};
     return shared;
   }
 
@@ -91,16 +92,57 @@ class OwnSegments {
 
   SharedMemory::Extent Surrounding(const void* data, int64_t bytes) {
     MutexLock lock(&mutex_);
-    auto next = segments_.upper_bound(static_cast<const std::byte*>(data));
-    if (next == segments_.begin()) return {};
-    const Segment& segment = *std::prev(next)->second;
-    if (!segment.Contains(data, bytes)) return {};
-    return {segment.base(), segment.bytes(), segment.id()};
+    const Own* own = Find(data, bytes);
+    if (own == nullptr || !own->shared) return {};
+    return {own->segment->base(), own->segment->bytes(), own->segment->id()};
+  }
+
+  void CutOff(const std::byte* data, int64_t bytes) {
+    std::shared_ptr<Segment> arena;  // Let go without the lock: its end takes it.
+    MutexLock lock(&mutex_);
+    Own* const own = Find(data, bytes);
+    if (own == nullptr) return;
+    Segment& segment = *own->segment;
+    own->shared = false;
+    arena = arena_.lock();
+    if (arena.get() == &segment) arena_.reset();
+    const absl::Status status = segment.MakePrivate(data - segment.base(), bytes);
+    if (!status.ok()) {
+      SHOAL_LOG(kError) << "a peer that stopped may write to " << bytes << " bytes when it runs again: " << status.message();
+    }
+    const int64_t page = segment.page_bytes();
+    const int64_t begin = (data - segment.base()) / page * page;
+    const int64_t end = (data - segment.base() + bytes + page - 1) / page * page;
+    cut_.push_back({segment.base() + begin, segment.base() + end});
+    // In this order: who sees the cut sees that the segment is not what it was.
+    forgotten_.fetch_add(1, std::memory_order_acq_rel);
+    cuts_.fetch_add(1, std::memory_order_acq_rel);
+  }
+
+  uint64_t Cuts() const { return cuts_.load(std::memory_order_acquire); }
+
+  bool WasCutOff(const std::byte* data, int64_t bytes, uint64_t since) {
+    MutexLock lock(&mutex_);
+    return std::any_of(cut_.begin() + static_cast<int64_t>(since), cut_.end(), [&](const auto& cut) {
+      return data < cut.second && cut.first < data + bytes;
+    });
   }
 
   uint64_t Forgotten() const { return forgotten_.load(std::memory_order_acquire); }
 
  private:
+  struct Own {
+    Segment* segment = nullptr;
+    bool shared = true;  // False: a part of it was cut off.
+  };
+
+  Own* Find(const void* data, int64_t bytes) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    auto next = segments_.upper_bound(static_cast<const std::byte*>(data));
+    if (next == segments_.begin()) return nullptr;
+    Own& own = std::prev(next)->second;
+    return own.segment->Contains(data, bytes) ? &own : nullptr;
+  }
+
   void Forget(const Segment& segment) {
     forgotten_.fetch_add(1, std::memory_order_acq_rel);
     MutexLock lock(&mutex_);
@@ -111,7 +153,9 @@ class OwnSegments {
   std::atomic<uint64_t> last_id_{0};
   std::atomic<uint64_t> forgotten_{0};
   Mutex mutex_;
-  std::map<const std::byte*, const Segment*> segments_ ABSL_GUARDED_BY(mutex_);
+  std::map<const std::byte*, Own> segments_ ABSL_GUARDED_BY(mutex_);  // By base.
+  std::atomic<uint64_t> cuts_{0};
+  std::vector<std::pair<const std::byte*, const std::byte*>> cut_ ABSL_GUARDED_BY(mutex_);  // All that ever were.
   std::set<SharedMemory*> epochs_ ABSL_GUARDED_BY(mutex_);
   std::weak_ptr<Segment> arena_ ABSL_GUARDED_BY(mutex_);  // Where small pieces are cut from.
   int64_t arena_used_ ABSL_GUARDED_BY(mutex_) = 0;
@@ -155,11 +199,19 @@ SharedMemory::Place SharedMemory::Locate(const void* data, int64_t bytes) {
   return {extent.segment, static_cast<const std::byte*>(data) - extent.base};
 }
 
+void SharedMemory::CutOff(const std::byte* data, int64_t bytes) { OwnSegments::Get().CutOff(data, bytes); }
+
+uint64_t SharedMemory::Cuts() { return OwnSegments::Get().Cuts(); }
+
+bool SharedMemory::WasCutOff(const std::byte* data, int64_t bytes, uint64_t since) {
+  return OwnSegments::Get().WasCutOff(data, bytes, since);
+}
+
 uint64_t SharedMemory::Forgotten() { return OwnSegments::Get().Forgotten(); }
 
 absl::Status SharedMemory::AddPeerSegment(int rank, uint64_t id, int64_t bytes, Fd fd) {
-  const auto access = (id & kGroupBit) != 0 ? Segment::Access::kReadWrite : Segment::Access::kRead;
-  SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Segment> segment, Segment::Map(id, bytes, std::move(fd), access));
+  SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Segment> segment,
+                         Segment::Map(id, bytes, std::move(fd), Segment::Access::kReadWrite));
   {
     MutexLock lock(&mutex_);
     peers_[rank][id] = std::move(segment);

@@ -1,6 +1,6 @@
 // The memory that this process shares with peers on its host: its own segments, which live as long as their
 // users and are announced to the peers of every epoch, and the segments that the peers of one epoch
-// announced. Thread-safe.
+// announced. Peers may write to what a rank lends them (engine/host_group.h). Thread-safe.
 #pragma once
 
 #include <atomic>
@@ -55,6 +55,14 @@ class SharedMemory : public std::enable_shared_from_this<SharedMemory> {
   static Extent Surrounding(const void* data, int64_t bytes);
   // Counts the own segments that are gone. Cheap.
   static uint64_t Forgotten();
+
+  // Takes the pages of these bytes away from peers that would write to them at a wrong time: they hold what they hold, in
+  // memory of this process alone, and the segment around them counts as not shared any more.
+  static void CutOff(const std::byte* data, int64_t bytes);
+  // Counts the calls of CutOff. Cheap.
+  static uint64_t Cuts();
+  // Whether one of them, after the first `since`, took pages of these bytes.
+  static bool WasCutOff(const std::byte* data, int64_t bytes, uint64_t since);
 
   absl::Status AddPeerSegment(int rank, uint64_t id, int64_t bytes, Fd fd);
   void RemovePeerSegment(int rank, uint64_t id);

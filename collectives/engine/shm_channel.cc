@@ -75,7 +75,8 @@ bool ShmChannel::State::HasNews() {
 void ShmChannel::Probe(int member, MessageId id) {
   Peer& peer = state_->PeerOf(member);
   if (!peer.waiting.empty() || !peer.out.Fits(0)) return;  // What is on its way says as much.
-  peer.out.Write(State::Describe({0, nullptr, 0, {id.op, kProbeTag, id.signature}, 0}, RecordKind::kInline), nullptr, 0);
+  const Outgoing nothing = {.id = {id.op, kProbeTag, id.signature}};
+  peer.out.Write(State::Describe(nothing, RecordKind::kInline), nullptr, 0);
   peer.written = true;
 }
 
@@ -85,11 +86,23 @@ ShmChannel::ShmChannel(std::shared_ptr<HostGroup> group)
 ShmChannel::~ShmChannel() = default;
 
 void ShmChannel::Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
+  state_->NoteOperation(id);
+  state_->SendNow(state_->PeerOf(member), {.token = token, .data = data, .bytes = bytes, .id = id});
+}
+
+void ShmChannel::Lend(int member, MessageId id, std::byte* data, int64_t bytes, uint64_t token) {
   State& s = *state_;
   s.NoteOperation(id);
   Peer& peer = s.PeerOf(member);
-  const Outgoing message = {token, data, bytes, id, 0};
-  if (!peer.waiting.empty() || !s.Start(peer, message)) peer.waiting.push_back(message);
+  Outgoing message = {.token = token, .data = data, .bytes = bytes, .id = id, .mode = Outgoing::Mode::kLentCopy};
+  const uint64_t cuts = SharedMemory::Cuts();
+  Record unused;
+  if (s.IsShared(message, &unused) && s.group->Lend({peer.seat, data, bytes, cuts})) {
+    message.mode = Outgoing::Mode::kLent;
+  } else {
+    s.Post(member, {id.op, id.tag | kReturnBit, id.signature}, {data, bytes, id.signature, token});
+  }
+  s.SendNow(peer, message);
 }
 
 void ShmChannel::State::Post(int member, MessageId id, const Posted& posted) {
@@ -124,6 +137,43 @@ void ShmChannel::Release(int member, MessageId id, const std::byte*) {
     s.Reply(peer, Answer::kTaken, found->second.request);
   }
   peer.views.erase(found);
+}
+
+void ShmChannel::Borrow(int member, MessageId id, int64_t bytes, uint64_t token) {
+  state_->Post(member, id, {nullptr, bytes, id.signature, token, /*borrows=*/true});
+}
+
+void ShmChannel::GiveBack(int member, MessageId id, const std::byte* view) {
+  State& s = *state_;
+  Peer& peer = s.PeerOf(member);
+  const auto found = peer.views.find(Key{id.op, id.tag});
+  SHOAL_CHECK(found != peer.views.end()) << "no view of message " << id.op << "/" << id.tag;
+  View given = std::move(found->second);
+  peer.views.erase(found);
+  if (!s.final.ok()) return;  // What was written there does not count.
+  if (given.in_place) {
+    s.Reply(peer, Answer::kTaken, given.request);
+    s.ended.push_back({given.token, nullptr});
+    return;
+  }
+  const MessageId back = {id.op, id.tag | kReturnBit, given.signature};
+  const Outgoing message = {
+      .token = given.token, .data = view, .bytes = given.bytes, .id = back, .mode = Outgoing::Mode::kReturn};
+  peer.returning[Key{back.op, back.tag}] = std::move(given);
+  s.SendNow(peer, message);
+}
+
+bool ShmChannel::BeginWrite(int64_t begin, int64_t bytes) {
+  if (!state_->final.ok()) return false;
+  if (__builtin_expect(state_->group->BeginWrite(begin, bytes), 1)) return true;
+  state_->Fail(state_->group->CheckAlive());
+  return false;
+}
+
+bool ShmChannel::EndWrite() {
+  if (__builtin_expect(state_->group->EndWrite(), 1)) return true;
+  state_->Fail(state_->group->CheckAlive());
+  return false;
 }
 
 void ShmChannel::Finish(MessageId id) {

@@ -24,6 +24,13 @@ class ShmChannel final : public Channel {
   void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) override;
   // What was computed from the view counts only if the next Poll returns OK.
   void Release(int member, MessageId id, const std::byte* view) override;
+  bool Lends() const override { return true; }
+  // Memory that is not shared is copied to the peer and back.
+  void Lend(int member, MessageId id, std::byte* data, int64_t bytes, uint64_t token) override;
+  void Borrow(int member, MessageId id, int64_t bytes, uint64_t token) override;
+  void GiveBack(int member, MessageId id, const std::byte* view) override;
+  bool BeginWrite(int64_t begin, int64_t bytes) override;
+  bool EndWrite() override;
   void Finish(MessageId id) override;
   void Probe(int member, MessageId id) override;
   // ABORTED: the group ended, here or in a peer; the message has the cause.

@@ -19,6 +19,8 @@ namespace shm {
 
 constexpr uint64_t kUnordered = uint64_t{1} << 63;  // Of MessageId::op: a Send/Receive pair.
 constexpr uint32_t kProbeTag = ~uint32_t{0};        // Not a message: Channel::Probe.
+// Of a tag: what was lent by copying comes back in a message of its own.
+constexpr uint32_t kReturnBit = uint32_t{1} << 31;
 // Staged messages go in fragments of this size: both cores' second-level caches keep them.
 constexpr int64_t kFragmentBytes = 128 << 10;
 constexpr int kStagingSlots = 8;
@@ -46,6 +48,7 @@ struct Posted {
   int64_t bytes = 0;
   uint32_t signature = 0;
   uint64_t token = 0;
+  bool borrows = false;
 };
 
 // A message that is coming in.
@@ -56,16 +59,24 @@ struct Arrival {
   uint32_t request = 0;
   uint64_t segment = 0;
   int64_t offset = 0;
+  bool lent = false;
   std::unique_ptr<std::byte[]> payload;  // Of an inline one.
 };
 
 // A message to a peer.
 struct Outgoing {
+  enum class Mode : uint8_t {
+    kPlain,
+    kLent,      // In place.
+    kLentCopy,  // Ends when its return has been received.
+    kReturn,    // What was lent so.
+  };
   uint64_t token = 0;
   const std::byte* data = nullptr;
   int64_t bytes = 0;
   MessageId id;
   int64_t staged = 0;  // Bytes that were put into slots.
+  Mode mode = Mode::kPlain;
 };
 
 // A question to a peer that it has not answered.
@@ -94,13 +105,18 @@ struct Assembly {
   int64_t done = 0;
   uint64_t token = 0;
   std::unique_ptr<std::byte[]> buffer;  // Where it goes when a view is wanted.
+  uint32_t signature = 0;
 };
 
-// What Release gives back.
+// What Release and GiveBack give back.
 struct View {
   bool in_place = false;  // In the sender's buffer, or a slot of it: `request` is answered.
   uint32_t request = 0;
   std::unique_ptr<std::byte[]> buffer;
+  // Of the receive.
+  uint64_t token = 0;
+  uint32_t signature = 0;
+  int64_t bytes = 0;
 };
 
 struct Peer {
@@ -121,6 +137,7 @@ struct Peer {
   absl::flat_hash_map<Key, Arrival> arrived;
   absl::flat_hash_map<Key, Assembly> assembling;
   absl::flat_hash_map<Key, View> views;
+  absl::flat_hash_map<Key, View> returning;  // Whose bytes are on their way.
   Questions questions;
   Replies replies;
   std::vector<Request> requests;                         // By number.
@@ -140,7 +157,9 @@ struct ShmChannel::State {
   void NoteOperation(MessageId id);
   void Post(int member, MessageId id, const shm::Posted& posted);
   // Out.
+  void SendNow(shm::Peer& peer, const shm::Outgoing& message);
   bool Start(shm::Peer& peer, shm::Outgoing message);
+  void EndSend(shm::Peer& peer, const shm::Outgoing& message);
   bool IsShared(const shm::Outgoing& message, Record* record);
   bool HaveStaging();
   uint32_t Ask(shm::Peer& peer, shm::Request request);

@@ -74,7 +74,7 @@ struct Message {
   int from, to;
   MessageId id;
   int64_t bytes;
-  bool shared, view;
+  bool shared, view, lent;
 };
 
 std::vector<Message> RandomMessages(int ranks, int count, uint64_t seed) {
@@ -91,6 +91,7 @@ std::vector<Message> RandomMessages(int ranks, int count, uint64_t seed) {
     m.bytes = kinds[up_to(i % 10 == 0 ? 4 : 3)];
     m.shared = up_to(2) == 0;
     m.view = up_to(2) == 0;
+    m.lent = i % 3 != 0 && up_to(3) == 0;
     messages.push_back(m);
   }
   return messages;
@@ -108,15 +109,22 @@ absl::Status RunMessages(std::shared_ptr<HostGroup> group, const std::vector<Mes
   }
   std::shuffle(order.begin(), order.end(), random);
   std::map<size_t, Buffer> buffers;
-  size_t posted = 0, ended = 0;
-  while (ended < order.size()) {
+  size_t posted = 0, ended = 0, expected = order.size();
+  for (size_t i : order) expected += messages[i].lent && messages[i].to == rank ? 1 : 0;  // Given back.
+  while (ended < expected) {
     for (size_t n = random() % 50; n > 0 && posted < order.size(); --n, ++posted) {
       const size_t i = order[posted];
       const Message& m = messages[i];
       if (m.from == rank) {
         Buffer& buffer = buffers.try_emplace(i, group->memory(), m.bytes, m.shared).first->second;
         Fill(buffer.data, m.bytes, seed + i);
-        channel.Send(m.to, m.id, buffer.data, m.bytes, i);
+        if (m.lent) {
+          channel.Lend(m.to, m.id, buffer.data, m.bytes, i);
+        } else {
+          channel.Send(m.to, m.id, buffer.data, m.bytes, i);
+        }
+      } else if (m.lent) {
+        channel.Borrow(m.from, m.id, m.bytes, i);
       } else if (m.view) {
         channel.ReceiveView(m.from, m.id, m.bytes, i);
       } else {
@@ -132,7 +140,15 @@ absl::Status RunMessages(std::shared_ptr<HostGroup> group, const std::vector<Mes
       if (m.from == rank) {
         // The buffer is this rank's again.
         Buffer& buffer = buffers.at(event.token);
+        EXPECT_TRUE(Matches(buffer.data, m.bytes, seed + event.token + (m.lent ? 1000 : 0))) << "message " << event.token;
         std::fill_n(buffer.data, m.bytes, std::byte{0xee});
+      } else if (m.lent) {
+        if (event.view == nullptr) continue;
+        EXPECT_TRUE(Matches(event.view, m.bytes, seed + event.token)) << "message " << event.token;
+        EXPECT_TRUE(channel.BeginWrite(0, m.bytes));
+        Fill(const_cast<std::byte*>(event.view), m.bytes, seed + event.token + 1000);
+        EXPECT_TRUE(channel.EndWrite());
+        channel.GiveBack(m.from, m.id, event.view);
       } else if (m.view) {
         EXPECT_TRUE(Matches(event.view, m.bytes, seed + event.token)) << "message " << event.token;
         channel.Release(m.from, m.id, event.view);
@@ -169,7 +185,10 @@ TEST_P(Ranks, ProcessesExchangeMessages) {
   ShmRanks ranks(GetParam());
   std::vector<Message> messages = RandomMessages(GetParam(), 100 * std::min(GetParam(), 6), /*seed=*/5);
   // A process forked cannot announce new memory here.
-  for (Message& m : messages) m.bytes = std::min<int64_t>(m.bytes, 512);
+  for (Message& m : messages) {
+    m.bytes = std::min<int64_t>(m.bytes, 512);
+    m.shared = m.shared && !m.lent;
+  }
   std::vector<pid_t> children;
   for (int rank = 0; rank < GetParam(); ++rank) {
     const pid_t pid = fork();

@@ -2,6 +2,7 @@
 // afterwards used by threads, or by processes forked when the threads are gone.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -18,6 +19,8 @@ namespace shoal {
 class TestLife final : public GroupLife {
  public:
   TestLife(uint64_t key, std::vector<int> ranks, int index) : GroupLife(key, std::move(ranks), index) {}
+  bool ProcessDied(int member) const override { return member == dead_member; }
+  std::atomic<int> dead_member{-1};
   absl::Status End(const std::string& cause) override {
     Finish(absl::AbortedError(cause));
     return status();

@@ -14,7 +14,7 @@ void ShmChannel::State::Drain(Peer& peer) {
     if (peer.arrived.size() >= kArrivedMax) return;
     switch (record->kind) {
       case RecordKind::kStaged:
-        if (record->eager == 0) {
+        if ((record->flags & Record::kEager) == 0) {
           if (!TakeFragment(peer, *record)) return;
           break;
         }
@@ -57,7 +57,9 @@ void ShmChannel::State::TakeMessage(Peer& peer, const Record& record) {
   if (record.kind == RecordKind::kInline && record.bytes != peer.in.PayloadBytes()) {
     return FailNonsense(peer, "a message with another length than it says");
   }
-  Arrival arrival{record.kind, record.bytes, record.signature, record.request, 0, 0, nullptr};
+  Arrival arrival = {
+      .kind = record.kind, .bytes = record.bytes, .signature = record.signature, .request = record.request};
+  arrival.lent = (record.flags & Record::kLent) != 0;
   if (record.kind == RecordKind::kDirect || record.kind == RecordKind::kStaged) {
     arrival.segment = record.segment();
     arrival.offset = record.offset();
@@ -65,7 +67,8 @@ void ShmChannel::State::TakeMessage(Peer& peer, const Record& record) {
   if (found != peer.posted.end()) {
     const Posted posted = found->second;
     peer.posted.erase(found);
-    if (record.kind == RecordKind::kInline && posted.bytes == record.bytes && posted.into != nullptr) {
+    const bool plain = record.kind == RecordKind::kInline && posted.into != nullptr;
+    if (plain && posted.bytes == record.bytes && !arrival.lent) {
       peer.in.CopyPayload(posted.into);
       ended.push_back({posted.token, nullptr});
       return;
@@ -101,7 +104,8 @@ bool ShmChannel::State::TakeFragment(Peer& peer, const Record& record) {
   if (assembly.done < assembly.bytes) return true;
   if (assembly.buffer != nullptr) {
     ended.push_back({assembly.token, assembly.into});
-    peer.views[found->first] = {false, 0, std::move(assembly.buffer)};
+    peer.views[found->first] = {
+        false, 0, std::move(assembly.buffer), assembly.token, assembly.signature, assembly.bytes};
   } else {
     ended.push_back({assembly.token, nullptr});
   }
@@ -110,7 +114,7 @@ bool ShmChannel::State::TakeFragment(Peer& peer, const Record& record) {
 }
 
 void ShmChannel::State::Match(Peer& peer, const Key& key, const Posted& posted, Arrival arrival) {
-  if (posted.bytes != arrival.bytes || posted.signature != arrival.signature) {
+  if (posted.bytes != arrival.bytes || posted.signature != arrival.signature || posted.borrows != arrival.lent) {
     return FailMismatch(peer, {key.op, key.tag, posted.signature}, posted.bytes,
                         {key.op, key.tag, arrival.signature}, arrival.bytes);
   }
@@ -123,11 +127,11 @@ void ShmChannel::State::Match(Peer& peer, const Key& key, const Posted& posted, 
         return;
       }
       ended.push_back({posted.token, arrival.bytes > 0 ? arrival.payload.get() : g_nothing});
-      peer.views[key] = {false, 0, std::move(arrival.payload)};
+      peer.views[key] = {false, 0, std::move(arrival.payload), posted.token, posted.signature, posted.bytes};
       return;
     case RecordKind::kOffer: {
       Assembly& assembly = peer.assembling[key];
-      assembly = {posted.into, posted.bytes, 0, posted.token, nullptr};
+      assembly = {posted.into, posted.bytes, 0, posted.token, nullptr, posted.signature};
       if (view) {
         assembly.buffer.reset(new std::byte[posted.bytes]);
         assembly.into = assembly.buffer.get();
@@ -152,7 +156,7 @@ bool ShmChannel::State::MatchInPlace(Peer& peer, const Key& key, const Posted& p
   if (from == nullptr) return false;
   if (posted.into == nullptr) {
     ended.push_back({posted.token, from});
-    peer.views[key] = {true, arrival.request, nullptr};
+    peer.views[key] = {true, arrival.request, nullptr, posted.token, posted.signature, posted.bytes};
   } else {
     copies.push_back({peer.seat, from, posted.into, arrival.bytes, 0, arrival.request, posted.token});
   }

@@ -22,13 +22,15 @@ enum class RecordKind : uint8_t {
 };
 
 struct Record {
+  static constexpr uint8_t kEager = 1;  // Of kStaged: the message is one fragment that came unasked.
+  static constexpr uint8_t kLent = 2;   // The receiver may write to it and gives it back.
   static constexpr int64_t kInlineMax = 512;
   static constexpr int64_t kShortMax = 28;                       // Payloads that fit into the descriptor.
   static constexpr int64_t kUnitMax = kLine - sizeof(uint32_t);  // Payload in a unit of its own.
 
   uint32_t stamp;  // Atomic in the ring. The unit's position + 1, modulo 2^32.
   RecordKind kind;
-  uint8_t eager;           // Of kStaged: the message is one fragment that came unasked.
+  uint8_t flags;
   uint16_t payload_bytes;  // Of kInline.
   uint64_t op;
   uint32_t tag;
@@ -76,7 +78,7 @@ class RingWriter {
   void Write(const Record& record, const std::byte* payload, int64_t payload_bytes) {
     Record& slot = *reinterpret_cast<Record*>(At(written_));
     slot.kind = record.kind;
-    slot.eager = record.eager;
+    slot.flags = record.flags;
     slot.payload_bytes = static_cast<uint16_t>(payload_bytes);
     slot.op = record.op;
     slot.tag = record.tag;

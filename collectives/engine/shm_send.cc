@@ -52,25 +52,55 @@ Record ShmChannel::State::Describe(const Outgoing& message, RecordKind kind) {
   record.tag = message.id.tag;
   record.signature = message.id.signature;
   record.bytes = message.bytes;
+  const bool lent = message.mode == Outgoing::Mode::kLent || message.mode == Outgoing::Mode::kLentCopy;
+  record.flags = lent ? Record::kLent : 0;
   return record;
+}
+
+void ShmChannel::State::SendNow(Peer& peer, const Outgoing& message) {
+  if (!peer.waiting.empty() || !Start(peer, message)) peer.waiting.push_back(message);
+}
+
+// The peer has all of it, or has given it back.
+void ShmChannel::State::EndSend(Peer& peer, const Outgoing& message) {
+  switch (message.mode) {
+    case Outgoing::Mode::kPlain:
+      break;
+    case Outgoing::Mode::kLent:
+      if (group->EndLoan(peer.seat, message.data)) break;
+      return Fail(absl::AbortedError("memory that was lent had to be cut off from a peer that stopped"));
+    case Outgoing::Mode::kLentCopy:
+      return;
+    case Outgoing::Mode::kReturn:
+      peer.returning.erase(Key{message.id.op, message.id.tag});
+      break;
+  }
+  ended.push_back({message.token, nullptr});
 }
 
 // Writes what the peer needs to know of a new message. False: there is no room.
 bool ShmChannel::State::Start(Peer& peer, Outgoing message) {
-  if (message.bytes <= Record::kInlineMax) {
+  const bool in_place = message.mode == Outgoing::Mode::kLent;
+  if (message.bytes <= Record::kInlineMax && !in_place) {
     if (!peer.out.Fits(message.bytes)) return false;
     peer.out.Write(Describe(message, RecordKind::kInline), message.data, message.bytes);
     peer.written = true;
-    ended.push_back({message.token, nullptr});
+    EndSend(peer, message);
     return true;
   }
   if (!peer.out.Fits(0) || peer.questions.Full()) return false;
   Record record = Describe(message, RecordKind::kDirect);
-  if (IsShared(message, &record)) {
+  const bool shared = message.mode != Outgoing::Mode::kLentCopy && IsShared(message, &record);
+  if (in_place && !shared) {
+    Fail(absl::AbortedError("memory that is lent is no longer shared: it had to be cut off from a peer that stopped"));
+    return true;
+  }
+  if (shared) {
     record.request = Ask(peer, {Request::Kind::kDirect, 0, message});
   } else {
     if (!HaveStaging()) return true;  // The channel has failed.
-    if (message.bytes <= kFragmentBytes && free_slots.size() > kReservedSlots) {
+    const bool may_be_eager = message.mode != Outgoing::Mode::kLentCopy;  // The receiver writes to it.
+    if (may_be_eager && message.bytes <= kFragmentBytes && free_slots.size() > kReservedSlots) {
       return WriteFragment(peer, &message, /*eager=*/true);
     }
     record.kind = RecordKind::kOffer;
@@ -90,7 +120,7 @@ bool ShmChannel::State::WriteFragment(Peer& peer, Outgoing* message, bool eager)
   std::memcpy(staging->base() + slot * kFragmentBytes, message->data + message->staged, bytes);
   message->staged += bytes;
   Record record = Describe(*message, RecordKind::kStaged);
-  record.eager = eager;
+  if (eager) record.flags |= Record::kEager;
   record.request = Ask(peer, {Request::Kind::kFragment, slot, *message});
   record.SetPlace(staging->id(), slot * kFragmentBytes);
   peer.out.Write(record, nullptr, 0);
@@ -111,7 +141,7 @@ void ShmChannel::State::CollectAnswers(Peer& peer) {
     Request& request = peer.requests[number];
     switch (request.kind) {
       case Request::Kind::kDirect:
-        ended.push_back({request.message.token, nullptr});
+        EndSend(peer, request.message);
         break;
       case Request::Kind::kOffer:
         granted.emplace_back(peer.seat, request.message);
@@ -119,8 +149,7 @@ void ShmChannel::State::CollectAnswers(Peer& peer) {
       case Request::Kind::kFragment:
         free_slots.push_back(request.slot);
         // Fragments are taken in order. Not before the last one: the staging memory is this rank's as well.
-        if (request.message.staged == request.message.bytes)
-          ended.push_back({request.message.token, nullptr});
+        if (request.message.staged == request.message.bytes) EndSend(peer, request.message);
         break;
       case Request::Kind::kNone:
         break;

@@ -41,6 +41,7 @@ class World::Life final : public GroupLife {
   }
 
   absl::Status End(const std::string& cause) override { return world_->EndGroup(*this, cause); }
+  bool ProcessDied(int member) const override { return world_->ProcessDied(ranks()[member]); }
 
   using GroupLife::Finish;
   using GroupLife::RunCallbacks;

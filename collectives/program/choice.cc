@@ -159,7 +159,7 @@ int64_t Estimate(const CostModel& model, const Algorithm& algorithm, const Probl
 Problem StandIn(const Problem& problem) {
   Problem p = problem;
   p.rank = 0;
-  p.in_place = false;
+  p.in_place = p.kind == OpKind::kAllReduce;  // As most are.
   if (p.kind == OpKind::kAllToAll && !p.even) {  // What others send is not known: take them to be alike.
     p.counts.assign(p.size, Total(p) / p.size);
     p.recv_counts = p.counts;

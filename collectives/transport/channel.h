@@ -51,6 +51,20 @@ class Channel {
   virtual void ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) = 0;
   virtual void Release(int member, MessageId id, const std::byte* view) = 0;
 
+  // Lending: whether all members can do what follows with each other.
+  virtual bool Lends() const { return false; }
+  // As Send, but the peer, which takes it by Borrow, may write to the bytes as well: until the token comes back.
+  virtual void Lend(int /*member*/, MessageId, std::byte* /*data*/, int64_t /*bytes*/, uint64_t /*token*/) {}
+  // As ReceiveView and Release, but the view may be written to. When that has reached the owner the token comes once more,
+  // without a view.
+  virtual void Borrow(int /*member*/, MessageId, int64_t /*bytes*/, uint64_t /*token*/) {}
+  virtual void GiveBack(int /*member*/, MessageId, const std::byte* /*view*/) {}
+  // Around each write to the bytes [begin, begin + bytes) of borrowed views, of 512 KiB or so: owners wait for its end before
+  // they use their memory for something else. False: the group is over, the next Poll says why; of Begin: nothing may be
+  // written; of End: what was read and written does not count.
+  virtual bool BeginWrite(int64_t /*begin*/, int64_t /*bytes*/) { return false; }
+  virtual bool EndWrite() { return false; }
+
   // This rank posts no message of this operation any more, nor of earlier ones (those without the top bit): one that arrives
   // unasked, or has already, is an error (see Mismatch), for example because the other rank was in another operation.
   virtual void Finish(MessageId) {}

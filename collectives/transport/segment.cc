@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <fstream>
 #include <initializer_list>
@@ -120,11 +121,13 @@ absl::StatusOr<std::unique_ptr<Segment>> Segment::Create(uint64_t id, int64_t by
     const int64_t rounded = RoundUp(bytes, kHugePage);
     absl::StatusOr<MappedFile> file = NewFile(rounded, MFD_HUGETLB);
     // Somebody else may have taken the pages meanwhile: small ones do too.
-    if (file.ok()) return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(file->fd), file->base));
+    if (file.ok()) {
+      return std::unique_ptr<Segment>(new Segment(id, rounded, kHugePage, std::move(file->fd), file->base));
+    }
   }
   const int64_t rounded = RoundUp(std::max<int64_t>(bytes, 1), kSmallPage);
   SHOAL_ASSIGN_OR_RETURN(MappedFile file, NewFile(rounded, 0), "wanted ", bytes, " bytes");
-  return std::unique_ptr<Segment>(new Segment(id, rounded, std::move(file.fd), file.base));
+  return std::unique_ptr<Segment>(new Segment(id, rounded, kSmallPage, std::move(file.fd), file.base));
 }
 
 absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint64_t id, int64_t bytes, Fd fd, Access access) {
@@ -136,7 +139,7 @@ absl::StatusOr<std::unique_ptr<Segment>> Segment::Map(uint64_t id, int64_t bytes
   }
   SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes, access));
   // The mapping keeps the memory; the descriptor is not needed, and there may be many.
-  return std::unique_ptr<Segment>(new Segment(id, bytes, Fd(), base));
+  return std::unique_ptr<Segment>(new Segment(id, bytes, kSmallPage, Fd(), base));
 }
 
 Segment::~Segment() { munmap(base_, bytes_); }
@@ -144,6 +147,27 @@ Segment::~Segment() { munmap(base_, bytes_); }
 bool Segment::Contains(const void* data, int64_t bytes) const {
   const auto* begin = static_cast<const std::byte*>(data);
   return begin >= base_ && bytes <= bytes_ && begin + bytes <= base_ + bytes_;
+}
+
+absl::Status Segment::MakePrivate(int64_t offset, int64_t bytes) {
+  const int64_t begin = offset / page_bytes_ * page_bytes_;
+  const int64_t size = std::min(RoundUp(offset + bytes, page_bytes_), bytes_) - begin;
+  // In two steps, because a failed mmap(2) over the old place could leave a hole there.
+  void* copy = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE, fd_.get(), begin);
+  if (copy == MAP_FAILED) return ErrnoStatus(errno, "map shared memory as private");
+  if (mremap(copy, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, base_ + begin) == MAP_FAILED) {
+    const absl::Status status = ErrnoStatus(errno, "move a private mapping over a shared one");
+    munmap(copy, size);
+    return status;
+  }
+  // A private page is the shared one until it is first written to. A write that changes nothing, whoever else writes.
+  for (int64_t page = begin; page < begin + size; page += page_bytes_) {
+    std::atomic_ref<uint8_t> byte(*reinterpret_cast<uint8_t*>(base_ + page));
+    uint8_t value = byte.load(std::memory_order_relaxed);
+    while (!byte.compare_exchange_weak(value, value)) {
+    }
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<Fd> Segment::Duplicate() const {

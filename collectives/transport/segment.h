@@ -36,15 +36,21 @@ class Segment {
   // A second descriptor of the memory file.
   absl::StatusOr<Fd> Duplicate() const;
 
+  // A part of an own segment, rounded to whole pages, becomes memory of this process alone, with what it holds: what peers
+  // write there from now on nobody sees here. Threads may use the memory meanwhile. Before CloseDescriptor().
+  // RESOURCE_EXHAUSTED and others: it stays shared.
+  absl::Status MakePrivate(int64_t offset, int64_t bytes);
+  int64_t page_bytes() const { return page_bytes_; }
+
   // No peer can be told any more; the memory stays.
   void CloseDescriptor() { fd_ = Fd(); }
 
  private:
-  Segment(uint64_t id, int64_t bytes, Fd fd, std::byte* base)
-      : id_(id), bytes_(bytes), fd_(std::move(fd)), base_(base) {}
+  Segment(uint64_t id, int64_t bytes, int64_t page_bytes, Fd fd, std::byte* base)
+      : id_(id), bytes_(bytes), page_bytes_(page_bytes), fd_(std::move(fd)), base_(base) {}
 
   uint64_t id_;
-  int64_t bytes_;
+  int64_t bytes_, page_bytes_;
   Fd fd_;
   std::byte* base_;
 };

@@ -36,6 +36,19 @@ TEST(Segment, AForeignDescriptorThatIsTooSmallIsRefused) {
   EXPECT_FALSE(Segment::Map(1, 4096, Fd(), Segment::Access::kRead).ok());
 }
 
+TEST(Segment, APartCanBecomePrivateWithWhatItHolds) {
+  std::unique_ptr<Segment> own = *Segment::Create(1, 8 * 4096);
+  std::unique_ptr<Segment> peer =
+      *Segment::Map(1, own->bytes(), *own->Duplicate(), Segment::Access::kReadWrite);
+  std::memset(own->base(), 1, own->bytes());
+  ASSERT_TRUE(own->MakePrivate(4096 + 10, 4096).ok());  // Parts of two pages.
+  std::memset(peer->base(), 2, peer->bytes());
+  for (int page = 0; page < 8; ++page) {
+    EXPECT_EQ(own->base()[page * 4096], std::byte(page == 1 || page == 2 ? 1 : 2)) << page;
+    EXPECT_EQ(own->base()[page * 4096 + 4095], std::byte(page == 1 || page == 2 ? 1 : 2)) << page;
+  }
+}
+
 TEST(Segment, ContainsKnowsItsBounds) {
   std::unique_ptr<Segment> segment = *Segment::Create(1, 4096);
   EXPECT_TRUE(segment->Contains(segment->base(), 4096));
