@@ -1,5 +1,5 @@
-// An elastic job across hosts that are network namespaces: a coordinator and members, forked from this process (which must
-// have no other threads) onto the hosts.
+// An elastic job across hosts that are network namespaces: a coordinator and members, forked from this
+// process (which must have no other threads) onto the hosts.
 #pragma once
 
 #include <memory>
@@ -30,7 +30,8 @@ class Cluster {
   // At the same address each time. Returns once it listens.
   void StartCoordinator();
   Child& coordinator() { return *coordinator_; }
-  // A process that joins and goes on as LiveInCluster. Says "began T" (NowNs()), and "left" at its polite end.
+  // A process that joins and goes on as LiveInCluster. Says "began T" (NowNs()), and "left" at its polite
+  // end.
   std::unique_ptr<Child> StartMember(int host) const;
 
  private:

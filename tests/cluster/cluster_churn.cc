@@ -1,11 +1,13 @@
-// A job across hosts: cables are pulled and put back, hosts lose sight of each other, members and the coordinator are killed,
-// stopped, cut off, sent away and replaced at random moments while collectives run. Every result is checked by the members,
-// what they say by the referee.
+// A job across hosts: cables are pulled and put back, hosts lose sight of each other, members and the
+// coordinator are killed, stopped, cut off, sent away and replaced at random moments while collectives run.
+// Every result is checked by the members, what they say by the referee.
 //
-//   cluster_churn [--seconds N] [--seed S] [--members M] [--transport auto|tcp] [--event-ms MS] [--heartbeat-ms MS]
+//   cluster_churn [--seconds N] [--seed S] [--members M] [--transport auto|tcp] [--event-ms MS]
+//   [--heartbeat-ms MS]
 //                 [--hosts N] [--coordinator-host H] [--slack-ms MS] [--verbose 0|1]
 //
-// Exit code 0: nothing was wrong, and when the churn ended all living members came together. 1: something was.
+// Exit code 0: nothing was wrong, and when the churn ended all living members came together. 1: something
+// was.
 #include <poll.h>
 #include <signal.h>
 
@@ -44,6 +46,8 @@ struct ChurnOptions {
 
 constexpr int64_t kTogetherNs = 30'000'000'000;
 constexpr int64_t kMs = 1'000'000;
+// At once. More of them, or a new coordinator again and again, and epochs hardly ever form.
+constexpr int kOutagesMax = 2;
 
 class Churn {
  public:
@@ -88,6 +92,7 @@ class Churn {
   std::map<pid_t, Member> members_;
   std::multimap<int64_t, std::function<void()>> due_;
   bool coordinator_dead_ = false;
+  int outages_ = 0;
   std::vector<bool> cable_out_ = std::vector<bool>(options_.hosts, false);
   int64_t begun_ns_ = NowNs(), turned_ns_ = begun_ns_;
   int64_t late_ns_ = 0;  // The longest time between two turns.
@@ -97,7 +102,8 @@ class Churn {
 void Churn::Note(const std::string& what, const std::string& detail) {
   ++counts_[what];
   if (options_.verbose != 0) {
-    std::printf("%8.3f %s %s\n", static_cast<double>(NowNs() - begun_ns_) * 1e-9, what.c_str(), detail.c_str());
+    std::printf("%8.3f %s %s\n", static_cast<double>(NowNs() - begun_ns_) * 1e-9, what.c_str(),
+                detail.c_str());
   }
 }
 
@@ -111,12 +117,16 @@ void Churn::Start() {
   members_[pid] = std::move(member);
 }
 
-// One that runs. Somebody of the newest epoch is left alone: a job that loses all of its members is another job afterwards.
+// One that runs. Somebody of the newest epoch is left alone: a job that loses all of its members is another
+// job afterwards.
 Churn::Member* Churn::Choose() {
   std::vector<Member*> running;
   int newest = 0;
-  const auto is_newest = [this](pid_t pid) { return referee_.members().at(pid).epoch == referee_.newest_epoch(); };
-  for (const auto& [pid, member] : members_) newest += !member.leaves && !member.busy && is_newest(pid) ? 1 : 0;
+  const auto is_newest = [this](pid_t pid) {
+    return referee_.members().at(pid).epoch == referee_.newest_epoch();
+  };
+  for (const auto& [pid, member] : members_)
+    newest += !member.leaves && !member.busy && is_newest(pid) ? 1 : 0;
   for (auto& [pid, member] : members_) {
     if (!member.leaves && !member.busy && (!is_newest(pid) || newest > 1)) running.push_back(&member);
   }
@@ -134,10 +144,13 @@ void Churn::TakeCableDown() {
   const int64_t ms = 200 + Random(2800);
   if (cable_out_[host]) return;
   cable_out_[host] = true;
-  Note(how == NetworkHosts::Cable::kPulled ? "cable pulled" : "interface down", absl::StrCat(host, " for ", ms, " ms"));
+  ++outages_;
+  Note(how == NetworkHosts::Cable::kPulled ? "cable pulled" : "interface down",
+       absl::StrCat(host, " for ", ms, " ms"));
   ChangeNetwork([&] { return network().SetCable(host, how); });
   Later(ms, [this, host] {
     cable_out_[host] = false;
+    --outages_;
     if (options_.verbose != 0) Note("cable back", absl::StrCat(host));
     ChangeNetwork([&] { return network().SetCable(host, NetworkHosts::Cable::kUp); });
   });
@@ -157,7 +170,11 @@ void Churn::CutPath() {
     });
   };
   set(NetworkHosts::Path::kCut);
-  Later(ms, [set] { set(NetworkHosts::Path::kOpen); });
+  ++outages_;
+  Later(ms, [this, set] {
+    set(NetworkHosts::Path::kOpen);
+    --outages_;
+  });
 }
 
 void Churn::KillCoordinator() {
@@ -205,9 +222,11 @@ void Churn::Leave(Member& member) {
 
 void Churn::Event() {
   const int64_t dice = Random(100);
-  if (dice < 18) return TakeCableDown();
-  if (dice < 30) return CutPath();
-  if (dice < 36) return KillCoordinator();
+  if (dice < 30) {
+    if (outages_ == kOutagesMax) return;
+    return dice < 18 ? TakeCableDown() : CutPath();
+  }
+  if (dice < 34) return KillCoordinator();
   if (dice < 44) {
     if (static_cast<int64_t>(members_.size()) < options_.members + 2) Start();
     return;
@@ -252,7 +271,8 @@ void Churn::Turn() {
       referee_.OnGone(at->first);
       const int status = member.child->Wait();
       if (!member.leaves || status != 0) {
-        referee_.Hear(at->first, ParseMemberReport(absl::StrCat("(ended by itself: wait status ", status, ")")));
+        referee_.Hear(at->first,
+                      ParseMemberReport(absl::StrCat("(ended by itself: wait status ", status, ")")));
       }
     }
     at = ended ? members_.erase(at) : std::next(at);
@@ -262,9 +282,11 @@ void Churn::Turn() {
 }
 
 void Churn::Report(int64_t rounds) const {
-  for (const auto& [what, count] : counts_) std::printf("  %s: %lld\n", what.c_str(), static_cast<long long>(count));
+  for (const auto& [what, count] : counts_)
+    std::printf("  %s: %lld\n", what.c_str(), static_cast<long long>(count));
   std::printf("  epochs: %zu, jobs begun anew: %zu\n", referee_.epochs(), referee_.lineages() - 1);
-  std::printf("  rounds of collectives (of those who lived to the end): %lld\n", static_cast<long long>(rounds));
+  std::printf("  rounds of collectives (of those who lived to the end): %lld\n",
+              static_cast<long long>(rounds));
   std::printf("  longest turn of this process: %.1f ms\n", static_cast<double>(late_ns_) * 1e-6);
   std::vector<double> sorted = referee_.abort_ms();
   std::sort(sorted.begin(), sorted.end());
@@ -291,7 +313,8 @@ bool Churn::Run() {
   const int64_t whole_ns = NowNs();
   while (!referee_.Together() && referee_.violations().empty() && NowNs() < whole_ns + kTogetherNs) Turn();
   const bool together = referee_.Together();
-  if (together) std::printf("  together again after %.1f ms\n", static_cast<double>(NowNs() - whole_ns) * 1e-6);
+  if (together)
+    std::printf("  together again after %.1f ms\n", static_cast<double>(NowNs() - whole_ns) * 1e-6);
   int64_t rounds = 0;
   for (auto& [pid, member] : members_) {
     if (!together) break;
@@ -306,7 +329,9 @@ bool Churn::Run() {
     const Referee::Member& known = referee_.members().at(pid);
     std::printf("  pid %d on host %d: epoch %llu of %zu members, %s\n", pid, known.host,
                 static_cast<unsigned long long>(known.epoch), known.pids.size(),
-                known.over ? "over" : known.worked ? "works" : "begun");
+                known.over     ? "over"
+                : known.worked ? "works"
+                               : "begun");
   }
   return false;
 }
@@ -334,7 +359,8 @@ absl::Status Parse(int argc, char** argv, ChurnOptions* options) {
     return absl::InvalidArgumentError("want 2 to 32 hosts, a member and a millisecond at least");
   }
   if (options->coordinator_host < NetworkHosts::kSwitch || options->coordinator_host >= options->hosts) {
-    options->coordinator_host = options->seed % 2 == 0 ? NetworkHosts::kSwitch : options->seed % options->hosts;
+    options->coordinator_host =
+        options->seed % 2 == 0 ? NetworkHosts::kSwitch : options->seed % options->hosts;
   }
   return absl::OkStatus();
 }
@@ -358,9 +384,10 @@ int main(int argc, char** argv) {
     return 0;
   }
   SHOAL_CHECK_OK(cluster.status());
-  std::printf("cluster_churn: seed %lld, %lld members on %lld hosts, coordinator on %lld, transport %s, %lld s\n",
-              static_cast<long long>(options.seed), static_cast<long long>(options.members),
-              static_cast<long long>(options.hosts), static_cast<long long>(options.coordinator_host),
-              options.transport.c_str(), static_cast<long long>(options.seconds));
+  std::printf(
+      "cluster_churn: seed %lld, %lld members on %lld hosts, coordinator on %lld, transport %s, %lld s\n",
+      static_cast<long long>(options.seed), static_cast<long long>(options.members),
+      static_cast<long long>(options.hosts), static_cast<long long>(options.coordinator_host),
+      options.transport.c_str(), static_cast<long long>(options.seconds));
   return shoal::Churn(options, *std::move(cluster)).Run() ? 0 : 1;
 }

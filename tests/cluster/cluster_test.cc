@@ -1,4 +1,6 @@
 // One thing at a time happens to a job across four hosts, and what follows is timed.
+#include "tests/cluster/cluster.h"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -11,7 +13,6 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "collectives/transport/clock.h"
-#include "tests/cluster/cluster.h"
 #include "tests/cluster/member.h"
 
 namespace shoal {
@@ -31,8 +32,8 @@ class ClusterTest : public ::testing::Test {
     int host = 0;
     int64_t began_ns = 0;
     MemberReport view, worked;
-    std::string cause;        // Of the last ABORTED,
-    int64_t aborted_ns = 0;   // and when.
+    std::string cause;       // Of the last ABORTED,
+    int64_t aborted_ns = 0;  // and when.
   };
 
   // `per_host` members on each host.
@@ -62,7 +63,8 @@ class ClusterTest : public ::testing::Test {
     const int64_t deadline_ns = NowNs() + absl::ToInt64Nanoseconds(kLong);
     while (NowNs() < deadline_ns) {
       const std::string line = member.child->Line(kLong);
-      ASSERT_FALSE(line.empty() || absl::StartsWith(line, "wrong")) << "pid " << member.child->pid() << ": " << line;
+      ASSERT_FALSE(line.empty() || absl::StartsWith(line, "wrong"))
+          << "pid " << member.child->pid() << ": " << line;
       if (absl::StartsWith(line, "began ")) {
         ASSERT_TRUE(absl::SimpleAtoi(line.substr(6), &member.began_ns));
         continue;
@@ -105,7 +107,8 @@ class ClusterTest : public ::testing::Test {
   }
 
   // From `event_ns` to the members' ABORTED, which must come in time, and to their next epoch's first round.
-  void ReportRecovery(const char* what, int64_t event_ns, const std::vector<Member*>& members, int64_t abort_ns_max) {
+  void ReportRecovery(const char* what, int64_t event_ns, const std::vector<Member*>& members,
+                      int64_t abort_ns_max) {
     int64_t aborted_ns = 0, worked_ns = 0;
     for (const Member* member : members) {
       EXPECT_GT(member->aborted_ns, event_ns);
@@ -113,7 +116,8 @@ class ClusterTest : public ::testing::Test {
       worked_ns = std::max(worked_ns, member->worked.at_ns);
     }
     std::printf("%s: ABORTED on all survivors after %.1f ms, next epoch's first round after %.1f ms\n", what,
-                static_cast<double>(aborted_ns - event_ns) * 1e-6, static_cast<double>(worked_ns - event_ns) * 1e-6);
+                static_cast<double>(aborted_ns - event_ns) * 1e-6,
+                static_cast<double>(worked_ns - event_ns) * 1e-6);
     EXPECT_LT(aborted_ns - event_ns, abort_ns_max);
     EXPECT_LT(worked_ns - event_ns, abort_ns_max + 2'000'000'000);
   }
@@ -170,9 +174,9 @@ TEST_F(ClusterTest, OfTwoHostsThatDoNotReachEachOtherOneStays) {
   // Whom of the two the coordinator drops is its own affair: the later rank.
   std::vector<Member*> stay = members_;
   const int64_t first = members_[0]->child->pid();
-  const bool zero_is_earlier = std::find(members_[0]->view.pids.begin(), members_[0]->view.pids.end(), first) <
-                               std::find(members_[0]->view.pids.begin(), members_[0]->view.pids.end(),
-                                         members_[1]->child->pid());
+  const bool zero_is_earlier =
+      std::find(members_[0]->view.pids.begin(), members_[0]->view.pids.end(), first) <
+      std::find(members_[0]->view.pids.begin(), members_[0]->view.pids.end(), members_[1]->child->pid());
   stay.erase(stay.begin() + (zero_is_earlier ? 1 : 0));
   AwaitEpochOf(stay);
   if (HasFatalFailure()) return;

@@ -20,10 +20,11 @@
 namespace shoal {
 namespace {
 
-constexpr absl::Duration kStuck = absl::Seconds(45);  // No collective takes so long, whatever happens to its peers.
+constexpr absl::Duration kStuck =
+    absl::Seconds(45);  // No collective takes so long, whatever happens to its peers.
 constexpr int64_t kElements[] = {1, 1000, 20'000, 200'000};  // In turn.
 constexpr int64_t kElementsMax = 200'000;
-constexpr int64_t kPieceMax = 2000;  // Of one rank, in gathers.
+constexpr int64_t kPieceMax = 2000;                           // Of one rank, in gathers.
 constexpr int64_t kStateBlocks = 8, kStateElements = 16'384;  // Each.
 constexpr int64_t kSyncRounds = 40;
 
@@ -46,7 +47,8 @@ absl::Status Differs(const char* what, int64_t at, double is, double want) {
   return absl::DataLossError(absl::StrCat(what, ": element ", at, " is ", is, ", want ", want));
 }
 
-// The state that the members replicate: what it holds follows from its revision. A revision changes one block.
+// The state that the members replicate: what it holds follows from its revision. A revision changes one
+// block.
 class State {
  public:
   State() : tensor_(Zeros({kStateBlocks * kStateElements}, DType::kF32)) { Set(0); }
@@ -101,7 +103,9 @@ struct Job {
 
 Tensor Part(const Tensor& of, int64_t elements) { return Tensor(of.data<float>(), {elements}, DType::kF32); }
 
-float SumTerm(int rank, int64_t step, int64_t i) { return static_cast<float>((rank + 1) * (step % 97 + 1) + i % 13); }
+float SumTerm(int rank, int64_t step, int64_t i) {
+  return static_cast<float>((rank + 1) * (step % 97 + 1) + i % 13);
+}
 
 void BeginSum(Job& job) {
   const int64_t elements = kElements[job.step % 4];
@@ -209,7 +213,8 @@ class Life {
 
   void Run() {
     while (!over_) {
-      absl::StatusOr<std::unique_ptr<Communicator>> group = membership_.NextEpoch(absl::Now() + absl::Seconds(60));
+      absl::StatusOr<std::unique_ptr<Communicator>> group =
+          membership_.NextEpoch(absl::Now() + absl::Seconds(60));
       if (!group.ok()) return parent_.Say(absl::StrCat("wrong: no epoch: ", group.status().ToString()));
       const View view = membership_.view();
       name_ = absl::StrCat(view.lineage, " ", static_cast<uint64_t>(view.epoch));
@@ -245,7 +250,8 @@ class Life {
     SHOAL_ASSIGN_OR_RETURN(const SyncReport report,
                            SyncState(world, {{"state", state_.tensor()}}, before, {.deadline = Deadline()}));
     if (report.revision < before) {
-      return absl::DataLossError(absl::StrCat("sync_state goes back to revision ", report.revision, " from ", before));
+      return absl::DataLossError(
+          absl::StrCat("sync_state goes back to revision ", report.revision, " from ", before));
     }
     return state_.CheckIs(report.revision);
   }

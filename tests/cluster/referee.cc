@@ -111,8 +111,8 @@ void Referee::Hear(pid_t pid, const MemberReport& report) {
       if (since_ns == 0 || report.at_ns < since_ns || member.state != Member::kRunning) return;
       abort_ms_.push_back(static_cast<double>(report.at_ns - since_ns) * 1e-6);
       if (report.at_ns - since_ns <= abort_ns_ + late_ns_) return;
-      return Violated(pid, absl::StrCat("ABORTED ", abort_ms_.back(), " ms after it was separated from a peer: ",
-                                        report.text));
+      return Violated(pid, absl::StrCat("ABORTED ", abort_ms_.back(),
+                                        " ms after it was separated from a peer: ", report.text));
     }
     case MemberReport::kRounds:
       return;
@@ -129,8 +129,8 @@ void Referee::Check(int64_t late_ns) {
     const int64_t since_ns = ApartSinceNs(pid, member);
     if (since_ns == 0 || now_ns - since_ns <= 2 * (abort_ns_ + late_ns_)) continue;
     member.over = true;  // Said once.
-    Violated(pid, absl::StrCat("separated from a peer of epoch ", member.epoch, " for ", (now_ns - since_ns) / 1'000'000,
-                               " ms and not ABORTED"));
+    Violated(pid, absl::StrCat("separated from a peer of epoch ", member.epoch, " for ",
+                               (now_ns - since_ns) / 1'000'000, " ms and not ABORTED"));
   }
 }
 

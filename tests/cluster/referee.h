@@ -16,7 +16,8 @@ namespace shoal {
 
 class Referee {
  public:
-  // A member of an epoch that cannot hear, or be heard by, another one of it for `abort_ns` must know by then.
+  // A member of an epoch that cannot hear, or be heard by, another one of it for `abort_ns` must know by
+  // then.
   Referee(const testing::NetworkHosts& network, int64_t abort_ns) : network_(network), abort_ns_(abort_ns) {}
 
   // ---- What was done; told at once.

@@ -55,7 +55,8 @@ absl::Status NetworkHosts::Build() {
   SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link set eth0 up"));
   for (int host = 0; host < hosts(); ++host) {
     const std::string port = absl::StrCat("port", host);
-    SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link add " + port + " type veth peer name eth0 netns " + Name(host)));
+    SHOAL_RETURN_IF_ERROR(
+        Ip(at_switch + " link add " + port + " type veth peer name eth0 netns " + Name(host)));
     SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link set " + port + " master eth0 up"));
     SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " addr add " + Address(host) + "/24 dev eth0"));
     SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " link set eth0 up"));
@@ -86,7 +87,8 @@ absl::Status NetworkHosts::Enter(int host) const {
                        sethostname(host_name.data(), host_name.size()) == 0;
   const int error = errno;
   close(fd);
-  if (!entered) return absl::FailedPreconditionError(absl::StrCat("entering ", path, ": ", std::strerror(error)));
+  if (!entered)
+    return absl::FailedPreconditionError(absl::StrCat("entering ", path, ": ", std::strerror(error)));
   return absl::OkStatus();
 }
 
@@ -119,7 +121,8 @@ absl::Status NetworkHosts::SetPath(int from, int to, Path path) {
 absl::Status NetworkHosts::ApplyPath(int from, int to) const {
   const std::string neighbour = absl::StrCat(Address(to), " dev eth0");
   const std::string at = absl::StrCat("-n ", Name(from), " neigh ");
-  if (paths_[from][to] == Path::kCut) return Ip(at + "replace " + neighbour + " lladdr " + kNobody + " nud permanent");
+  if (paths_[from][to] == Path::kCut)
+    return Ip(at + "replace " + neighbour + " lladdr " + kNobody + " nud permanent");
   return Ip(at + "del " + neighbour);
 }
 

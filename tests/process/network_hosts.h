@@ -1,5 +1,6 @@
-// Hosts on this machine: network namespaces whose cables (eth0) meet in a switch, a namespace of its own. Cables can be
-// pulled, interfaces taken down, and frames lost from one host to another. Needs root and iproute2.
+// Hosts on this machine: network namespaces whose cables (eth0) meet in a switch, a namespace of its own.
+// Cables can be pulled, interfaces taken down, and frames lost from one host to another. Needs root and
+// iproute2.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ class NetworkHosts {
   absl::Status Enter(int host) const;
   std::string Address(int host) const;
 
-  // kPulled: the other end of the cable is down; what is sent vanishes. kDown: eth0 itself is; sending fails at once.
+  // kPulled: the other end of the cable is down; what is sent vanishes. kDown: eth0 itself is; sending fails
+  // at once.
   enum class Cable : uint8_t { kUp, kPulled, kDown };
   absl::Status SetCable(int host, Cable cable);
   // Whether what `from` sends reaches `to`; nothing tells either of them.
