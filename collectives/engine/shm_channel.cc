@@ -132,7 +132,7 @@ void ShmChannel::Release(int member, MessageId id, const std::byte*) {
   Peer& peer = s.PeerOf(member);
   const auto found = peer.views.find(Key{id.op, id.tag});
   SHOAL_CHECK(found != peer.views.end()) << "no view of message " << id.op << "/" << id.tag;
-  if (found->second.in_place) {
+  if (found->second.segment != nullptr) {
     if (const absl::Status status = s.group->CheckPeer(peer.seat); !status.ok()) s.Fail(status);
     s.Reply(peer, Answer::kTaken, found->second.request);
   }
@@ -151,7 +151,7 @@ void ShmChannel::GiveBack(int member, MessageId id, const std::byte* view) {
   View given = std::move(found->second);
   peer.views.erase(found);
   if (!s.final.ok()) return;  // What was written there does not count.
-  if (given.in_place) {
+  if (given.segment != nullptr) {
     s.Reply(peer, Answer::kTaken, given.request);
     s.ended.push_back({given.token, nullptr});
     return;

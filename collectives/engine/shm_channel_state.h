@@ -90,6 +90,7 @@ struct Request {
 // A copy from a peer's buffer that has begun.
 struct Copying {
   int seat = 0;
+  std::shared_ptr<const Segment> segment;  // Keeps `from` mapped.
   const std::byte* from = nullptr;
   std::byte* to = nullptr;
   int64_t bytes = 0;
@@ -110,7 +111,8 @@ struct Assembly {
 
 // What Release and GiveBack give back.
 struct View {
-  bool in_place = false;  // In the sender's buffer, or a slot of it: `request` is answered.
+  // In the sender's buffer, or a slot of it: `request` is answered, and this keeps it mapped. Null: in `buffer`.
+  std::shared_ptr<const Segment> segment;
   uint32_t request = 0;
   std::unique_ptr<std::byte[]> buffer;
   // Of the receive.
@@ -142,7 +144,7 @@ struct Peer {
   Replies replies;
   std::vector<Request> requests;                         // By number.
   std::deque<Outgoing> waiting;                          // Those that found no room in the ring.
-  std::vector<std::shared_ptr<const Segment>> segments;  // Those in use, the last one in front.
+  std::vector<std::shared_ptr<const Segment>> segments;  // Those used lately, the last one in front.
 };
 
 inline std::byte g_nothing[kLine];  // Where empty views point.
@@ -176,6 +178,7 @@ struct ShmChannel::State {
   void Match(shm::Peer& peer, const shm::Key& key, const shm::Posted& posted, shm::Arrival arrival);
   bool MatchInPlace(shm::Peer& peer, const shm::Key& key, const shm::Posted& posted,
                     const shm::Arrival& arrival);
+  // The segment is the front one of the peer's then. Null: it is not known yet, or nonsense (`final`).
   const std::byte* Find(shm::Peer& peer, uint64_t segment, int64_t offset, int64_t bytes);
   void RetryUnresolved();
   void RunCopies();

@@ -287,6 +287,31 @@ TEST_F(Pair, WhatWasReadFromAnEndedRankDoesNotCount) {
   EXPECT_TRUE(ranks.lives[1]->Ended());
 }
 
+// As a peer does whose group has ended, before this rank has heard of it.
+TEST_F(Pair, WhatIsBeingReadStaysMappedWhenItsOwnerFreesIt) {
+  constexpr int64_t kBytes = 4 << 20;  // Takes several polls.
+  const auto viewed = std::make_unique<Buffer>(*ranks.memories[0], kBytes, true);
+  const auto copied = std::make_unique<Buffer>(*ranks.memories[0], kBytes, true);
+  Buffer other(*ranks.memories[0], 1 << 16, true);
+  Fill(viewed->data, kBytes, 1);
+  Fill(copied->data, kBytes, 2);
+  std::vector<std::byte> got(kBytes), more(other.size);
+  a.Send(1, {1, 0}, viewed->data, kBytes, 10);
+  a.Send(1, {1, 1}, copied->data, kBytes, 11);
+  b.ReceiveView(0, {1, 0}, kBytes, 20);
+  b.Receive(0, {1, 1}, got.data(), kBytes, 21);
+  ASSERT_TRUE(b.Poll(&events).ok());
+  ASSERT_EQ(events.size(), 1u);
+  viewed->holder.reset();
+  copied->holder.reset();
+  a.Send(1, {1, 2}, other.data, other.size, 12);  // Has the receiver look for memory again.
+  b.Receive(0, {1, 2}, more.data(), other.size, 22);
+  Events(b, 2);
+  EXPECT_TRUE(Matches(got.data(), kBytes, 2));
+  EXPECT_TRUE(Matches(events[0].view, kBytes, 1));
+  b.Release(0, {1, 0}, events[0].view);
+}
+
 TEST_F(Pair, ACopyFromAnEndedRankIsNotReceived) {
   Buffer buffer(*ranks.memories[0], 1 << 16, true);
   a.Send(1, {1, 0}, buffer.data, buffer.size, 10);

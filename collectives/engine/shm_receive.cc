@@ -105,7 +105,7 @@ bool ShmChannel::State::TakeFragment(Peer& peer, const Record& record) {
   if (assembly.buffer != nullptr) {
     ended.push_back({assembly.token, assembly.into});
     peer.views[found->first] = {
-        false, 0, std::move(assembly.buffer), assembly.token, assembly.signature, assembly.bytes};
+        nullptr, 0, std::move(assembly.buffer), assembly.token, assembly.signature, assembly.bytes};
   } else {
     ended.push_back({assembly.token, nullptr});
   }
@@ -127,7 +127,7 @@ void ShmChannel::State::Match(Peer& peer, const Key& key, const Posted& posted, 
         return;
       }
       ended.push_back({posted.token, arrival.bytes > 0 ? arrival.payload.get() : g_nothing});
-      peer.views[key] = {false, 0, std::move(arrival.payload), posted.token, posted.signature, posted.bytes};
+      peer.views[key] = {nullptr, 0, std::move(arrival.payload), posted.token, posted.signature, posted.bytes};
       return;
     case RecordKind::kOffer: {
       Assembly& assembly = peer.assembling[key];
@@ -154,18 +154,19 @@ bool ShmChannel::State::MatchInPlace(Peer& peer, const Key& key, const Posted& p
                                      const Arrival& arrival) {
   const std::byte* from = Find(peer, arrival.segment, arrival.offset, arrival.bytes);
   if (from == nullptr) return false;
+  const std::shared_ptr<const Segment>& segment = peer.segments.front();
   if (posted.into == nullptr) {
     ended.push_back({posted.token, from});
-    peer.views[key] = {true, arrival.request, nullptr, posted.token, posted.signature, posted.bytes};
+    peer.views[key] = {segment, arrival.request, nullptr, posted.token, posted.signature, posted.bytes};
   } else {
-    copies.push_back({peer.seat, from, posted.into, arrival.bytes, 0, arrival.request, posted.token});
+    copies.push_back({peer.seat, segment, from, posted.into, arrival.bytes, 0, arrival.request, posted.token});
   }
   return true;
 }
 
 const std::byte* ShmChannel::State::Find(Peer& peer, uint64_t id, int64_t offset, int64_t bytes) {
   if (const uint64_t now = group->memory().Removed(); now != removed) {
-    // Everything in use is known to its owner to be in use: what is gone is used by nobody.
+    // A peer whose group has ended takes away also what is being read here: copies and views keep theirs.
     removed = now;
     for (const auto& other : peers) {
       if (other != nullptr) other->segments.clear();
