@@ -115,6 +115,10 @@ struct TinyGroup::State {
   std::vector<int> Missing(uint32_t number) const;
   absl::Status StatusOf(uint32_t number, const Label& label);
   void Release();
+  bool Asking() {
+    SpinLockHolder holder(&lock);
+    return asking > 0;
+  }
 
   const std::shared_ptr<HostGroup> group;
   const int64_t timeout_ns;
@@ -144,6 +148,9 @@ struct TinyGroup::State {
   // Handles' memory. The state lives until the last one is gone.
   int64_t users = 1;
   std::vector<void*> free_handles;
+  // Threads that use the hooks or the group's life. Changed with the lock, and from zero only while operations are
+  // open: what they use must stay until none is there (~TinyGroup).
+  int asking = 0;
 };
 
 namespace {
@@ -218,6 +225,7 @@ class TinyWork final : public Work::State {
       SpinLockHolder holder(&state_->lock);
       later = !state_->Ended(number_);
       if (later) {
+        ++state_->asking;
         state_->callbacks.push_back({number_, label_, {}, std::move(callback)});
         std::memcpy(state_->callbacks.back().text, text_, kLabelMax);
         state_->callback_count.fetch_add(1, std::memory_order_release);
@@ -225,6 +233,8 @@ class TinyWork final : public Work::State {
     }
     if (!later) return callback(state_->StatusOf(number_, label_));
     state_->hooks.attend();
+    SpinLockHolder holder(&state_->lock);
+    --state_->asking;
   }
 
  private:
@@ -491,7 +501,6 @@ std::vector<int> TinyGroup::State::Missing(uint32_t number) const {
 }
 
 int64_t TinyGroup::State::CheckWaiting() {
-  absl::Status status = group->CheckAlive();
   uint32_t awaited = 0;  // What somebody has not published yet.
   Pending op;
   {
@@ -511,7 +520,9 @@ int64_t TinyGroup::State::CheckWaiting() {
     };
     for (uint32_t number = next; Reached(published, number); ++number) consider(At(number));
     for (const Pending& other : queue) consider(other);
+    ++asking;
   }
+  absl::Status status = group->CheckAlive();
   if (status.ok()) {
     std::vector<int> left;
     for (int member : Missing(awaited)) {
@@ -528,8 +539,9 @@ int64_t TinyGroup::State::CheckWaiting() {
                                               hooks.names(Missing(awaited)), " had not arrived"));
     }
   }
-  if (status.ok()) return op.deadline_ns;
   SpinLockHolder holder(&lock);
+  --asking;
+  if (status.ok()) return op.deadline_ns;
   // What was complete before the end stays so.
   Advance();
   if (Reached(issued.load(std::memory_order_relaxed), finished.load(std::memory_order_relaxed) + 1))
@@ -549,6 +561,8 @@ TinyGroup::~TinyGroup() {
   while (Poll()) {
     SHOAL_CHECK(state_->group->life().Ended()) << "tiny operations are open";
   }
+  // Threads that await a handle leave now, and nobody begins to ask any more.
+  while (state_->Asking()) sched_yield();
   state_->Release();
 }
 

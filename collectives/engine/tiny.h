@@ -51,7 +51,9 @@ class TinyGroup {
 
   // All members of the group must be on this host. `timeout_ns`: of operations without a deadline.
   TinyGroup(std::shared_ptr<HostGroup> group, int64_t timeout_ns, Hooks hooks);
-  ~TinyGroup();  // Operations are ended or the group is over. Handles may outlive it.
+  // Operations are ended or the group is over. Handles may outlive it, also those that threads await: it returns when
+  // none of these uses the hooks any more.
+  ~TinyGroup();
   TinyGroup(const TinyGroup&) = delete;
   TinyGroup& operator=(const TinyGroup&) = delete;
 

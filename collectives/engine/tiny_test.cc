@@ -241,6 +241,32 @@ TEST(Tiny, AnEndOfTheGroupReachesWhoWaits) {
   }
 }
 
+TEST(Tiny, TheEndWaitsForThreadsThatAskForTheGroup) {
+  std::vector<double> a = {1};
+  std::atomic<bool> asking{false}, destroyed{false};
+  ShmRanks ranks(2);
+  TinyGroup::Hooks hooks;
+  hooks.name = [](int member) { return absl::StrCat("rank ", member); };
+  hooks.attend = [] {};
+  hooks.left = [&](int) {
+    asking = true;
+    while (!ranks.lives[0]->Ended()) std::this_thread::yield();
+    // As long as it takes others to go on, if they would.
+    for (int i = 0; i < 1000; ++i) std::this_thread::yield();
+    EXPECT_FALSE(destroyed);
+    return true;
+  };
+  auto group = std::make_unique<TinyGroup>(ranks.groups[0], /*timeout_ns=*/60'000'000'000, hooks);
+  std::thread waiter([&, work = group->Issue(Make(OpKind::kAllReduce, a, &a))] {
+    EXPECT_EQ(work.Await(), absl::AbortedError("all_reduce #1: closed"));
+  });
+  while (!asking) std::this_thread::yield();
+  (void)ranks.lives[0]->End("closed");
+  group.reset();
+  destroyed = true;
+  waiter.join();
+}
+
 TEST(Tiny, HandlesOutliveTheGroup) {
   Work kept, failed;
   std::vector<double> a = {1}, b = {2};
