@@ -13,6 +13,7 @@
 #include "collectives/engine/executor.h"
 #include "collectives/engine/group.h"
 #include "collectives/engine/host_group.h"
+#include "collectives/engine/link_probe.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/planner.h"
 #include "collectives/engine/routed_channel.h"
@@ -20,6 +21,7 @@
 #include "collectives/engine/tcp_channel.h"
 #include "collectives/engine/tiny.h"
 #include "collectives/engine/tiny_call.h"
+#include "collectives/engine/tuning.h"
 #include "collectives/engine/world.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/status.h"
@@ -29,6 +31,8 @@ namespace {
 
 // Scratch memory up to here is private.
 constexpr int64_t kPrivateScratchBytes = 64 << 10;
+// What a host is taken to have, in a group on several.
+constexpr int64_t kCoresOfHosts = 8;
 
 // Each rank of a group computes the same key without asking the others.
 uint64_t GroupKey(uint64_t parent, const std::vector<int>& ranks, uint64_t number) {
@@ -42,10 +46,17 @@ uint64_t GroupKey(uint64_t parent, const std::vector<int>& ranks, uint64_t numbe
   return hash | 1;  // Never 0.
 }
 
-class Group final : public Communicator, private ExecutorHost {
+// Of tuning.h.
+class Tuned {
  public:
-  static absl::StatusOr<std::unique_ptr<Communicator>> Create(std::shared_ptr<World> world,
-                                                              std::shared_ptr<GroupLife> life, int64_t deadline_ns);
+  virtual ~Tuned() = default;
+  virtual std::vector<TuningRow> TuningRows() const = 0;
+};
+
+class Group final : public Communicator, public Tuned, private ExecutorHost {
+ public:
+  static absl::StatusOr<std::unique_ptr<Group>> Create(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life,
+                                                       CostModel model, int64_t deadline_ns);
   ~Group() override;
 
   int index() const override { return index_; }
@@ -74,6 +85,9 @@ class Group final : public Communicator, private ExecutorHost {
   Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
                            const OpOptions& options) override;
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override;
+  std::vector<TuningRow> TuningRows() const override { return planner_.tuner().Rows(); }
+  // Measures the links of a group on several hosts. Collective; only while no operation is pending.
+  void Measure(absl::Time deadline);
   void Abort(const absl::Status& cause) override;
   absl::Status status() const override { return life_->status(); }
   void OnAbort(std::function<void(const absl::Status&)> callback) override {
@@ -81,7 +95,7 @@ class Group final : public Communicator, private ExecutorHost {
   }
 
  private:
-  Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life);
+  Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life, CostModel model);
 
   absl::StatusOr<std::unique_ptr<Channel>> OpenChannel(int64_t deadline_ns);
   std::unique_ptr<TinyGroup> NewTinyGroup(std::shared_ptr<HostGroup> group);
@@ -104,12 +118,19 @@ class Group final : public Communicator, private ExecutorHost {
     return planner_.Find(op).program;
   }
   absl::StatusOr<std::byte*> Scratch(int64_t bytes) override;
+  void Observe(const Op&, int64_t ns) override { planner_.tuner().Observe(ns); }
+  Op* Prelude(const Op&) override;
+  void PreludeEnded() override { planner_.tuner().ApplyExchange(observed_by_all_); }
 
   const std::shared_ptr<World> world_;  // Shared with the other groups of the epoch.
   const std::shared_ptr<GroupLife> life_;
   const int index_, size_;
   const Topology topology_;
+  CostModel model_;
   Planner planner_;                     // Of whoever runs operations, as the scratch memory.
+  uint64_t collectives_ = 0;            // Begun.
+  std::vector<int64_t> observed_, observed_by_all_;
+  Op exchange_;                         // Of what was observed.
   std::shared_ptr<Segment> shared_scratch_;
   Tensor scratch_;
   std::shared_ptr<Executor> executor_;  // Null in a group of one. Shared with threads that await an operation.
@@ -130,18 +151,31 @@ Topology TopologyOf(const World& world, const std::vector<int>& ranks) {
   return topology;
 }
 
-Group::Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life)
+// That of the members alone.
+CostModel ModelOf(const CostModel& parent, const Topology& topology, absl::Span<const int> members) {
+  CostModel model = parent;
+  model.topology = topology;
+  model.links.clear();
+  for (int from : members) {
+    for (int to : members) model.links.push_back(parent.links[from * parent.topology.host.size() + to]);
+  }
+  if (!parent.topology.order.empty()) model.topology.order = RingOrder(model.links, static_cast<int>(members.size()));
+  return model;
+}
+
+Group::Group(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life, CostModel model)
     : world_(std::move(world)),
       life_(std::move(life)),
       index_(life_->index()),
       size_(static_cast<int>(life_->ranks().size())),
       topology_(TopologyOf(*world_, life_->ranks())),
-      planner_(index_, size_, topology_) {}
+      model_(std::move(model)),
+      planner_(index_, size_, topology_, model_) {}
 
-absl::StatusOr<std::unique_ptr<Communicator>> Group::Create(std::shared_ptr<World> world,
-                                                            std::shared_ptr<GroupLife> life, int64_t deadline_ns) {
+absl::StatusOr<std::unique_ptr<Group>> Group::Create(std::shared_ptr<World> world, std::shared_ptr<GroupLife> life,
+                                                     CostModel model, int64_t deadline_ns) {
   SHOAL_RETURN_IF_ERROR(life->status());
-  std::unique_ptr<Group> group(new Group(std::move(world), std::move(life)));
+  std::unique_ptr<Group> group(new Group(std::move(world), std::move(life), std::move(model)));
   if (group->size_ > 1) {
     absl::StatusOr<std::unique_ptr<Channel>> channel = group->OpenChannel(deadline_ns);
     if (!channel.ok()) {
@@ -151,7 +185,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Group::Create(std::shared_ptr<Worl
     ExecutorHost* const host = group.get();
     group->executor_ = std::make_shared<Executor>(*std::move(channel), group->life_, host);
   }
-  return std::unique_ptr<Communicator>(std::move(group));
+  return group;
 }
 
 absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns) {
@@ -220,6 +254,29 @@ absl::StatusOr<std::byte*> Group::Scratch(int64_t bytes) {
     SHOAL_ASSIGN_OR_RETURN(shared_scratch_, world_->memory().NewSegment(bytes * 3 / 2), "scratch memory");
   }
   return shared_scratch_->base();
+}
+
+Op* Group::Prelude(const Op&) {
+  if (!Tuner::ExchangesBefore(++collectives_)) return nullptr;
+  observed_.resize(Tuner::kExchanged);
+  observed_by_all_.resize(Tuner::kExchanged * size_);
+  planner_.tuner().FillExchange(absl::MakeSpan(observed_));
+  exchange_ = Op();
+  exchange_.kind = OpKind::kAllGather;
+  exchange_.dtype = DType::kI64;
+  exchange_.in = Tensor(observed_.data(), {Tuner::kExchanged}, DType::kI64);
+  exchange_.out = Tensor(observed_by_all_.data(), {Tuner::kExchanged * size_}, DType::kI64);
+  exchange_.counts.assign(size_, Tuner::kExchanged);
+  exchange_.algorithm = "direct";
+  exchange_.label = "tuning";
+  return &exchange_;
+}
+
+void Group::Measure(absl::Time deadline) {
+  absl::StatusOr<CostModel> measured = ProbeLinks(*this, model_, deadline);
+  if (!measured.ok()) return;  // The group is over: its next operation says so.
+  model_ = *std::move(measured);
+  planner_.SetModel(model_);
 }
 
 absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
@@ -459,7 +516,8 @@ absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int>
   }
   const uint64_t key = GroupKey(life_->key(), ranks, number);
   const int64_t deadline_ns = SteadyDeadlineNs(absl::Now() + world_->options().timeout);
-  return Create(world_, world_->NewGroup(key, std::move(ranks), index, life_.get()), deadline_ns);
+  CostModel model = ModelOf(model_, TopologyOf(*world_, ranks), members);
+  return Create(world_, world_->NewGroup(key, std::move(ranks), index, life_.get()), std::move(model), deadline_ns);
 }
 
 void Group::Abort(const absl::Status& cause) {
@@ -481,13 +539,24 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectWorld(const WorldOptions& o
   return NewWorldGroup(std::move(world), deadline);
 }
 
+std::vector<TuningRow> Tuning(const Communicator& group) {
+  const auto* const tuned = dynamic_cast<const Tuned*>(&group);
+  return tuned == nullptr || group.size() == 1 ? std::vector<TuningRow>() : tuned->TuningRows();
+}
+
 absl::StatusOr<std::unique_ptr<Communicator>> NewWorldGroup(std::shared_ptr<World> world, absl::Time deadline) {
   const WorldOptions& options = world->options();
   std::vector<int> ranks(options.size);
   std::iota(ranks.begin(), ranks.end(), 0);
   const uint64_t key = GroupKey(/*parent=*/0, ranks, static_cast<uint64_t>(options.epoch));
+  const bool one_host = world->OneHost(ranks);
+  // Equal on all ranks: other hosts' cores are not known.
+  CostModel model = DefaultCostModel(TopologyOf(*world, ranks), one_host ? sysconf(_SC_NPROCESSORS_ONLN) : kCoresOfHosts);
   std::shared_ptr<GroupLife> life = world->NewGroup(key, std::move(ranks), options.rank, /*parent=*/nullptr);
-  return Group::Create(std::move(world), std::move(life), SteadyDeadlineNs(deadline));
+  SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Group> group, Group::Create(std::move(world), std::move(life), std::move(model),
+                                                                     SteadyDeadlineNs(deadline)));
+  if (!one_host) group->Measure(deadline);
+  return std::unique_ptr<Communicator>(std::move(group));
 }
 
 }  // namespace shoal

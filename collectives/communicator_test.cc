@@ -16,6 +16,7 @@
 #include <tuple>
 
 #include "absl/strings/str_cat.h"
+#include "collectives/engine/tuning.h"
 #include "runtime/base/mutex.h"
 #include "tests/harness/ranks.h"
 
@@ -435,27 +436,59 @@ INSTANTIATE_TEST_SUITE_P(All, Transports, Values("auto", "tcp"), [](const auto& 
 TEST_P(Transports, SumsOfRoundingDataAreBitIdenticalOnAllRanks) {
   constexpr int kRanks = 3;
   constexpr int64_t kElements = 100'003;
-  std::vector<std::vector<float>> results(kRanks);
+  for (Order order : {Order::kFast, Order::kFixed}) {
+    std::vector<std::vector<float>> results(kRanks);
+    RunRanks(kRanks, GetParam(), [&](Communicator& group) {
+      const Tensor data = *group.Allocate({kElements}, DType::kF32);
+      std::mt19937 random(group.index());
+      std::normal_distribution<float> normal;
+      for (float& x : data.span<float>()) x = normal(random);
+      ASSERT_TRUE(group.AllReduce(data, data, ReduceOp::kSum, {.order = order}).Await().ok());
+      results[group.index()].assign(data.data<float>(), data.data<float>() + kElements);
+    });
+    for (int rank = 1; rank < kRanks; ++rank) {
+      EXPECT_EQ(0, std::memcmp(results[0].data(), results[rank].data(), kElements * sizeof(float))) << rank;
+    }
+    if (order == Order::kFast) continue;
+    // Index order: ((a + b) + c).
+    std::vector<std::mt19937> randoms = {std::mt19937(0), std::mt19937(1), std::mt19937(2)};
+    std::vector<std::normal_distribution<float>> normals(kRanks);
+    for (int64_t i = 0; i < kElements; ++i) {
+      float sum = normals[0](randoms[0]);
+      sum += normals[1](randoms[1]);
+      sum += normals[2](randoms[2]);
+      ASSERT_EQ(sum, results[0][i]) << i;
+    }
+  }
+}
+
+// Past the points where ranks exchange what they observed, with operations whose best algorithm is not certain.
+TEST_P(Transports, ResultsStayRightWhileAlgorithmsAreTried) {
+  constexpr int kRanks = 5;
   RunRanks(kRanks, GetParam(), [&](Communicator& group) {
-    const Tensor data = *group.Allocate({kElements}, DType::kF32);
-    std::mt19937 random(group.index());
-    std::normal_distribution<float> normal;
-    for (float& x : data.span<float>()) x = normal(random);
-    ASSERT_TRUE(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ok());
-    results[group.index()].assign(data.data<float>(), data.data<float>() + kElements);
+    for (int64_t elements : {2'000, 20'000}) {
+      const Tensor data = Zeros({elements}, DType::kF32);
+      for (int i = 0; i < 300; ++i) {
+        std::fill_n(data.data<float>(), elements, static_cast<float>(group.index() + i));
+        ASSERT_EQ(group.AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(), "OK");
+        const float sum = kRanks * (kRanks - 1) / 2 + kRanks * i;
+        ASSERT_TRUE(std::all_of(data.data<float>(), data.data<float>() + elements, [&](float x) { return x == sum; }));
+      }
+    }
+    const std::vector<TuningRow> rows = Tuning(group);
+    ASSERT_FALSE(rows.empty());
+    for (const TuningRow& row : rows) EXPECT_GT(row.observed_ns, 0) << row.algorithm;
   });
-  for (int rank = 1; rank < kRanks; ++rank) {
-    EXPECT_EQ(0, std::memcmp(results[0].data(), results[rank].data(), kElements * sizeof(float))) << rank;
-  }
-  // Index order: ((a + b) + c).
-  std::vector<std::mt19937> randoms = {std::mt19937(0), std::mt19937(1), std::mt19937(2)};
-  std::vector<std::normal_distribution<float>> normals(kRanks);
-  for (int64_t i = 0; i < kElements; ++i) {
-    float sum = normals[0](randoms[0]);
-    sum += normals[1](randoms[1]);
-    sum += normals[2](randoms[2]);
-    ASSERT_EQ(sum, results[0][i]) << i;
-  }
+}
+
+TEST_P(Transports, APieceOfAnAlgorithmMayBeForced) {
+  RunRanks(3, GetParam(), [&](Communicator& group) {
+    const Tensor data = Zeros({10'000}, DType::kF32);
+    std::fill_n(data.data<float>(), 10'000, 1.0f);
+    EXPECT_EQ(group.AllReduce(data, data, ReduceOp::kSum, {.algorithm = "ring:4096"}).Await().ToString(), "OK");
+    EXPECT_EQ(data.data<float>()[9'999], 3.0f);
+    EXPECT_TRUE(absl::IsInvalidArgument(group.AllReduce(data, data, ReduceOp::kSum, {.algorithm = "ring:x"}).Await()));
+  });
 }
 
 TEST_P(Transports, AveragesDivideInThePrecisionOfTheSum) {

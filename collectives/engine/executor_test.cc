@@ -38,7 +38,7 @@ class Life final : public GroupLife {
 // One member of a group whose members are objects of this process.
 class Member final : public ExecutorHost {
  public:
-  Member(MemoryNetwork* network, int size, int index) : size_(size), index_(index), planner_(index, size, {}), gone_(size) {
+  Member(MemoryNetwork* network, int size, int index) : size_(size), index_(index), planner_(index, size), gone_(size) {
     std::vector<int> ranks(size);
     std::iota(ranks.begin(), ranks.end(), 0);
     life_ = std::make_shared<Life>(ranks, index, network);
@@ -52,6 +52,7 @@ class Member final : public ExecutorHost {
 
   Work Issue(Op op, absl::Duration timeout = absl::Seconds(30)) {
     SHOAL_CHECK_OK(CheckArguments(op, index_, size_));
+    op.algorithm = "direct";
     op.deadline_ns = SteadyDeadlineNs(absl::Now() + timeout);
     return executor_->Push(std::move(op));
   }

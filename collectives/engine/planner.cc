@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/numbers.h"
 #include "collectives/engine/arguments.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
@@ -44,13 +45,23 @@ bool Fits(const Planner::Plan& plan, uint64_t hash, const Op& op, const Problem&
   return plan.hash == hash && known.kind == problem.kind && plan.dtype == op.dtype && plan.wire == op.wire &&
          plan.order == op.order && plan.forced == op.algorithm && known.in_place == problem.in_place &&
          known.root == problem.root && known.elements == problem.elements && known.counts == problem.counts &&
-         known.recv_counts == problem.recv_counts && known.even == problem.even && SameMoves(known.moves, problem.moves);
+         known.recv_counts == problem.recv_counts && known.even == problem.even &&
+         known.piece == problem.piece && SameMoves(known.moves, problem.moves);
 }
 
-const Algorithm* Direct(const Problem& problem) {
-  const absl::StatusOr<const Algorithm*> direct = FindAlgorithm("direct", problem);
-  SHOAL_CHECK(direct.ok()) << direct.status().ToString();
-  return *direct;
+// "NAME" or "NAME:BYTES": the latter in pieces of so many bytes.
+struct Forced {
+  std::string_view name;
+  int64_t piece_bytes = 0;
+};
+
+absl::StatusOr<Forced> ParseForced(std::string_view text) {
+  const size_t colon = text.find(':');
+  Forced forced = {text.substr(0, colon)};
+  if (colon == std::string_view::npos) return forced;
+  if (absl::SimpleAtoi(AbslSv(text.substr(colon + 1)), &forced.piece_bytes) && forced.piece_bytes >= 64) return forced;
+  return absl::InvalidArgumentError(
+      absl::StrCat("algorithm '", AbslSv(text), "': want NAME or NAME:BYTES, pieces of 64 bytes or more"));
 }
 
 }  // namespace
@@ -70,39 +81,63 @@ Problem ProblemOf(const Op& op, int index, int size, const Topology* topology) {
   problem.in_place = IsInPlace(op, index);
   problem.moves = op.moves;
   problem.topology = topology;
+  // Ranks that share a host share memory: others are told to be on hosts of their own (Topology).
+  const bool one_host = std::all_of(topology->host.begin(), topology->host.end(),
+                                    [&](int host) { return host == topology->host[0]; });
+  problem.lending = one_host && op.wire == WireFormat::kAsIs;
   return problem;
 }
 
 absl::Status CheckAlgorithm(const Op& op, int index, int size, const Topology& topology) {
   if (op.algorithm.empty()) return absl::OkStatus();
   const Problem problem = ProblemOf(op, index, size, &topology);
-  SHOAL_ASSIGN_OR_RETURN(const Algorithm* algorithm, FindAlgorithm(op.algorithm, problem));
+  SHOAL_ASSIGN_OR_RETURN(const Forced forced, ParseForced(op.algorithm));
+  SHOAL_ASSIGN_OR_RETURN(const Algorithm* algorithm, FindAlgorithm(forced.name, problem));
   const bool ordered = op.order == Order::kFixed || op.wire != WireFormat::kAsIs;
   if (!ordered || algorithm->index_order) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("algorithm '", op.algorithm, "' does not reduce in index order, as a fixed order or a wire format needs"));
 }
 
-Planner::Planner(int index, int size, Topology topology)
-    : index_(index), size_(size), topology_(std::move(topology)) {}
+Planner::Planner(int index, int size, Topology topology, CostModel model)
+    : index_(index), size_(size), topology_(std::move(topology)), tuner_(std::move(model)) {}
 
-const Algorithm* Planner::Choose(const Op& op, const Problem& problem) const {
-  if (op.algorithm.empty()) return Direct(problem);
-  const absl::StatusOr<const Algorithm*> forced = FindAlgorithm(op.algorithm, problem);
+Planner::Planner(int index, int size)
+    : Planner(index, size, {std::vector<int>(size), {}},
+              DefaultCostModel({std::vector<int>(size), {}}, /*cores_per_host=*/1)) {}
+
+void Planner::SetModel(CostModel model) {
+  topology_.order = model.topology.order;
+  plans_.clear();
+  tuner_.SetModel(std::move(model));
+}
+
+const Algorithm* Planner::Choose(const Op& op, Problem* problem) {
+  if (op.algorithm.empty()) {
+    const Tuner::Decision decision = tuner_.Choose(op, *problem);
+    problem->piece = decision.piece_bytes / SizeOf(op.dtype);
+    return decision.algorithm;
+  }
+  tuner_.Skip();
+  const absl::StatusOr<Forced> forced = ParseForced(op.algorithm);
   SHOAL_CHECK(forced.ok()) << forced.status().ToString();
-  return *forced;
+  const absl::StatusOr<const Algorithm*> algorithm = FindAlgorithm(forced->name, *problem);
+  SHOAL_CHECK(algorithm.ok()) << algorithm.status().ToString();
+  problem->piece = forced->piece_bytes / SizeOf(op.dtype);
+  return *algorithm;
 }
 
 const Planner::Plan& Planner::Find(const Op& op) {
   Problem problem = ProblemOf(op, index_, size_, &topology_);
+  const Algorithm* const algorithm = Choose(op, &problem);
   const uint64_t hash = HashOf(op, problem);
   for (auto plan = plans_.begin(); plan != plans_.end(); ++plan) {
-    if (!Fits(*plan, hash, op, problem)) continue;
+    if (plan->algorithm != algorithm || !Fits(*plan, hash, op, problem)) continue;
     if (plan != plans_.begin()) plans_.splice(plans_.begin(), plans_, plan);
     return plans_.front();
   }
   Plan plan;
-  plan.algorithm = Choose(op, problem);
+  plan.algorithm = algorithm;
   plan.program = std::make_shared<PreparedProgram>(plan.algorithm->make(problem), op.wire);
   plan.problem = std::move(problem);
   plan.dtype = op.dtype;

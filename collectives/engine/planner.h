@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/program_run.h"
+#include "collectives/engine/tuner.h"
 #include "collectives/program/algorithms.h"
 #include "collectives/program/program.h"
 
@@ -24,7 +25,9 @@ absl::Status CheckAlgorithm(const Op& op, int index, int size, const Topology& t
 
 class Planner {
  public:
-  Planner(int index, int size, Topology topology);
+  Planner(int index, int size, Topology topology, CostModel model);
+  // Of a group on one host.
+  Planner(int index, int size);
 
   struct Plan {
     Problem problem;
@@ -38,12 +41,17 @@ class Planner {
   };
   // Of an operation that passed CheckAlgorithm. The reference is right until the next call.
   const Plan& Find(const Op& op);
+  // Measured links, and the order of rings that fits them. Between operations.
+  void SetModel(CostModel model);
+  Tuner& tuner() { return tuner_; }
+  const Tuner& tuner() const { return tuner_; }
 
  private:
-  const Algorithm* Choose(const Op& op, const Problem& problem) const;
+  const Algorithm* Choose(const Op& op, Problem* problem);
 
   const int index_, size_;
-  const Topology topology_;
+  Topology topology_;
+  Tuner tuner_;
   std::list<Plan> plans_;  // The one used last in front.
 };
 

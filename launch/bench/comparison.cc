@@ -113,6 +113,7 @@ class ContenderRun {
       const ChildProcess::Read read = child->ReadLine(patience, &line);
       if (read == ChildProcess::Read::kLine) {
         begun |= absl::StartsWith(line, "begin ");
+        if (absl::StartsWith(line, "explain ")) options_.say(line.substr(8));
         if (TakeResult(line, sizes[done])) ++done;
         continue;
       }

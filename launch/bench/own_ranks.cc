@@ -17,6 +17,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_split.h"
+#include "collectives/engine/tuning.h"
 #include "launch/bench/sampling.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
@@ -218,6 +219,28 @@ void Print(const RankBench& rank, int64_t bytes, int samples) {
   fflush(stdout);
 }
 
+// What rank 0 chose for operations of this size.
+void Explain(const RankBench& rank, int64_t bytes) {
+  const auto micros = [](int64_t ns) { return static_cast<double>(ns) / 1e3; };
+  bool any = false;
+  for (const TuningRow& row : Tuning(rank.group)) {
+    const std::string kind(OpKindName(row.kind));
+    const bool sized = row.size_class == 0 || (bytes >= row.size_class && bytes < 2 * row.size_class);
+    if (kind != rank.bench.op || !sized || row.operations == 0) continue;
+    any = true;
+    const std::string pieces = row.piece_bytes > 0 ? absl::StrCat(" in pieces of ", row.piece_bytes) : "";
+    printf("explain %s of %lld bytes: %s %s%s: predicted %.1f us, observed %.1f us in %lld operations; %s\n",
+            kind.c_str(), static_cast<long long>(bytes), row.chosen ? "chose" : "tried", row.algorithm.c_str(),
+            pieces.c_str(), micros(row.predicted_ns), micros(row.observed_ns), static_cast<long long>(row.operations),
+            row.why.c_str());
+  }
+  if (!any) {
+    printf("explain %s of %lld bytes: nothing was chosen: a tiny operation, or an algorithm was given\n",
+           rank.bench.op.c_str(), static_cast<long long>(bytes));
+  }
+  fflush(stdout);
+}
+
 // Of the cores that this process may use, in turn. Threads that are started later inherit it.
 void BindToCore(int index) {
   cpu_set_t usable, one;
@@ -258,6 +281,7 @@ void MeasureSize(RankBench& rank, int64_t bytes) {
   const BenchOperation operation = {&rank, Run, Meet, Agree};
   const int samples = BenchSample(&operation, rank.bench.seconds, rank.shared.samples_us[me]);
   Meet(&rank);
+  if (me == 0 && rank.options.explain) Explain(rank, rank.whole * SizeOf(rank.options.dtype));
   if (me == 0) Print(rank, bytes, samples);
   Meet(&rank);
 }

@@ -21,6 +21,7 @@ struct OwnOptions {
   Order order = Order::kFast;
   std::string algorithm;  // Empty: chosen.
   bool bind = false;      // Each rank to a core.
+  bool explain = false;   // Say what was chosen, why, and how long it was expected to take.
 };
 
 // "wire=bf16,order=fixed,algorithm=ring", each part optional, into `options`. INVALID_ARGUMENT names the

@@ -32,6 +32,7 @@ struct CollectivesFlags {
   std::string op_options;
   bool out_of_place = false;
   bool bind = false;
+  bool explain = false;
   bool limits = false;
   bool probe = false;
   std::string csv;
@@ -91,6 +92,7 @@ absl::StatusOr<ComparisonOptions> MakeOptions(const CollectivesFlags& flags) {
   options.rounds = static_cast<int>(flags.rounds);
   options.in_place = !flags.out_of_place;
   options.own.bind = flags.bind;
+  options.own.explain = flags.explain;
   options.probe = flags.probe;
   options.limits = flags.limits;
   if (flags.limits && access(LimitsProgram(options.folder).c_str(), X_OK) != 0) {
@@ -182,6 +184,8 @@ void DeclareFlags(FlagSet* flags, CollectivesFlags* values) {
   flags->Add(
       {.name = "bind", .help = "Binds each of Shoal's ranks to a core, as OpenMPI does with two by itself."},
       &values->bind);
+  flags->Add({.name = "explain", .help = "Says which algorithm Shoal chose at each size and why, and what it was expected to take."},
+             &values->explain);
   flags->Heading("Comparison");
   flags->Add({.name = "peers",
               .value = "LIST",
