@@ -19,6 +19,7 @@ namespace shoal {
 namespace {
 
 // Whatever should have rung: look again after this.
+constexpr int64_t kNewsNs = 200'000'000;  // How long the control links have to tell what a peer's page tells.
 constexpr int64_t kSleepNs = 50'000'000;
 constexpr int kYields = 200;
 // A piece takes some 50 us. Ranks that share cores may be kept from it for some time slices.
@@ -145,7 +146,8 @@ void HostGroup::Fence(const std::string& cause) {
   std::memcpy(own.cause, cause.data(), length);
   own.cause[length] = 0;
   own.ended.store(1, std::memory_order_seq_cst);
-  OrderBeforeRing();
+  // Also before what the owner writes to its buffers when it has them back (see CheckPeer).
+  std::atomic_thread_fence(std::memory_order_seq_cst);
   for (int seat = 0; seat < seats(); ++seat) {
     if (seat != own_) RingIfAsleep(seat);
   }
@@ -165,7 +167,10 @@ absl::Status HostGroup::CheckPeer(int seat) {
   std::atomic_thread_fence(std::memory_order_acquire);
   const GroupPage& peer = page(seat);
   if (__builtin_expect(peer.ended.load(std::memory_order_acquire) == 0, 1)) return absl::OkStatus();
-  // The news is also on its way through the control links; this is the same cause.
+  // The news is also on its way through the control links, which tell which groups end: a death leaves those without the
+  // dead rank alone, End would take what was split from this one along. Only for want of them this is the cause.
+  for (const int64_t until_ns = NowNs() + kNewsNs; !life_->Ended() && NowNs() < until_ns;) usleep(50);
+  if (life_->Ended()) return life_->status();
   const std::string cause(peer.cause, strnlen(peer.cause, sizeof peer.cause));
   const absl::Status status = life_->End(
       cause.empty() ? absl::StrCat("rank ", life_->ranks()[members_[seat]], " ended the group") : cause);
