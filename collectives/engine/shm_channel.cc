@@ -60,12 +60,13 @@ void ShmChannel::State::NoteOperation(MessageId id) {
 bool ShmChannel::State::HasNews() {
   if (woken.load(std::memory_order_acquire) || !ended.empty() || !copies.empty() || group->life().Ended())
     return true;
-  if (!granted.empty() && !free_slots.empty()) return true;
+  const auto has_room = [this](const auto& next) { return peers[next.first]->MayAsk(); };
+  if (!free_slots.empty() && std::any_of(granted.begin(), granted.end(), has_room)) return true;
   for (const auto& peer : peers) {
     if (peer == nullptr) continue;
     if (peer->in.Front() != nullptr && peer->arrived.size() < kArrivedMax) return true;
     if (peer->questions.AnyAnswer()) return true;
-    if (!peer->waiting.empty() && !peer->questions.Full() && peer->out.Fits(Record::kInlineMax)) return true;
+    if (!peer->waiting.empty() && peer->MayStart(peer->waiting.front())) return true;
   }
   return false;
 }
@@ -218,9 +219,6 @@ absl::Status ShmChannel::Wait(int64_t until_ns) {
   if (!s.final.ok()) return s.final;
   const auto news = [&s] { return s.HasNews(); };
   if (!s.unknown_memory && news()) return absl::OkStatus();
-  for (const auto& peer : s.peers) {
-    if (peer != nullptr) peer->in.Tell();  // A sender may wait for room.
-  }
   s.RingBells();
   if (!s.unresolved.empty() || s.unknown_memory) {
     s.group->memory().AwaitAnnouncement();

@@ -77,6 +77,8 @@ struct Outgoing {
   MessageId id;
   int64_t staged = 0;  // Bytes that were put into slots.
   Mode mode = Mode::kPlain;
+
+  bool IsInline() const { return bytes <= Record::kInlineMax && mode != Mode::kLent; }
 };
 
 // A question to a peer that it has not answered.
@@ -129,10 +131,14 @@ struct Peer {
         questions(layout.answers(page, own_seat)),
         replies(layout.answers(own, seat)) {}
 
+  // Room for a record that asks something.
+  bool MayAsk() { return out.Fits(0) && !questions.Full(); }
+  bool MayStart(const Outgoing& message) { return message.IsInline() ? out.Fits(message.bytes) : MayAsk(); }
+
   const int seat;
   RingWriter out;
   RingReader in;
-  bool written = false;  // Since its bell was last rung.
+  bool written = false;  // Something that it may sleep for, since its bell was last rung.
   uint64_t reached = 0;  // The latest collective of which something has come.
   MessageId probe;       // The operation that it is in, of one that has not begun here.
   absl::flat_hash_map<Key, Posted> posted;

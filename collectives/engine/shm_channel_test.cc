@@ -11,7 +11,9 @@
 #include <random>
 #include <thread>
 
+#include "collectives/engine/group_page.h"
 #include "collectives/engine/shm_ranks.h"
+#include "collectives/engine/shm_ring.h"
 
 namespace shoal {
 namespace {
@@ -248,6 +250,57 @@ TEST_F(Pair, ThousandsOfMessagesThatNobodyAskedForYetWait) {
     ASSERT_EQ(std::string(text, i % 100), std::string(i % 100, static_cast<char>('a' + i % 26)));
   }
   sender.join();
+}
+
+constexpr int kMoreThanARing = 60;
+
+void SendMoreThanARing(ShmChannel& channel, int to, uint64_t op) {
+  static const std::byte bytes[Record::kInlineMax] = {};
+  for (uint32_t i = 0; i < kMoreThanARing; ++i) channel.Send(to, {op, i}, bytes, sizeof bytes, 0);
+}
+
+void PollUntil(ShmChannel& channel, uint64_t token) {
+  std::vector<Channel::Event> events;
+  const auto is_it = [token](const Channel::Event& event) { return event.token == token; };
+  while (std::none_of(events.begin(), events.end(), is_it)) ASSERT_TRUE(channel.Poll(&events).ok());
+}
+
+TEST_F(Pair, AReaderWakesWhoSleepsForRoom) {
+  SendMoreThanARing(a, 1, 1);
+  ASSERT_TRUE(a.Poll(&events).ok());
+  ASSERT_LT(events.size(), static_cast<size_t>(kMoreThanARing));
+  const uint32_t seen = ranks.groups[0]->PrepareSleep();
+  std::byte into[Record::kInlineMax];
+  for (uint32_t i = 0; i < kMoreThanARing; ++i) b.Receive(0, {1, i}, into, sizeof into, i);
+  ASSERT_TRUE(b.Poll(&events).ok());
+  EXPECT_NE(ranks.groups[0]->page(0).doorbell, seen);
+  ranks.groups[0]->CancelSleep();
+}
+
+TEST(ShmChannel, AFullRingIsNoNewsAndBlocksNoOther) {
+  ShmRanks ranks(3);
+  ShmChannel a(ranks.groups[0]), b(ranks.groups[1]), c(ranks.groups[2]);
+  std::vector<Channel::Event> none;
+  const std::vector<std::byte> large(1 << 20, std::byte{5});
+  std::vector<std::byte> to_b(large.size()), to_c(large.size());
+  a.Send(1, {1, 0}, large.data(), large.size(), 10);
+  a.Send(2, {1, 0}, large.data(), large.size(), 11);
+  b.Receive(0, {1, 0}, to_b.data(), to_b.size(), 20);
+  c.Receive(0, {1, 0}, to_c.data(), to_c.size(), 30);
+  ASSERT_TRUE(b.Poll(&none).ok() && c.Poll(&none).ok());  // Both ask for it.
+  SendMoreThanARing(a, 1, 2);
+  std::thread other([&] { Events(c, 1); });
+  PollUntil(a, 11);
+  other.join();
+  EXPECT_EQ(to_c, large);
+  const int64_t until_ns = NowNs() + 5'000'000;
+  ASSERT_TRUE(a.Wait(until_ns).ok());
+  EXPECT_GE(NowNs(), until_ns) << "nothing can be done";
+
+  std::thread reader([&] { Events(b, 1); });
+  PollUntil(a, 10);
+  reader.join();
+  EXPECT_EQ(to_b, large);
 }
 
 TEST_F(Pair, PrivateMemoryThatNobodyWantsBlocksNoOther) {

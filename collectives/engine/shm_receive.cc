@@ -22,7 +22,7 @@ void ShmChannel::State::Drain(Peer& peer) {
       default:
         TakeMessage(peer, *record);
     }
-    peer.in.Pop();
+    if (peer.in.Pop()) peer.written = true;
   }
 }
 

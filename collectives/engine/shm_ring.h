@@ -139,14 +139,15 @@ class RingReader {
       std::memcpy(into + done, At(unit) + sizeof(uint32_t), std::min(Record::kUnitMax, bytes - done));
     }
   }
-  void Pop() {
+  // True: the writer has been told of new room, for which it may sleep: enough for the largest record, as always when
+  // nothing is left to read.
+  bool Pop() {
     read_ += Record::Units(PayloadBytes());
     // Rarely: the writer's core has to fetch the line.
-    if (read_ - told_ > mask_ / 4) Tell();
-  }
-  void Tell() {
+    if (read_ - told_ <= mask_ / 4) return false;
     told_ = read_;
     consumed_->store(read_, std::memory_order_release);
+    return true;
   }
 
  private:

@@ -80,18 +80,16 @@ void ShmChannel::State::EndSend(Peer& peer, const Outgoing& message) {
 
 // Writes what the peer needs to know of a new message. False: there is no room.
 bool ShmChannel::State::Start(Peer& peer, Outgoing message) {
-  const bool in_place = message.mode == Outgoing::Mode::kLent;
-  if (message.bytes <= Record::kInlineMax && !in_place) {
-    if (!peer.out.Fits(message.bytes)) return false;
+  if (!peer.MayStart(message)) return false;
+  if (message.IsInline()) {
     peer.out.Write(Describe(message, RecordKind::kInline), message.data, message.bytes);
     peer.written = true;
     EndSend(peer, message);
     return true;
   }
-  if (!peer.out.Fits(0) || peer.questions.Full()) return false;
   Record record = Describe(message, RecordKind::kDirect);
   const bool shared = message.mode != Outgoing::Mode::kLentCopy && IsShared(message, &record);
-  if (in_place && !shared) {
+  if (message.mode == Outgoing::Mode::kLent && !shared) {
     Fail(absl::AbortedError("memory that is lent is no longer shared: it had to be cut off from a peer that stopped"));
     return true;
   }
@@ -113,7 +111,7 @@ bool ShmChannel::State::Start(Peer& peer, Outgoing message) {
 
 // There is a free slot. False: there is no room in the ring.
 bool ShmChannel::State::WriteFragment(Peer& peer, Outgoing* message, bool eager) {
-  if (!peer.out.Fits(0) || peer.questions.Full()) return false;
+  if (!peer.MayAsk()) return false;
   const int slot = free_slots.back();
   free_slots.pop_back();
   const int64_t bytes = std::min(kFragmentBytes, message->bytes - message->staged);
@@ -129,10 +127,13 @@ bool ShmChannel::State::WriteFragment(Peer& peer, Outgoing* message, bool eager)
 }
 
 void ShmChannel::State::StageGranted() {
-  while (!granted.empty() && !free_slots.empty()) {
-    auto& [seat, message] = granted.front();
-    if (!WriteFragment(*peers[seat], &message, /*eager=*/false)) return;
-    if (message.staged == message.bytes) granted.pop_front();
+  for (auto next = granted.begin(); next != granted.end() && !free_slots.empty();) {
+    auto& [seat, message] = *next;
+    if (!WriteFragment(*peers[seat], &message, /*eager=*/false)) {
+      ++next;  // Others' rings may have room.
+    } else if (message.staged == message.bytes) {
+      next = granted.erase(next);
+    }
   }
 }
 
