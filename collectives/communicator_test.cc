@@ -677,6 +677,7 @@ TEST_P(Transports, BadArgumentsEndTheWorkAndNotTheEpoch) {
         group.AllReduce(four.Elements(0, {3}), four.Elements(1, {3}), ReduceOp::kSum, {}),
         group.AllReduce(ints, ints, ReduceOp::kSum, {.wire = WireFormat::kInt8}),
         group.AllReduce(four, four, ReduceOp::kSum, {.algorithm = "no such"}),
+        group.AllReduce(four, four, ReduceOp::kSum, {.wire = WireFormat::kBf16, .algorithm = "fused"}),
         group.Reduce(four, four, -1, ReduceOp::kSum, {}),
         group.Gather(two, {1, 1}, four, 0, {}),
         group.Scatter(four, {3, 3}, two, 0, {}),
@@ -686,6 +687,9 @@ TEST_P(Transports, BadArgumentsEndTheWorkAndNotTheEpoch) {
         group.SparseAllGather({four}, {{1, 0, {1}}}, {}),
     };
     for (const Work& work : bad) EXPECT_TRUE(absl::IsInvalidArgument(work.Await())) << work.Await();
+    // Needs memory that peers can write to.
+    const absl::Status fused = group.AllReduce(four, four, ReduceOp::kSum, {.algorithm = "fused"}).Await();
+    EXPECT_TRUE(GetParam() == "tcp" ? absl::IsInvalidArgument(fused) : fused.ok()) << fused;
     EXPECT_FALSE(group.Split({1, 0}).ok());
     EXPECT_FALSE(group.Split({1 - group.index()}).ok());
     EXPECT_TRUE(group.status().ok());
