@@ -180,7 +180,9 @@ absl::StatusOr<std::unique_ptr<Group>> Group::Create(std::shared_ptr<World> worl
     absl::StatusOr<std::unique_ptr<Channel>> channel = group->OpenChannel(deadline_ns);
     if (!channel.ok()) {
       // The others wait for this rank: they are told.
-      return group->life_->End(absl::StrCat("forming a group: ", channel.status().message()));
+      const int rank = group->life_->ranks()[group->index_];
+      return group->life_->End(
+          absl::StrCat(group->world_->RankName(rank), " cannot form a group: ", channel.status().message()));
     }
     ExecutorHost* const host = group.get();
     group->executor_ = std::make_shared<Executor>(*std::move(channel), group->life_, host);

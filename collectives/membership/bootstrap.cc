@@ -55,6 +55,12 @@ absl::StatusOr<SocketAddress> ResolveMaster(const WorldOptions& options, int64_t
   }
 }
 
+// What kept others out at this process's own door, to be appended to what they failed to do.
+std::string OwnTrouble(const Greeter& greeter, const WorldOptions& options) {
+  if (greeter.trouble().empty()) return "";
+  return absl::StrCat(" (rank ", options.rank, " turned somebody away: ", greeter.trouble(), ")");
+}
+
 // Rank 0's side: lets the ranks in, one by one.
 class Leader {
  public:
@@ -182,7 +188,7 @@ absl::StatusOr<View> Leader::Gather(int listener) {
     if (absl::IsDeadlineExceeded(event.status())) {
       return Fail(absl::DeadlineExceededError(
           absl::StrCat("after ", absl::FormatDuration(options_.connect_timeout), ": ", Missing(here_), " of ",
-                       options_.size, " did not come")));
+                       options_.size, " did not come", OwnTrouble(greeter, options_))));
     }
     if (!event.ok()) return Fail(event.status());
     if (event->readable >= 0) {
@@ -301,8 +307,10 @@ absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const
         const int rank = view.RankOf(accusation.id);
         causes.push_back(absl::StrCat(RankName(rank, view.members[rank]), ": ", accusation.cause));
       }
+      if (causes.empty()) causes.push_back("all ranks are connected with this one, but not with each other");
       return absl::DeadlineExceededError(absl::StrCat("after ", absl::FormatDuration(options.connect_timeout),
-                                                      ": ", absl::StrJoin(causes, "; ")));
+                                                      ": ", absl::StrJoin(causes, "; "),
+                                                      OwnTrouble(greeter, options)));
     }
     absl::StatusOr<Greeter::Event> event =
         greeter.Next({mesh->fd()}, std::min(deadline_ns, mesh->NextTimeNs()));

@@ -6,6 +6,7 @@
 #include <cerrno>
 
 #include "absl/strings/match.h"
+#include "absl/strings/str_join.h"
 #include "absl/strings/str_split.h"
 #include "collectives/membership/endpoint.h"
 #include "collectives/membership/etcd.h"
@@ -35,17 +36,19 @@ absl::StatusOr<Fd> DialPlace(const CoordinatorPlaces& places, std::string place,
 }  // namespace
 
 absl::StatusOr<Fd> DialCoordinator(const CoordinatorPlaces& places, int64_t deadline_ns) {
-  absl::Status last = absl::InvalidArgumentError("no coordinator is given");
-  absl::Status final;
+  if (places.coordinators.empty()) return absl::InvalidArgumentError("no coordinator is given");
+  absl::Status last, final;
+  std::vector<std::string> causes;
   for (const std::string& place : places.coordinators) {
     absl::StatusOr<Fd> socket = DialPlace(places, place, std::min(deadline_ns, NowNs() + kPlaceNs));
     if (socket.ok()) return socket;
     last = socket.status();
     const bool refused = absl::IsPermissionDenied(last) || absl::IsFailedPrecondition(last);
     if (refused || absl::IsInvalidArgument(last)) final = last;
+    causes.emplace_back(last.message());
   }
   if (!final.ok() || absl::IsInvalidArgument(last)) return final.ok() ? last : final;
-  return absl::UnavailableError(last.message());
+  return absl::UnavailableError(absl::StrJoin(causes, "; "));
 }
 
 absl::StatusOr<std::unique_ptr<CoordinatorDialler>> CoordinatorDialler::Create(const CoordinatorPlaces& places) {

@@ -114,12 +114,14 @@ absl::Status Greeter::AcceptAll() {
     while (true) {
       absl::StatusOr<Fd> socket = Accept(listener);
       if (!socket.ok() && absl::IsResourceExhausted(socket.status()) && !guests_.empty()) {
+        trouble_ = std::string(socket.status().message());
         Refused(*guests_.front(), "no descriptors left, and it came first");
         guests_.pop_front();
         continue;
       }
       if (absl::IsResourceExhausted(socket.status())) {
-        Log(absl::StrCat("nobody is let in for now: ", socket.status().message()));
+        trouble_ = std::string(socket.status().message());
+        Log(absl::StrCat("nobody is let in for now: ", trouble_));
         closed_until_ns_ = NowNs() + kClosedNs;
         return absl::OkStatus();
       }

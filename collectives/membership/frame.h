@@ -72,6 +72,8 @@ class Greeter {
   // Blocks. DEADLINE_EXCEEDED. Without descriptors strangers wait outside. `watched` are descriptors to wait
   // for as well.
   absl::StatusOr<Event> Next(const std::vector<int>& watched, int64_t deadline_ns);
+  // What kept somebody out last who had done nothing wrong; "": nothing ever did.
+  const std::string& trouble() const { return trouble_; }
 
  private:
   struct Guest {
@@ -100,6 +102,7 @@ class Greeter {
   int64_t logged_ns_ = 0;
   int64_t unlogged_ = 0;
   int64_t closed_until_ns_ = 0;  // No descriptors are left: nobody is let in before then.
+  std::string trouble_;
 };
 
 }  // namespace shoal
