@@ -225,7 +225,8 @@ void Explain(const RankBench& rank, int64_t bytes) {
   bool any = false;
   for (const TuningRow& row : Tuning(rank.group)) {
     const std::string kind(OpKindName(row.kind));
-    const bool sized = row.size_class == 0 || (bytes >= row.size_class && bytes < 2 * row.size_class);
+    const bool any_size = row.size_class == 0 || row.kind == OpKind::kBarrier;
+    const bool sized = any_size || (bytes >= row.size_class && bytes < 2 * row.size_class);
     if (kind != rank.bench.op || !sized || row.operations == 0) continue;
     any = true;
     const std::string pieces = row.piece_bytes > 0 ? absl::StrCat(" in pieces of ", row.piece_bytes) : "";
