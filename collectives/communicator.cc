@@ -200,7 +200,8 @@ absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns)
   std::unique_ptr<Channel> host, network;
   if (members.size() > 1) {
     SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<HostGroup> group,
-                           HostGroup::Create(world_->shared_memory(), life_, members, deadline_ns));
+                           HostGroup::Create(world_->shared_memory(), life_, members, deadline_ns,
+                                             [this](int member) { return Left(member); }));
     if (static_cast<int>(members.size()) == size_) tiny_ = NewTinyGroup(group);
     host = std::make_unique<ShmChannel>(std::move(group));
   }

@@ -62,7 +62,8 @@ HostGroup::HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<Group
 
 absl::StatusOr<std::shared_ptr<HostGroup>> HostGroup::Create(std::shared_ptr<SharedMemory> memory,
                                                              std::shared_ptr<GroupLife> life,
-                                                             std::vector<int> members, int64_t deadline_ns) {
+                                                             std::vector<int> members, int64_t deadline_ns,
+                                                             const std::function<bool(int member)>& left) {
   if (members.size() > kHostRanksMax) {
     return absl::ResourceExhaustedError(
         absl::StrCat(members.size(), " ranks on one host, ", kHostRanksMax, " at most"));
@@ -80,7 +81,7 @@ absl::StatusOr<std::shared_ptr<HostGroup>> HostGroup::Create(std::shared_ptr<Sha
   page->ready.store(1, std::memory_order_release);
   group->pages_[group->own_] = page;
   group->segments_[group->own_] = std::move(segment);
-  SHOAL_RETURN_IF_ERROR(group->FindPeers(deadline_ns));
+  SHOAL_RETURN_IF_ERROR(group->FindPeers(deadline_ns, left));
   group->sleepers_pay_ = std::all_of(group->pages_.begin(), group->pages_.end(),
                                      [](const GroupPage* other) { return other->registered != 0; });
   group->joined_ = true;
@@ -112,14 +113,19 @@ bool HostGroup::FindPeer(int seat) {
 
 // Two rounds: find everybody, then wait until everybody has, because who is done with a group takes its
 // memory away.
-absl::Status HostGroup::FindPeers(int64_t deadline_ns) {
+absl::Status HostGroup::FindPeers(int64_t deadline_ns, const std::function<bool(int member)>& left) {
   bool attached = false;
   for (int round = 0;; ++round) {
     std::vector<int> missing;
+    int gone = -1;
     for (int seat = 0; seat < seats(); ++seat) {
+      // Asked first: who left may have come before.
+      const bool may_come = left == nullptr || seat == own_ || !left(members_[seat]);
       const bool here =
           FindPeer(seat) && (!attached || pages_[seat]->attached.load(std::memory_order_acquire) != 0);
-      if (!here) missing.push_back(life_->ranks()[members_[seat]]);
+      if (here) continue;
+      missing.push_back(life_->ranks()[members_[seat]]);
+      if (!may_come) gone = missing.back();
     }
     if (missing.empty() && attached) return absl::OkStatus();
     if (missing.empty()) {
@@ -128,6 +134,7 @@ absl::Status HostGroup::FindPeers(int64_t deadline_ns) {
       continue;
     }
     if (life_->Ended()) return life_->status();
+    if (gone >= 0) return absl::AbortedError(absl::StrCat("forming a group: rank ", gone, " left"));
     if (NowNs() >= deadline_ns) {
       return absl::DeadlineExceededError(
           absl::StrCat("forming a group: rank ", absl::StrJoin(missing, ", "), " had not arrived"));

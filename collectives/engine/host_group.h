@@ -18,6 +18,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -39,10 +40,12 @@ class HostGroup final : public Sleeper {
  public:
   // `members`: the indices in the group of those on this host, ascending, this process among them. Waits for
   // the others, until `deadline_ns`. DEADLINE_EXCEEDED names who did not come; RESOURCE_EXHAUSTED: too little
-  // shared memory or too many members; ABORTED: the group ended. The caller ends the group then.
+  // shared memory or too many members; ABORTED: the group ended, or a member left before it came. The caller ends the
+  // group then. `left`: whether a member of the group will do nothing any more; null: none ever does.
   static absl::StatusOr<std::shared_ptr<HostGroup>> Create(std::shared_ptr<SharedMemory> memory,
                                                            std::shared_ptr<GroupLife> life,
-                                                           std::vector<int> members, int64_t deadline_ns);
+                                                           std::vector<int> members, int64_t deadline_ns,
+                                                           const std::function<bool(int member)>& left = nullptr);
   ~HostGroup() override;
 
   // The group is over: from now on no peer trusts what it read in this process's buffers, nor waits for it.
@@ -102,7 +105,7 @@ class HostGroup final : public Sleeper {
 
  private:
   HostGroup(std::shared_ptr<SharedMemory> memory, std::shared_ptr<GroupLife> life, std::vector<int> members);
-  absl::Status FindPeers(int64_t deadline_ns);
+  absl::Status FindPeers(int64_t deadline_ns, const std::function<bool(int member)>& left);
   bool FindPeer(int seat);
   bool AnyEnded() const;
   void AwaitWriters();

@@ -486,6 +486,16 @@ TEST(HostGroup, MissingMembersAreNamedWhenTheDeadlinePasses) {
   EXPECT_NE(group.status().message().find("rank 0, 2 had not arrived"), std::string::npos) << group.status();
 }
 
+TEST(HostGroup, WhoLeftBeforeItCameIsNotWaitedFor) {
+  auto memory = std::make_shared<SharedMemory>(
+      8, SharedMemory::Announcer{[](const Segment&) { return absl::OkStatus(); }, [](uint64_t) {}});
+  auto life = std::make_shared<TestLife>(9, std::vector<int>{0, 4, 7}, 1);
+  const auto group = HostGroup::Create(memory, life, {0, 1, 2}, NowNs() + 60'000'000'000,
+                                       [](int member) { return member == 2; });
+  EXPECT_TRUE(absl::IsAborted(group.status())) << group.status();
+  EXPECT_EQ(group.status().message(), "forming a group: rank 7 left");
+}
+
 TEST(HostGroup, GroupsMayComeAndGoByTheHundred) {
   ShmRanks ranks(2);
   std::vector<std::vector<std::shared_ptr<HostGroup>>> alive;
