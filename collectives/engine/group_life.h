@@ -26,8 +26,8 @@
 
 namespace shoal {
 
-// Works for a group. Its functions are called with locks held, from any thread: they must not block, nor call the group's
-// life or the world.
+// Works for a group. Its functions are called with locks held, from any thread: they must not block (for milliseconds a
+// Fence may, when a process on this host has stopped), nor call the group's life or the world.
 class Sleeper {
  public:
   virtual ~Sleeper() = default;
@@ -69,8 +69,8 @@ class GroupLife {
   // Ends this group and those split from it, on every member, unless it is over. Returns status(). Never blocks.
   virtual absl::Status End(const std::string& cause) = 0;
 
-  // The kernel says that the member's process is dead: its threads run no more, or for some microseconds at most. False: it
-  // may live. Lock-free.
+  // The kernel says that the member's process is dead: its threads have been told to stop, and do when their cores are
+  // interrupted. False: it may live. Lock-free.
   virtual bool ProcessDied(int /*member*/) const { return false; }
 
   uint64_t key() const { return key_; }                    // Names the group on the wire.

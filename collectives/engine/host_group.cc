@@ -18,14 +18,12 @@
 namespace shoal {
 namespace {
 
-// Whatever should have rung: look again after this.
 constexpr int64_t kNewsNs = 200'000'000;  // How long the control links have to tell what a peer's page tells.
+// Whatever should have rung: look again after this.
 constexpr int64_t kSleepNs = 50'000'000;
 constexpr int kYields = 200;
 // A piece takes some 50 us. Ranks that share cores may be kept from it for some time slices.
 constexpr int64_t kPatienceNs = 10'000'000;
-// What the kernel calls dead may run until the interrupt that ends it has reached its core.
-constexpr int64_t kDyingNs = 500'000;
 
 void FutexWait(std::atomic<uint32_t>* word, uint32_t seen, int64_t ns) {
   const timespec timeout = {ns / 1'000'000'000, ns % 1'000'000'000};
@@ -226,14 +224,18 @@ bool HostGroup::EndWrite() {
   return !AnyEnded();
 }
 
-// False: it still writes.
+// All threads of a process that died have been told to stop, but one may run until its core is interrupted: for any
+// time on a virtual core that the host has put aside. This interrupts all cores that run such threads and waits until
+// they have been, and no thread goes back from there to its program when it is to stop. False: the kernel cannot do it.
+bool HostGroup::StopDying(int seat) const {
+  return page(seat).registered != 0 && Membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED) == 0;
+}
+
+// False: it still writes, or may.
 bool HostGroup::AwaitWriter(int seat, int64_t until_ns) const {
-  int64_t died_ns = 0;
   for (int round = 0; page(seat).writing.load(std::memory_order_seq_cst) != 0; ++round) {
-    const int64_t now_ns = NowNs();
-    if (died_ns == 0 && life_->ProcessDied(members_[seat])) died_ns = now_ns;
-    if (died_ns != 0 && now_ns - died_ns >= kDyingNs) return true;
-    if (died_ns == 0 && now_ns >= until_ns) return false;
+    if (life_->ProcessDied(members_[seat])) return StopDying(seat);
+    if (NowNs() >= until_ns) return false;
     if (round < kYields) {
       sched_yield();
     } else {

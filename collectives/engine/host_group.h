@@ -11,8 +11,8 @@
 // Both set and look in one order for all (sequentially consistent): either the writer sees `ended`, or its owner
 // sees `writing` and waits until what was written is there. Whoever was seen with `writing` clear cannot begin
 // again without seeing `ended`. A member that stays at `writing` is waited for no longer than kPatienceNs. It is
-// either dead, and writes no more; or stopped, and its one piece is cut off: those pages become this
-// process's own (SharedMemory::CutOff), before anybody learns of the end.
+// either dead, and the kernel makes sure that it writes no more; or stopped, and its one piece is cut off: those pages
+// become this process's own (SharedMemory::CutOff), before anybody learns of the end.
 #pragma once
 
 #include <atomic>
@@ -49,7 +49,7 @@ class HostGroup final : public Sleeper {
   ~HostGroup() override;
 
   // The group is over: from now on no peer trusts what it read in this process's buffers, nor waits for it.
-  // Wakes who sleeps in the peers.
+  // Wakes who sleeps in the peers. Waits for writers as said above.
   void Fence(const std::string& cause) override;
   void Wake() override { RingOwn(); }
 
@@ -110,6 +110,7 @@ class HostGroup final : public Sleeper {
   bool AnyEnded() const;
   void AwaitWriters();
   bool AwaitWriter(int seat, int64_t until_ns) const;
+  bool StopDying(int seat) const;
 
   const std::shared_ptr<SharedMemory> memory_;
   const std::shared_ptr<GroupLife> life_;

@@ -87,8 +87,8 @@ class World {
   };
   // A death is there before any group has ended because of it.
   std::shared_ptr<const Deaths> deaths() const { return deaths_; }
-  // The kernel of this host says so (death_watch.h): no thread of that process will ever run again. False also where nobody can
-  // know: on other hosts.
+  // The kernel of this host says so (death_watch.h); see GroupLife::ProcessDied. False also where nobody can know: on other
+  // hosts.
   bool ProcessDied(int rank) const { return peers_[rank]->died.load(std::memory_order_acquire); }
 
   // Of the group of all ranks; woken as well when any other group ends, and when any peer dies or leaves.
