@@ -337,7 +337,7 @@ TEST_P(Failures, HandlesOutliveTheCommunicator) {
   std::vector<Work> works(2);
   RunRanks(2, GetParam(), [&](Communicator& group) {
     if (group.index() == 0) works[0] = group.Barrier({});
-    if (group.index() == 1) works[1] = group.Broadcast(Tensor(), 0, {});
+    if (group.index() == 1) works[1] = group.Broadcast(Zeros({1}, DType::kF32), 0, {});
   });
   for (const Work& work : works) EXPECT_TRUE(absl::IsAborted(work.Await()));
 }
