@@ -168,7 +168,7 @@ std::function<Work(int root)> MakeIssue(RankBench& rank) {
   if (op == "reduce_scatter")
     return [=, &group](int) { return group.ReduceScatter(in, counts, out_part, redop, options); };
   if (op == "all_gather") return [=, &group](int) { return group.AllGather(in_part, counts, out, exact); };
-  if (op == "all_to_all") return [=, &group](int) { return group.AllToAll(in, counts, out, counts, exact); };
+  if (op == "all_to_all") return [=, &group](int) { return group.AllToAll(in, {}, out, {}, exact); };
   if (op == "broadcast") return [=, &group](int root) { return group.Broadcast(in, root, exact); };
   if (op == "reduce") return [=, &group](int root) { return group.Reduce(in, out, root, redop, exact); };
   if (op == "gather")
