@@ -140,6 +140,7 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   Op* front_ = nullptr;     // Runs; in queue_.
   Op* prelude_ = nullptr;   // Runs before the front one.
   bool failed_ = false;
+  int64_t left_since_ns_ = 0;  // A member that is awaited has left; 0: none has.
   int64_t started_ns_ = 0;
   // The members that the front operation waits for are probed, later all.
   int probes_ = 0;          // Sent.
