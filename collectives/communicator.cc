@@ -308,7 +308,7 @@ Work Group::Issue(Op op, const OpOptions& options) {
   if (refused.ok()) refused = CheckAlgorithm(op, index_, size_, topology_);
   if (refused.ok()) refused = status();
   if (!refused.ok()) {
-    std::string name = KindName(op.kind);
+    std::string name(OpKindName(op.kind));
     if (!op.label.empty()) absl::StrAppend(&name, " \"", op.label, "\"");
     return EndedWork(Annotate(refused, name));
   }

@@ -3,41 +3,10 @@
 #include "runtime/base/status.h"
 
 namespace shoal {
-const char* KindName(OpKind kind) {
-  switch (kind) {
-    case OpKind::kAllReduce:
-      return "all_reduce";
-    case OpKind::kReduceScatter:
-      return "reduce_scatter";
-    case OpKind::kAllGather:
-      return "all_gather";
-    case OpKind::kAllToAll:
-      return "all_to_all";
-    case OpKind::kBroadcast:
-      return "broadcast";
-    case OpKind::kReduce:
-      return "reduce";
-    case OpKind::kGather:
-      return "gather";
-    case OpKind::kScatter:
-      return "scatter";
-    case OpKind::kBarrier:
-      return "barrier";
-    case OpKind::kSend:
-      return "send";
-    case OpKind::kReceive:
-      return "receive";
-    case OpKind::kSparseAllGather:
-      return "sparse_all_gather";
-    case OpKind::kSparseReduceScatter:
-      return "sparse_reduce_scatter";
-  }
-  return "unknown operation";
-}
 
 std::string OpName(OpKind kind, std::string_view label, uint64_t seq) {
-  if (label.empty()) return absl::StrCat(KindName(kind), " #", seq);
-  return absl::StrCat(KindName(kind), " \"", AbslSv(label), "\" #", seq);
+  if (label.empty()) return absl::StrCat(AbslSv(OpKindName(kind)), " #", seq);
+  return absl::StrCat(AbslSv(OpKindName(kind)), " \"", AbslSv(label), "\" #", seq);
 }
 
 uint32_t Signature(const Op& op) {
@@ -61,7 +30,7 @@ uint32_t Signature(const Op& op) {
   return hash.Signature();
 }
 
-const char* KindNameOf(uint32_t signature) { return KindName(SignatureHash::KindOf(signature)); }
+std::string KindNameOf(uint32_t signature) { return std::string(OpKindName(SignatureHash::KindOf(signature))); }
 
 std::vector<int64_t> Displacements(const std::vector<int64_t>& counts) {
   std::vector<int64_t> result(counts.size() + 1, 0);

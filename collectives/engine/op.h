@@ -37,7 +37,6 @@ struct Op {
   std::shared_ptr<QueuedWork> state;
 };
 
-const char* KindName(OpKind kind);
 std::string OpName(OpKind kind, std::string_view label, uint64_t seq);  // all_reduce "grads" #17
 inline std::string OpName(const Op& op) { return OpName(op.kind, op.label, op.seq); }
 
@@ -73,7 +72,7 @@ class SignatureHash {
 // Equal on all ranks that issued the same operation with the same arguments. A send's and its receive's are equal.
 uint32_t Signature(const Op& op);
 // The kind of an operation with that signature, which a peer sent; kSend stands for both ends.
-const char* KindNameOf(uint32_t signature);
+std::string KindNameOf(uint32_t signature);
 
 // displacements[i]: where rank i's part begins; one more entry for the end.
 std::vector<int64_t> Displacements(const std::vector<int64_t>& counts);

@@ -16,8 +16,7 @@ namespace {
 
 constexpr uint32_t kMagic = 0x4c4f4853;  // "SHOL"
 constexpr size_t kHeaderBytes = 16;
-constexpr uint32_t kStrangerBodyMax = 4096;  // Of a frame before any proof.
-constexpr uint32_t kFirstBodyMax = 1 << 20;  // Of the first frame after it.
+constexpr uint32_t kFirstBodyMax = 1 << 20;  // Of the first frame after the proof.
 constexpr uint32_t kBodyMax = 16 << 20;
 constexpr size_t kGuestsMax = 1024;
 constexpr int64_t kPatienceNs = 5'000'000'000;  // For a proof and a frame.
@@ -100,12 +99,11 @@ void Greeter::Admit(Fd socket) {
     Refused(*guests_.front(), "too many strangers at the door");
     guests_.pop_front();
   }
-  auto guest = std::make_unique<Guest>(
-      Guest{.frame = FrameReader(credentials_.has_value() ? kFirstBodyMax : kStrangerBodyMax)});
+  auto guest = std::make_unique<Guest>(Guest{.handshake = Handshake::Acceptor(credentials_, FreshNonce()),
+                                             .frame = FrameReader(kFirstBodyMax)});
   guest->address = PeerAddressOf(socket.get());
   guest->socket = std::move(socket);
   guest->deadline_ns = NowNs() + kPatienceNs;
-  if (credentials_.has_value()) guest->handshake = Handshake::Acceptor(*credentials_, FreshNonce());
   guests_.push_back(std::move(guest));
 }
 
@@ -135,10 +133,10 @@ absl::Status Greeter::AcceptAll() {
 
 absl::Status Greeter::Take(Guest* guest, std::string_view bytes) {
   guest->spoke = true;
-  if (!guest->handshake.has_value() || guest->handshake->Done()) return guest->frame.Take(bytes);
-  const absl::Status status = guest->handshake->Take(bytes);
+  if (guest->handshake.Done()) return guest->frame.Take(bytes);
+  const absl::Status status = guest->handshake.Take(bytes);
   // An empty socket takes so little at once, or its peer is none of ours.
-  const std::string output = guest->handshake->TakeOutput();
+  const std::string output = guest->handshake.TakeOutput();
   const ssize_t sent = send(guest->socket.get(), output.data(), output.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
   if (status.ok() && sent != static_cast<ssize_t>(output.size()))
     return absl::UnavailableError("does not read");
@@ -147,8 +145,8 @@ absl::Status Greeter::Take(Guest* guest, std::string_view bytes) {
 
 Greeter::Progress Greeter::ReadSome(Guest* guest) {
   while (true) {
-    const bool proving = guest->handshake.has_value() && !guest->handshake->Done();
-    const size_t wanted = proving ? guest->handshake->Wanted() : guest->frame.Wanted();
+    const bool proving = !guest->handshake.Done();
+    const size_t wanted = proving ? guest->handshake.Wanted() : guest->frame.Wanted();
     if (wanted == 0) return Progress::kFrame;
     char bytes[4096];
     const ssize_t got = recv(guest->socket.get(), bytes, std::min(wanted, sizeof bytes), 0);
@@ -206,7 +204,7 @@ absl::StatusOr<Greeter::Event> Greeter::Next(const std::vector<int>& watched, in
       if (progress == Progress::kGone) continue;
       Event event;
       event.socket = std::move(guest->socket);
-      if (guest->handshake.has_value()) event.purpose = guest->handshake->purpose();
+      event.purpose = guest->handshake.purpose();
       event.frame = guest->frame.TakeFrame();
       return event;
     }

@@ -5,7 +5,6 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -60,8 +59,6 @@ class Greeter {
  public:
   Greeter(std::vector<int> listeners, const Credentials& credentials)
       : listeners_(std::move(listeners)), credentials_(credentials) {}
-  // Nobody proves anything.
-  explicit Greeter(std::vector<int> listeners) : listeners_(std::move(listeners)) {}
 
   struct Event {
     Fd socket;  // Valid: it said `frame`.
@@ -80,7 +77,7 @@ class Greeter {
     Fd socket;
     SocketAddress address;
     int64_t deadline_ns = 0;
-    std::optional<Handshake> handshake;
+    Handshake handshake;
     FrameReader frame;
     bool spoke = false;
   };
@@ -95,7 +92,7 @@ class Greeter {
   void Refused(const Guest& guest, std::string_view reason);
 
   std::vector<int> listeners_;
-  std::optional<Credentials> credentials_;
+  Credentials credentials_;
   std::deque<std::unique_ptr<Guest>> guests_;
   // Log lines: some at once, then one per second.
   double log_budget_ = 20;

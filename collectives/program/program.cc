@@ -30,7 +30,7 @@ std::string_view OpKindName(OpKind kind) {
     case OpKind::kSparseAllGather: return "sparse_all_gather";
     case OpKind::kSparseReduceScatter: return "sparse_reduce_scatter";
   }
-  return "unknown";
+  return "unknown operation";
 }
 
 int Program::Send(int peer, uint32_t tag, Region region, absl::Span<const int> after) {

@@ -1,14 +1,13 @@
 #include "launch/status/measured_communicator.h"
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <utility>
 
 #include "absl/time/clock.h"
+#include "collectives/program/program.h"
 #include "runtime/base/mutex.h"
 #include "runtime/base/status.h"
 
@@ -16,25 +15,6 @@ namespace shoal {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-enum class Kind : uint8_t {
-  kAllReduce,
-  kReduceScatter,
-  kAllGather,
-  kAllToAll,
-  kBroadcast,
-  kReduce,
-  kGather,
-  kScatter,
-  kBarrier,
-  kSend,
-  kReceive,
-  kSparseAllGather,
-  kSparseReduceScatter,
-};
-constexpr std::array<std::string_view, 13> kKindNames = {
-    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast",         "reduce",               "gather",
-    "scatter",    "barrier",        "send",       "receive",    "sparse_all_gather", "sparse_reduce_scatter"};
 
 double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
@@ -55,14 +35,14 @@ class GroupSeries {
     Clock::time_point at;
   };
 
-  Issued Begin(Kind kind, int64_t bytes) {
+  Issued Begin(OpKind kind, int64_t bytes) {
     const double unix_seconds = absl::ToDoubleSeconds(absl::Now() - absl::UnixEpoch());
     MutexLock lock(&mutex_);
-    std::optional<CommMetrics>& series = by_kind_[static_cast<size_t>(kind)];
-    if (!series.has_value()) {
-      series = metrics_.Comm(group_, kKindNames[static_cast<size_t>(kind)], transport_);
+    auto series = by_kind_.find(kind);
+    if (series == by_kind_.end()) {
+      series = by_kind_.emplace(kind, metrics_.Comm(group_, OpKindName(kind), transport_)).first;
     }
-    const Issued issued = {next_number_++, *series, bytes, Clock::now()};
+    const Issued issued = {next_number_++, series->second, bytes, Clock::now()};
     if (pending_.empty()) {
       busy_since_ = issued.at;
       oldest_pending_.Set(unix_seconds);
@@ -94,7 +74,7 @@ class GroupSeries {
   const Counter busy_;
   const Gauge oldest_pending_;
   Mutex mutex_;
-  std::array<std::optional<CommMetrics>, kKindNames.size()> by_kind_ ABSL_GUARDED_BY(mutex_);
+  std::map<OpKind, CommMetrics> by_kind_ ABSL_GUARDED_BY(mutex_);
   std::map<uint64_t, double> pending_ ABSL_GUARDED_BY(mutex_);  // Unix time of issue, by number.
   uint64_t next_number_ ABSL_GUARDED_BY(mutex_) = 0;
   Clock::time_point busy_since_ ABSL_GUARDED_BY(mutex_);
@@ -113,63 +93,63 @@ class MeasuredCommunicator : public Communicator {
   }
 
   Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kAllReduce, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kAllReduce, in.bytes());
     return Counted(issued, inner_->AllReduce(in, out, op, options));
   }
   Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                      const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kReduceScatter, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kReduceScatter, in.bytes());
     return Counted(issued, inner_->ReduceScatter(in, counts, out, op, options));
   }
   Work AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out,
                  const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kAllGather, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kAllGather, in.bytes());
     return Counted(issued, inner_->AllGather(in, counts, out, options));
   }
   Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
                 absl::Span<const int64_t> recv_counts, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kAllToAll, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kAllToAll, in.bytes());
     return Counted(issued, inner_->AllToAll(in, send_counts, out, recv_counts, options));
   }
   Work Broadcast(const Tensor& in_out, int root_index, const OpOptions& options) override {
     const int64_t bytes = index() == root_index ? in_out.bytes() : 0;
-    const GroupSeries::Issued issued = series_->Begin(Kind::kBroadcast, bytes);
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kBroadcast, bytes);
     return Counted(issued, inner_->Broadcast(in_out, root_index, options));
   }
   Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kReduce, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kReduce, in.bytes());
     return Counted(issued, inner_->Reduce(in, out, root, op, options));
   }
   Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
               const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kGather, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kGather, in.bytes());
     return Counted(issued, inner_->Gather(in, counts, out, root, options));
   }
   Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root,
                const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kScatter, index() == root ? in.bytes() : 0);
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kScatter, index() == root ? in.bytes() : 0);
     return Counted(issued, inner_->Scatter(in, counts, out, root, options));
   }
   Work Barrier(const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kBarrier, 0);
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kBarrier, 0);
     return Counted(issued, inner_->Barrier(options));
   }
   Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kSend, in.bytes());
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kSend, in.bytes());
     return Counted(issued, inner_->Send(in, to, tag, options));
   }
   Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kReceive, 0);
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kReceive, 0);
     return Counted(issued, inner_->Receive(out, from, tag, options));
   }
   Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves,
                        const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kSparseAllGather, SparseBytes(chunks, moves, true));
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kSparseAllGather, SparseBytes(chunks, moves, true));
     return Counted(issued, inner_->SparseAllGather(chunks, moves, options));
   }
   Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
                            const OpOptions& options) override {
-    const GroupSeries::Issued issued = series_->Begin(Kind::kSparseReduceScatter, SparseBytes(chunks, moves, false));
+    const GroupSeries::Issued issued = series_->Begin(OpKind::kSparseReduceScatter, SparseBytes(chunks, moves, false));
     return Counted(issued, inner_->SparseReduceScatter(chunks, moves, op, options));
   }
 
