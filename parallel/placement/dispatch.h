@@ -1,0 +1,34 @@
+// How the tokens of an expert are spread over the ranks that hold it. Pure.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "parallel/placement/expert_placement.h"
+#include "parallel/placement/topology.h"
+
+namespace shoal {
+
+enum class DispatchRule : uint8_t {
+  // Tokens of a rank that holds the expert stay; else the copies of its host share them equally; else all copies do
+  // (Hecate, arXiv 2502.02581).
+  kNearest,
+  // As kNearest, but where copies share, the rank with the fewest rows so far gets more (water-filling).
+  kWaterFill,
+};
+
+// The rows of one source rank for one expert that go to one rank. A source's rows of an expert are cut in the order of its
+// shares, so shares say which rows as well.
+struct DispatchShare {
+  int expert = 0;
+  int rank = 0;
+  int64_t rows = 0;  // > 0
+};
+
+// rows_SE: rows of each source rank for each expert, row-major [ranks, experts]. Returns for each source its shares, ordered by
+// expert; every row has exactly one. O(ranks * experts + shares).
+std::vector<std::vector<DispatchShare>> SplitTokens(DispatchRule rule, const Topology& topology,
+                                                    const ExpertPlacement& placement, absl::Span<const int64_t> rows);
+
+}  // namespace shoal
