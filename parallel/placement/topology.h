@@ -1,6 +1,7 @@
 // Which host each rank is on. A plain value, the same on every rank.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
