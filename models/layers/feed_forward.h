@@ -6,24 +6,12 @@
 
 #include "models/model_config.h"
 #include "models/optimizer/parameter_store.h"
+#include "models/routers/router.h"
 #include "parallel/expert/token_exchange.h"
 #include "runtime/device/stream.h"
 #include "runtime/kernels/matmul.h"
 
 namespace shoal {
-
-// What a router did with the tokens of this rank.
-struct RoutingSums {
-  Tensor counts;     // [E] i64: tokens that chose each expert.
-  Tensor prob_sums;  // [E] f64: router probability summed over tokens.
-  double z_sum = 0;  // logsumexp(logits)^2 summed over tokens.
-};
-
-// How auxiliary losses enter the backward pass of one layer.
-struct RoutingGradient {
-  Tensor dprob;       // [E] f32: d loss / d probability, the same for every token; empty: none.
-  float z_scale = 0;  // Coefficient of a token's logsumexp^2.
-};
 
 class FeedForward {
  public:

@@ -1,0 +1,93 @@
+// Which experts a token visits, and with what weight. One ragged list of (token, expert, weight) serves every kind of router, so
+// that whatever moves and computes tokens knows none of them.
+//
+// A choice may depend on the tokens of other ranks (capacities, expert choice), so routing has two halves with one
+// all-gather between them: Score makes this rank's scores and a summary that the other ranks need; Choose has the summaries
+// of all. Both depend on the tokens of the whole part of the batch in their order, never on how many ranks share them.
+//
+// T tokens of this rank, D width, E experts, S (token, expert) pairs of this rank that stay after dropping. Tokens of a rank are
+// cut into `pieces` (EvenPart) in order, because the pipeline sends them piece by piece. The choice is a constant to the backward
+// pass; gradients flow through weights. Not thread-safe; kernels run on the stream given.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "models/model_config.h"
+#include "models/optimizer/parameter_store.h"
+#include "runtime/device/stream.h"
+#include "runtime/kernels/matmul.h"
+
+namespace shoal {
+
+// What a router did with the tokens of this rank; sums over ranks make auxiliary losses (balance.h).
+struct RoutingSums {
+  Tensor counts;           // [E] i64: choices of each expert, before dropping.
+  Tensor prob_sums;        // [E] f64: router probability summed over tokens; empty where no loss reads it.
+  double z_sum = 0;        // logsumexp(logits)^2 summed over tokens.
+  double seq_aux_sum = 0;  // The sequence-wise balance loss summed over sequences.
+  Tensor dropped;          // [E] i64: choices refused for capacity; empty: the router never drops.
+  int64_t unrouted = 0;    // Tokens without any expert.
+};
+
+// How auxiliary losses enter the backward pass of one layer.
+struct RoutingGradient {
+  Tensor dprob;             // [E] f32: d loss / d probability, the same for every token; empty: none.
+  float z_scale = 0;        // Coefficient of a token's logsumexp^2.
+  float seq_aux_scale = 0;  // Coefficient of a sequence's balance loss.
+};
+
+// The ragged list, by token, and within a token by the order of its choices.
+struct RoutedTokens {
+  Tensor offset;  // [T + 1] i32: the pairs of token t are [offset[t], offset[t + 1]).
+  Tensor expert;  // [S] i32
+  Tensor weight;  // [S] f32
+  // Pairs that stay, of every rank, piece and expert: [ranks, pieces, E] row-major. The same on every rank.
+  std::vector<int64_t> rows;
+};
+
+class Router {
+ public:
+  // Between the halves and for the backward pass; each kind has its own.
+  struct Saved {
+    virtual ~Saved() = default;
+  };
+  virtual ~Router() = default;
+
+  struct Batch {
+    int64_t seq = 0;                        // Tokens of a sequence; ranks hold whole sequences.
+    std::vector<int64_t> tokens_of_rank;    // By rank.
+    int rank = 0;
+    int pieces = 1;
+  };
+
+  // Elements and type of the summary that a rank with `tokens` tokens gives.
+  virtual int64_t SummaryElements(int64_t tokens, int pieces) const = 0;
+  virtual DType SummaryType() const = 0;
+
+  // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`.
+  // Fills `sums` unless null.
+  virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
+                                       Stream& stream) = 0;
+  // `summaries`: those of all ranks, in rank order.
+  virtual RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) = 0;
+
+  // dweight_S (f32): gradient by the weights of the list that Choose returned. Adds to dnormed_TD (f32); the router's weight
+  // gradients are overwritten or added to.
+  virtual void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing,
+                        kernels::Accumulate accumulate, const Tensor& dnormed, Stream& stream) = 0;
+
+  // State that is no parameter (DeepSeek-V3's bias): empty for most. [E] f32, the same on every rank, in checkpoints under
+  // `state_name`. EndStep moves it, from the choices of the whole step: counts_E over all ranks and parts.
+  virtual Tensor state() const { return Tensor(); }
+  virtual std::string state_name() const { return ""; }
+  virtual void EndStep(absl::Span<const int64_t> counts) { (void)counts; }
+};
+
+// The router that config.router names, with its parameters in `store` (views are resolved at each use).
+std::unique_ptr<Router> MakeRouter(const ModelConfig& config, int layer, const ParameterStore& store);
+
+}  // namespace shoal
