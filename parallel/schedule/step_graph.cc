@@ -1,0 +1,327 @@
+#include "parallel/schedule/step_graph.h"
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "runtime/base/check.h"
+
+namespace shoal {
+namespace {
+
+constexpr int kNone = -1;
+
+// Emits the tasks of one step in order. Members are the tasks that produced what later ones wait for.
+class Emitter {
+ public:
+  Emitter(const StepShape& shape, const Schedule& schedule)
+      : shape_(shape),
+        schedule_(schedule),
+        buckets_(shape.buckets()),
+        world_lane_(shape.inter ? Lane::kInter : Lane::kIntra),
+        gathered_(static_cast<size_t>(buckets_.count()), kNone),
+        released_(static_cast<size_t>(buckets_.count()), kNone),
+        complete_(static_cast<size_t>(buckets_.count()), kNone),
+        reduced_(static_cast<size_t>(buckets_.count()), kNone),
+        materialised_(shape.layers.size(), kNone),
+        experts_reduced_(shape.layers.size(), kNone) {
+    SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
+  }
+
+  Graph Emit() {
+    for (part_ = 0; part_ < shape_.parts; ++part_) EmitPart();
+    part_ = kNone;
+    if (training()) EmitUpdate();
+    return std::move(graph_);
+  }
+
+ private:
+  bool training() const { return shape_.mode == StepShape::Mode::kTrain; }
+  bool sharded() const { return shape_.dense == DensePolicy::kSharded && shape_.ranks > 1; }
+  int layers() const { return static_cast<int>(shape_.layers.size()); }
+  const LayerShape& layer_shape(int layer) const { return shape_.layers[static_cast<size_t>(layer)]; }
+  bool first_part() const { return part_ == 0; }
+  bool last_part() const { return part_ + 1 == shape_.parts; }
+
+  int Add(Op op, Phase phase, Lane lane, int layer, int chunk, std::initializer_list<int> after) {
+    Task task;
+    task.op = op;
+    task.phase = phase;
+    task.lane = lane;
+    task.part = part_;
+    task.layer = layer;
+    task.chunk = chunk;
+    for (int before : after) {
+      if (before != kNone && std::find(task.after.begin(), task.after.end(), before) == task.after.end()) {
+        task.after.push_back(before);
+      }
+    }
+    graph_.tasks.push_back(std::move(task));
+    return static_cast<int>(graph_.tasks.size()) - 1;
+  }
+  int Compute(Op op, Phase phase, int layer, int chunk, std::initializer_list<int> after) {
+    return last_compute_ = Add(op, phase, Lane::kCompute, layer, chunk, after);
+  }
+  void Wait(int task, int before) {
+    if (before != kNone) graph_.tasks[static_cast<size_t>(task)].after.push_back(before);
+  }
+
+  // ---- Weights on their way here and away.
+
+  // The buffer of a bucket that is not kept may be taken when what was in it is released and its gradients are sent.
+  void Gather(int bucket, Phase phase) {
+    if (shape_.ranks == 1) return;
+    if (!sharded() && (phase != Phase::kForward || !first_part())) return;
+    const size_t at = static_cast<size_t>(bucket);
+    if (sharded() && gathered_[at] != kNone && released_[at] == kNone) return;  // Still here.
+    int free = kNone;
+    if (sharded() && IsLayer(bucket) && !releases_.empty()) {
+      // Buffers for `prefetch` layers ahead, one in use.
+      const size_t buffers = static_cast<size_t>(schedule_.prefetch) + 1;
+      if (layer_gathers_ >= buffers) {
+        SHOAL_CHECK_LE(layer_gathers_ - buffers, releases_.size() - 1) << "a layer is gathered before another is released";
+        free = releases_[layer_gathers_ - buffers];
+      }
+    }
+    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {free, released_[at]});
+    released_[at] = kNone;
+    if (IsLayer(bucket)) ++layer_gathers_;
+  }
+  void Release(int bucket, Phase phase) {
+    if (!sharded()) return;
+    const size_t at = static_cast<size_t>(bucket);
+    released_[at] = Compute(Op::kRelease, phase, kNone, bucket, {});
+    if (IsLayer(bucket)) releases_.push_back(released_[at]);
+  }
+  bool IsLayer(int bucket) const { return bucket >= 2 && bucket < 2 + layers(); }
+
+  void Materialise(int layer, Phase phase) {
+    if (!shape_.materialise || !layer_shape(layer).moe) return;
+    const bool again = shape_.experts == ExpertPolicy::kRematerialise;
+    if (phase == Phase::kForward ? !(first_part() || again) : !again) return;
+    materialised_[static_cast<size_t>(layer)] =
+        Add(Op::kMaterialise, phase, world_lane_, layer, kNone, {experts_reduced_[static_cast<size_t>(layer)]});
+  }
+  void GatherLayer(int layer, Phase phase) {
+    if (layer < 0 || layer >= layers()) return;
+    Gather(buckets_.OfLayer(layer), phase);
+    Materialise(layer, phase);
+  }
+
+  // ---- One part of the batch.
+
+  void EmitPart() {
+    Gather(BucketIndex::kVectors, Phase::kForward);
+    Gather(BucketIndex::kEmbedding, Phase::kForward);
+    for (int layer = 0; layer < schedule_.prefetch; ++layer) GatherLayer(layer, Phase::kForward);
+    x_ = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
+                 {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
+    if (!shape_.tied_head) Release(BucketIndex::kEmbedding, Phase::kForward);
+    for (int layer = 0; layer < layers(); ++layer) {
+      GatherLayer(layer + schedule_.prefetch, Phase::kForward);
+      if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
+      EmitLayer(layer, Phase::kForward);
+      // The last layer is where the backward pass begins.
+      if (!training() || layer + 1 < layers()) Release(buckets_.OfLayer(layer), Phase::kForward);
+    }
+    EmitHead();
+    if (training()) EmitBackward();
+  }
+
+  void EmitHead() {
+    int totals = kNone;
+    if (training() && shape_.ranks > 1) {
+      totals = Add(Op::kTotals, Phase::kForward, Lane::kControl, kNone, kNone, {routed_});
+    }
+    const int head = Compute(Op::kHead, Phase::kForward, kNone, kNone, {x_, gathered_[static_cast<size_t>(buckets_.OfHead())]});
+    Release(buckets_.OfHead(), Phase::kForward);
+    if (!training()) return;
+    if (!shape_.tied_head) Complete(buckets_.OfHead(), head);
+    balanced_ = Compute(Op::kBalance, Phase::kForward, kNone, kNone, {totals});
+  }
+
+  void EmitLayer(int layer, Phase phase) {
+    const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
+    const int attention = Compute(Op::kAttention, phase, layer, kNone, {x_, bucket});
+    if (!layer_shape(layer).moe) {
+      x_ = Compute(Op::kDense, phase, layer, kNone, {});
+      return;
+    }
+    const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
+    if (phase == Phase::kForward) routed_ = route;
+    const int exchange =
+        shape_.ranks > 1 && phase == Phase::kForward ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
+    const int arrange = Compute(Op::kArrange, phase, layer, kNone, {exchange});
+    const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
+    std::vector<std::vector<int>> arrived(static_cast<size_t>(chunks));
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int pack = Compute(Op::kPack, phase, layer, chunk, {arrange});
+      arrived[static_cast<size_t>(chunk)] = Travel(Op::kDispatch, phase, layer, chunk, pack);
+    }
+    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+    std::vector<std::vector<int>> returned;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int experts =
+          Compute(Op::kExperts, phase, layer, chunk, {materialised_[static_cast<size_t>(layer)]});
+      for (int before : arrived[static_cast<size_t>(chunk)]) Wait(experts, before);
+      returned.push_back(Travel(Op::kReturn, phase, layer, chunk, experts));
+    }
+    if (phase == Phase::kRecompute) {  // The backward pass needs the rows, not their sum.
+      for (const std::vector<int>& before : returned) recomputed_.insert(recomputed_.end(), before.begin(), before.end());
+      return;
+    }
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      x_ = Compute(Op::kCombine, phase, layer, chunk, {});
+      for (int before : returned[static_cast<size_t>(chunk)]) Wait(x_, before);
+    }
+  }
+
+  // Rows of a chunk to the ranks of their experts (kDispatch) or home (kReturn); returns what to wait for.
+  std::vector<int> Travel(Op op, Phase phase, int layer, int chunk, int ready) {
+    std::vector<int> tasks;
+    if (!shape_.dispatch) return tasks;
+    if (shape_.inter) tasks.push_back(Add(op, phase, Lane::kInter, layer, chunk, {ready}));
+    if (shape_.intra) tasks.push_back(Add(op, phase, Lane::kIntra, layer, chunk, {ready}));
+    tasks.push_back(Add(Op::kStay, phase, Lane::kCopy, layer, chunk, {ready}));
+    graph_.tasks.back().back = op == Op::kReturn;
+    return tasks;
+  }
+
+  // ---- Backward.
+
+  void EmitBackward() {
+    const int top = layers() - 1;
+    for (int layer = top; layer > top - schedule_.prefetch; --layer) GatherLayer(layer, Phase::kBackward);
+    x_ = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
+    if (sharded()) {  // The buffers of the part before.
+      for (int task : reduced_) Wait(x_, task);
+    }
+    for (int layer = top; layer >= 0; --layer) {
+      GatherLayer(layer - schedule_.prefetch, Phase::kBackward);
+      WaitForGradientBuffer(layer);
+      if (shape_.recompute) EmitLayer(layer, Phase::kRecompute);
+      EmitLayerBackward(layer);
+      Release(buckets_.OfLayer(layer), Phase::kBackward);
+    }
+    x_ = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {});
+    Complete(BucketIndex::kEmbedding, x_);
+    Complete(BucketIndex::kVectors, x_);
+    SendGradients(kNone);
+  }
+
+  // Sharded gradients have buffers for as many layers as weights have.
+  void WaitForGradientBuffer(int layer) {
+    const int other = layer + schedule_.prefetch + 1;
+    gradient_buffer_ = kNone;
+    if (!sharded() || other >= layers()) return;
+    gradient_buffer_ = reduced_[static_cast<size_t>(buckets_.OfLayer(other))];
+    SHOAL_CHECK_GT(gradient_buffer_, complete_[static_cast<size_t>(buckets_.OfLayer(other))])
+        << "gradients of layer " << other << " must be sent before the backward pass of layer " << layer;
+  }
+
+  void EmitLayerBackward(int layer) {
+    const Phase phase = Phase::kBackward;
+    const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
+    if (!layer_shape(layer).moe) {
+      Compute(Op::kDense, phase, layer, kNone, {bucket, gradient_buffer_});
+      SendGradients(layer);
+    } else {
+      EmitExpertsBackward(layer, bucket);
+    }
+    x_ = Compute(Op::kAttention, phase, layer, kNone, {});
+    Complete(buckets_.OfLayer(layer), x_);
+  }
+
+  void EmitExpertsBackward(int layer, int bucket) {
+    const Phase phase = Phase::kBackward;
+    const int chunks = schedule_.layers[static_cast<size_t>(layer)].backward_chunks;
+    std::vector<std::vector<int>> arrived, returned;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int pack = Compute(Op::kPack, phase, layer, chunk, {bucket, gradient_buffer_});
+      for (int before : recomputed_) Wait(pack, before);
+      recomputed_.clear();
+      arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
+    }
+    SendGradients(layer);
+    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int experts = Compute(Op::kExperts, phase, layer, chunk, {materialised_[static_cast<size_t>(layer)]});
+      for (int before : arrived[static_cast<size_t>(chunk)]) Wait(experts, before);
+      returned.push_back(Travel(Op::kReturn, phase, layer, chunk, experts));
+    }
+    int weights = kNone;
+    for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
+    if (shape_.materialise && (last_part() || shape_.experts == ExpertPolicy::kRematerialise)) {
+      experts_reduced_[static_cast<size_t>(layer)] = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
+    }
+    const int route = Compute(Op::kRoute, phase, layer, kNone, {balanced_});
+    for (const std::vector<int>& before : returned) {
+      for (int task : before) Wait(route, task);
+    }
+  }
+
+  // ---- Gradients.
+
+  void Complete(int bucket, int task) { complete_[static_cast<size_t>(bucket)] = task; }
+
+  // The slices that the schedule puts behind the last dispatch of `layer`; kNone: those at the end.
+  void SendGradients(int layer) {
+    if (shape_.ranks == 1 || !(last_part() || sharded())) return;
+    for (size_t i = 0; i < schedule_.gradients.size(); ++i) {
+      const GradientSlice& slice = schedule_.gradients[i];
+      if (slice.before_layer != layer) continue;
+      const size_t at = static_cast<size_t>(slice.bucket);
+      SHOAL_CHECK(complete_[at] != kNone) << "gradients of bucket " << slice.bucket << " are sent before they exist";
+      reduced_[at] = Add(Op::kReduce, Phase::kBackward, world_lane_, kNone, slice.bucket, {complete_[at]});
+      graph_.tasks.back().slice = static_cast<int>(i);
+    }
+  }
+
+  void EmitUpdate() {
+    const Phase phase = Phase::kUpdate;
+    const int norm = Compute(Op::kNorm, phase, kNone, kNone, {});
+    for (int task : reduced_) Wait(norm, task);
+    for (int task : experts_reduced_) Wait(norm, task);
+    const int sum = shape_.ranks > 1 ? Add(Op::kNormSum, phase, Lane::kControl, kNone, kNone, {norm}) : kNone;
+    for (int bucket = 0; bucket < buckets_.count(); ++bucket) Compute(Op::kUpdate, phase, kNone, bucket, {sum});
+    for (int layer = 0; layer < layers(); ++layer) {
+      if (layer_shape(layer).moe) Compute(Op::kUpdate, phase, layer, kNone, {sum});
+    }
+  }
+
+  const StepShape& shape_;
+  const Schedule& schedule_;
+  const BucketIndex buckets_;
+  const Lane world_lane_;
+  Graph graph_;
+  int part_ = 0;
+  int x_ = kNone, routed_ = kNone, balanced_ = kNone, last_compute_ = kNone, gradient_buffer_ = kNone;
+  std::vector<int> gathered_, released_, complete_, reduced_;  // By bucket.
+  std::vector<int> materialised_, experts_reduced_;            // By layer.
+  std::vector<int> recomputed_;                                // What brings the rows of a layer that is computed again.
+  std::vector<int> releases_;                                  // Of layers, in order.
+  size_t layer_gathers_ = 0;
+};
+
+}  // namespace
+
+int CompletedBy(const StepShape& shape, int bucket) {
+  const int layer = bucket - 2;
+  if (layer >= static_cast<int>(shape.layers.size())) return static_cast<int>(shape.layers.size());
+  return layer < 0 ? -1 : layer;
+}
+
+Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements) {
+  Schedule schedule;
+  schedule.layers.resize(shape.layers.size());
+  const BucketIndex buckets = shape.buckets();
+  SHOAL_CHECK_EQ(bucket_elements.size(), static_cast<size_t>(buckets.count()));
+  for (int bucket = buckets.count() - 1; bucket >= 0; --bucket) {
+    const int completed = CompletedBy(shape, bucket);
+    schedule.gradients.push_back({bucket, 0, bucket_elements[static_cast<size_t>(bucket)], completed < 0 ? -1 : completed - 1});
+  }
+  return schedule;
+}
+
+Graph EmitStep(const StepShape& shape, const Schedule& schedule) { return Emitter(shape, schedule).Emit(); }
+
+}  // namespace shoal

@@ -1,0 +1,84 @@
+// The graph of one training step of a mixture-of-experts transformer, from the shape of the model, the policies of the
+// placement and a schedule. Pure: every rank emits the same list from the same arguments; which rows and bytes a task moves is
+// decided when it runs.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "parallel/schedule/graph.h"
+
+namespace shoal {
+
+// Dense parameters are communicated in buckets, each with consecutive numbers of elements: vectors, embedding, the dense
+// matrices of each layer, head.
+struct BucketIndex {
+  int layers = 0;
+  bool head = true;  // False: tied to the embedding.
+  static constexpr int kVectors = 0, kEmbedding = 1;
+  int OfLayer(int layer) const { return 2 + layer; }
+  int OfHead() const { return head ? 2 + layers : kEmbedding; }
+  int count() const { return 2 + layers + (head ? 1 : 0); }
+};
+
+enum class DensePolicy : uint8_t {
+  kReplicated,  // Weights are gathered once a step and kept (ZeRO stage 1).
+  kSharded,     // Weights are gathered when used and released (ZeRO stage 3, FSDP).
+};
+enum class ExpertPolicy : uint8_t {
+  kKeep,           // Materialised experts stay from the forward to the backward pass.
+  kRematerialise,  // Released after the forward pass and gathered again.
+};
+
+struct LayerShape {
+  bool moe = true;
+  bool shared_expert = false;
+};
+
+struct StepShape {
+  enum class Mode : uint8_t { kTrain, kForward };
+  Mode mode = Mode::kTrain;  // kForward: no gradients, nothing kept (validation, generation).
+  std::vector<LayerShape> layers;
+  bool tied_head = false;
+  int parts = 1;
+  bool recompute = false;
+  int ranks = 1;
+  bool intra = false;      // Some host has several ranks.
+  bool inter = false;      // There are several hosts.
+  bool dispatch = false;   // Some expert is not on every rank: rows travel.
+  bool materialise = false;  // Some expert has holders beside its owner.
+  DensePolicy dense = DensePolicy::kReplicated;
+  ExpertPolicy experts = ExpertPolicy::kKeep;
+  BucketIndex buckets() const { return {static_cast<int>(layers.size()), !tied_head}; }
+};
+
+// A range of a dense bucket's gradients, sent in one reduce-scatter.
+struct GradientSlice {
+  int bucket = 0;
+  int64_t begin = 0, count = 0;  // Elements.
+  // Its place in the lane: right after the last dispatch of this layer's backward pass, which must come after the backward pass
+  // of the bucket's own layer; -1: when all backward passes are done. With DensePolicy::kSharded the layer must be one of the
+  // `prefetch` layers below the bucket's own, because then its buffer is needed.
+  int before_layer = -1;
+};
+
+struct LayerSchedule {
+  int forward_chunks = 1, backward_chunks = 1;
+};
+
+// What the scheduler decides. Never changes what is computed beyond the order of sums.
+struct Schedule {
+  std::vector<LayerSchedule> layers;
+  std::vector<GradientSlice> gradients;  // All elements of all buckets exactly once, in the order of sending.
+  int prefetch = 1;                      // Layers ahead that weights are gathered.
+};
+
+// One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
+Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);
+
+// The layer whose backward pass completes the gradients of a bucket; -1: only the end of the pass does (vectors, embedding).
+int CompletedBy(const StepShape& shape, int bucket);
+
+Graph EmitStep(const StepShape& shape, const Schedule& schedule);
+
+}  // namespace shoal
