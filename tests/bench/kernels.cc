@@ -151,12 +151,13 @@ Call RouterBackwardCall(Impl impl, int64_t T, DType) {
 }
 
 struct Slots {
-  Tensor counts, slot, token;
+  Tensor counts, slot, token, offset;
 };
 Slots MakeSlots(int64_t T) {
   Slots slots = {Empty({kExperts}, DType::kI64), Empty({T, kChoices}, DType::kI32),
-                 Empty({T * kChoices}, DType::kI32)};
+                 Empty({T * kChoices}, DType::kI32), Empty({T + 1}, DType::kI32)};
   SortByExpert(RandomIds({T, kChoices}, kExperts), slots.counts, slots.slot, slots.token, TheStream());
+  for (int64_t t = 0; t <= T; ++t) slots.offset.data<int32_t>()[t] = static_cast<int32_t>(t * kChoices);
   return slots;
 }
 
@@ -178,28 +179,29 @@ Call GatherCall(Impl impl, int64_t T, DType act) {
 
 Call SumSlotsCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
-  const Tensor dslots = Random({T * kChoices, kWidth}, act, 1), dx = Empty({T, kWidth}, DType::kF32);
+  const Tensor drows = Random({T * kChoices, kWidth}, act, 1), slot = s.slot.Reshape({T * kChoices});
+  const Tensor dx = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? SumSlots : ref::SumSlots;
-  return {[=] { kernel(dslots, s.slot, dx, TheStream()); }, {dx}, BytesOf({dslots, dx})};
+  return {[=] { kernel(drows, s.offset, slot, dx, TheStream()); }, {dx}, BytesOf({drows, dx})};
 }
 
 Call CombineCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
   const Tensor residual = Random({T, kWidth}, DType::kF32, 1), y = Random({T * kChoices, kWidth}, act, 2);
-  const Tensor weights = Random({T, kChoices}, DType::kF32, 3), out = Empty({T, kWidth}, DType::kF32);
+  const Tensor weight = Random({T * kChoices}, DType::kF32, 3), slot = s.slot.Reshape({T * kChoices});
+  const Tensor out = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlots : ref::CombineSlots;
-  return {
-      [=] { kernel(residual, y, s.slot, weights, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
+  return {[=] { kernel(residual, y, s.offset, slot, weight, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
 }
 
 Call CombineBackwardCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
   const Tensor dout = Random({T, kWidth}, DType::kF32, 1), y = Random({T * kChoices, kWidth}, act, 2);
-  const Tensor weights = Random({T, kChoices}, DType::kF32, 3), dy = Empty({T * kChoices, kWidth}, act);
-  const Tensor dweights = Empty({T, kChoices}, DType::kF32);
+  const Tensor weight = Random({T * kChoices}, DType::kF32, 3), slot = s.slot.Reshape({T * kChoices});
+  const Tensor dy = Empty({T * kChoices, kWidth}, act), dweight = Empty({T * kChoices}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlotsBackward : ref::CombineSlotsBackward;
-  return {[=] { kernel(dout, y, s.slot, weights, dy, dweights, TheStream()); },
-          {dy, dweights},
+  return {[=] { kernel(dout, y, s.offset, slot, weight, dy, dweight, TheStream()); },
+          {dy, dweight},
           BytesOf({dout, y, dy})};
 }
 

@@ -61,22 +61,22 @@ struct SoftmaxBackwardArgs {
 struct CombineArgs {
   const float* residual;  // Null: 0.
   const void* y;
-  const int32_t* slot;
-  const float* weights;  // Null: 1.
+  const int32_t* offset;  // Of a token's first pair.
+  const int32_t* slot;    // Of each pair.
+  const float* weight;    // Of each pair. Null: 1.
   void* out;
   int64_t width;
-  int choices;
 };
 
 struct CombineBackwardArgs {
   const float* dout;
   const void* y;
+  const int32_t* offset;
   const int32_t* slot;
-  const float* weights;
+  const float* weight;
   void* dy;
-  float* dweights;
+  float* dweight;
   int64_t width;
-  int choices;
 };
 
 struct CrossEntropyRow {

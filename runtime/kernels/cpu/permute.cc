@@ -7,6 +7,25 @@
 #include "runtime/kernels/cpu/parallel.h"
 
 namespace shoal::kernels {
+namespace {
+
+// That these are pairs of T tokens whose slots are among R rows.
+void CheckPairs(const Tensor& offset, const Tensor& slot, int64_t T, int64_t R) {
+  const int64_t S = slot.dim(0);
+  CheckTensor(offset, DType::kI32, {T + 1}, "offset");
+  CheckTensor(slot, DType::kI32, {S}, "slot");
+  CheckIds(slot.span<int32_t>(), R, "slot");
+  const int32_t* begin = offset.data<int32_t>();
+  SHOAL_CHECK(begin[0] == 0 && begin[T] == S) << "offsets from " << begin[0] << " to " << begin[T] << ", want 0 to " << S;
+  for (int64_t t = 0; t < T; ++t) SHOAL_CHECK_LE(begin[t], begin[t + 1]) << "offset[" << t << "]";
+}
+
+// For a loop over tokens that touches `rows` rows of D elements in all.
+int64_t GrainOfTokens(int64_t T, int64_t rows, int64_t D) {
+  return GrainOfRows(rows / std::max<int64_t>(T, 1) * D);
+}
+
+}  // namespace
 
 // A counting sort on one thread: 4096 slots take about 10 us.
 void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token,
@@ -37,78 +56,75 @@ void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot
   }
 }
 
-void GatherRows(const Tensor& x, const Tensor& token, const Tensor& slots, Stream&) {
-  const int64_t T = x.dim(0), D = x.dim(1), S = token.dim(0);
+void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream&) {
+  const int64_t T = x.dim(0), D = x.dim(1), R = token.dim(0);
   const InnerAct act = CheckAct(x, {T, D}, "x");
-  SHOAL_CHECK_EQ(CheckAct(slots, {S, D}, "slots"), act);
-  CheckTensor(token, DType::kI32, {S}, "token");
+  SHOAL_CHECK_EQ(CheckAct(rows, {R, D}, "rows"), act);
+  CheckTensor(token, DType::kI32, {R}, "token");
   CheckIds(token.span<int32_t>(), T, "token");
   const int64_t row_bytes = D * SizeOf(x.dtype());
   const int32_t* from = token.data<int32_t>();
-  ParallelFor(S, GrainOfRows(D), [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      std::memcpy(static_cast<char*>(slots.raw()) + s * row_bytes,
-                  static_cast<const char*>(x.raw()) + from[s] * row_bytes, static_cast<size_t>(row_bytes));
+  ParallelFor(R, GrainOfRows(D), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      std::memcpy(static_cast<char*>(rows.raw()) + r * row_bytes,
+                  static_cast<const char*>(x.raw()) + from[r] * row_bytes, static_cast<size_t>(row_bytes));
     }
   });
 }
 
-void SumSlots(const Tensor& dslots, const Tensor& slot, const Tensor& dx, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = dx.dim(1);
-  const InnerAct from = CheckAct(dslots, {T * K, D}, "dslots"), to = CheckAct(dx, {T, D}, "dx");
-  CheckTensor(slot, DType::kI32, {T, K}, "slot");
-  CheckIds(slot.span<int32_t>(), T * K, "slot");
+void SumSlots(const Tensor& drows, const Tensor& offset, const Tensor& slot, const Tensor& dx, Stream&) {
+  const int64_t T = dx.dim(0), D = dx.dim(1), R = drows.dim(0), S = slot.dim(0);
+  const InnerAct from = CheckAct(drows, {R, D}, "drows"), to = CheckAct(dx, {T, D}, "dx");
+  CheckPairs(offset, slot, T, R);
   const CombineArgs args = {.residual = nullptr,
-                            .y = dslots.raw(),
+                            .y = drows.raw(),
+                            .offset = offset.data<int32_t>(),
                             .slot = slot.data<int32_t>(),
-                            .weights = nullptr,
+                            .weight = nullptr,
                             .out = dx.raw(),
-                            .width = D,
-                            .choices = static_cast<int>(K)};
+                            .width = D};
   const auto rows = Inner().combine[from][to];
-  ParallelFor(T, GrainOfRows((K + 1) * D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+  ParallelFor(T, GrainOfTokens(T, S + T, D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
-void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& slot, const Tensor& weights,
+void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& offset, const Tensor& slot, const Tensor& weight,
                   const Tensor& out, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = out.dim(1);
-  const InnerAct act = CheckAct(y, {T * K, D}, "y");
+  const int64_t T = out.dim(0), D = out.dim(1), R = y.dim(0), S = slot.dim(0);
+  const InnerAct act = CheckAct(y, {R, D}, "y");
   CheckTensor(residual, DType::kF32, {T, D}, "residual");
-  CheckTensor(slot, DType::kI32, {T, K}, "slot");
-  CheckTensor(weights, DType::kF32, {T, K}, "weights");
+  CheckTensor(weight, DType::kF32, {S}, "weight");
   CheckTensor(out, DType::kF32, {T, D}, "out");
-  CheckIds(slot.span<int32_t>(), T * K, "slot");
+  CheckPairs(offset, slot, T, R);
   const CombineArgs args = {.residual = residual.data<float>(),
                             .y = y.raw(),
+                            .offset = offset.data<int32_t>(),
                             .slot = slot.data<int32_t>(),
-                            .weights = weights.data<float>(),
+                            .weight = weight.data<float>(),
                             .out = out.raw(),
-                            .width = D,
-                            .choices = static_cast<int>(K)};
+                            .width = D};
   const auto rows = Inner().combine[act][kInnerF32];
-  ParallelFor(T, GrainOfRows((K + 2) * D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+  ParallelFor(T, GrainOfTokens(T, S + 2 * T, D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
-void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& slot, const Tensor& weights,
-                          const Tensor& dy, const Tensor& dweights, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = dout.dim(1);
-  const InnerAct act = CheckAct(y, {T * K, D}, "y");
-  SHOAL_CHECK_EQ(CheckAct(dy, {T * K, D}, "dy"), act);
+void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& offset, const Tensor& slot, const Tensor& weight,
+                          const Tensor& dy, const Tensor& dweight, Stream&) {
+  const int64_t T = dout.dim(0), D = dout.dim(1), R = y.dim(0), S = slot.dim(0);
+  const InnerAct act = CheckAct(y, {R, D}, "y");
+  SHOAL_CHECK_EQ(CheckAct(dy, {R, D}, "dy"), act);
   CheckTensor(dout, DType::kF32, {T, D}, "dout");
-  CheckTensor(slot, DType::kI32, {T, K}, "slot");
-  CheckTensor(weights, DType::kF32, {T, K}, "weights");
-  CheckTensor(dweights, DType::kF32, {T, K}, "dweights");
-  CheckIds(slot.span<int32_t>(), T * K, "slot");
+  CheckTensor(weight, DType::kF32, {S}, "weight");
+  CheckTensor(dweight, DType::kF32, {S}, "dweight");
+  CheckPairs(offset, slot, T, R);
   const CombineBackwardArgs args = {.dout = dout.data<float>(),
                                     .y = y.raw(),
+                                    .offset = offset.data<int32_t>(),
                                     .slot = slot.data<int32_t>(),
-                                    .weights = weights.data<float>(),
+                                    .weight = weight.data<float>(),
                                     .dy = dy.raw(),
-                                    .dweights = dweights.data<float>(),
-                                    .width = D,
-                                    .choices = static_cast<int>(K)};
+                                    .dweight = dweight.data<float>(),
+                                    .width = D};
   const auto rows = Inner().combine_backward[act];
-  ParallelFor(T, GrainOfRows((2 * K + 1) * D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
+  ParallelFor(T, GrainOfTokens(T, 2 * S + T, D), [&](int64_t begin, int64_t end) { rows(args, begin, end); });
 }
 
 }  // namespace shoal::kernels

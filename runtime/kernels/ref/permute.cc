@@ -21,49 +21,52 @@ void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot
   SHOAL_CHECK_EQ(next, T * K);
 }
 
-void GatherRows(const Tensor& x, const Tensor& token, const Tensor& slots, Stream&) {
-  const int64_t D = x.dim(1), S = token.dim(0);
-  for (int64_t s = 0; s < S; ++s) {
-    for (int64_t d = 0; d < D; ++d) Set(slots, s * D + d, Get(x, GetIndex(token, s) * D + d));
+void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream&) {
+  const int64_t D = x.dim(1), R = token.dim(0);
+  for (int64_t r = 0; r < R; ++r) {
+    for (int64_t d = 0; d < D; ++d) Set(rows, r * D + d, Get(x, GetIndex(token, r) * D + d));
   }
 }
 
-void SumSlots(const Tensor& dslots, const Tensor& slot, const Tensor& dx, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = dx.dim(1);
+void SumSlots(const Tensor& drows, const Tensor& offset, const Tensor& slot, const Tensor& dx, Stream&) {
+  const int64_t T = dx.dim(0), D = dx.dim(1);
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t d = 0; d < D; ++d) {
       double sum = 0;
-      for (int64_t k = 0; k < K; ++k) sum += Get(dslots, GetIndex(slot, t * K + k) * D + d);
+      for (int64_t pair = GetIndex(offset, t); pair < GetIndex(offset, t + 1); ++pair) {
+        sum += Get(drows, GetIndex(slot, pair) * D + d);
+      }
       Set(dx, t * D + d, sum);
     }
   }
 }
 
-void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& slot, const Tensor& weights,
+void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& offset, const Tensor& slot, const Tensor& weight,
                   const Tensor& out, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = out.dim(1);
+  const int64_t T = out.dim(0), D = out.dim(1);
   for (int64_t t = 0; t < T; ++t) {
     for (int64_t d = 0; d < D; ++d) {
       double sum = Get(residual, t * D + d);
-      for (int64_t k = 0; k < K; ++k)
-        sum += Get(weights, t * K + k) * Get(y, GetIndex(slot, t * K + k) * D + d);
+      for (int64_t pair = GetIndex(offset, t); pair < GetIndex(offset, t + 1); ++pair) {
+        sum += Get(weight, pair) * Get(y, GetIndex(slot, pair) * D + d);
+      }
       Set(out, t * D + d, sum);
     }
   }
 }
 
-void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& slot, const Tensor& weights,
-                          const Tensor& dy, const Tensor& dweights, Stream&) {
-  const int64_t T = slot.dim(0), K = slot.dim(1), D = dout.dim(1);
+void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& offset, const Tensor& slot, const Tensor& weight,
+                          const Tensor& dy, const Tensor& dweight, Stream&) {
+  const int64_t T = dout.dim(0), D = dout.dim(1);
   for (int64_t t = 0; t < T; ++t) {
-    for (int64_t k = 0; k < K; ++k) {
-      const int64_t row = GetIndex(slot, t * K + k) * D;
+    for (int64_t pair = GetIndex(offset, t); pair < GetIndex(offset, t + 1); ++pair) {
+      const int64_t row = GetIndex(slot, pair) * D;
       double dot = 0;
       for (int64_t d = 0; d < D; ++d) {
         dot += Get(dout, t * D + d) * Get(y, row + d);
-        Set(dy, row + d, Get(weights, t * K + k) * Get(dout, t * D + d));
+        Set(dy, row + d, Get(weight, pair) * Get(dout, t * D + d));
       }
-      Set(dweights, t * K + k, dot);
+      Set(dweight, pair, dot);
     }
   }
 }
