@@ -11,6 +11,7 @@
 #include "collectives/communicator.h"
 #include "collectives/engine/work_state.h"
 #include "collectives/membership/coordinator.h"
+#include "collectives/membership/coordinator_dialler.h"
 #include "collectives/membership/membership.h"
 #include "runtime/base/status.h"
 
@@ -228,9 +229,14 @@ void shoal_member_options_init(shoal_member_options* options) {
 
 shoal_code shoal_join(const shoal_member_options* given, shoal_member** member) {
   const shoal_member_options options = Known(given, &shoal_member_options_init);
-  if (options.coordinators == nullptr) return Report(absl::InvalidArgumentError("no coordinators"));
   shoal::MembershipOptions join;
-  join.coordinators = absl::StrSplit(options.coordinators, ',');
+  if (options.coordinators == nullptr) {
+    absl::StatusOr<shoal::MembershipOptions> told = shoal::MembershipOptionsFromEnvironment();
+    if (!told.ok()) return Report(told.status());
+    join = *std::move(told);
+  } else {
+    join.coordinators = shoal::SplitCoordinators(options.coordinators);
+  }
   join.wanted_rank = options.wanted_rank;
   join.coordinator_timeout = Seconds(options.coordinator_timeout);
   join.heartbeat_interval = Seconds(options.heartbeat_interval);

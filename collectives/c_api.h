@@ -88,7 +88,9 @@ shoal_code shoal_connect(const shoal_world_options *options, shoal_group **group
 
 typedef struct shoal_member_options {
   size_t struct_size;
-  const char *coordinators; /* Separated by commas: HOST:PORT, unix:NAME, etcd:HOST:PORT. */
+  /* Separated by commas: HOST:PORT, unix:NAME, etcd:HOST:PORT. NULL: what an elastic launcher told this process in
+   * SHOAL_COORDINATOR, and where job_id and secret are NULL, too, in SHOAL_RUN_ID and SHOAL_JOB_SECRET. */
+  const char *coordinators;
   int32_t wanted_rank;      /* -1: any. */
   const char *job_id, *secret, *transport, *interface_name;
   int32_t flows;

@@ -1,6 +1,7 @@
 /* Ranks that come and go keep summing. Each process runs
  *
- *   elastic_sums COORDINATOR SECONDS        joins the job at COORDINATOR (HOST:PORT or unix:NAME)
+ *   elastic_sums COORDINATOR SECONDS          joins the job at COORDINATOR (HOST:PORT or unix:NAME)
+ *   elastic_sums SECONDS                      joins the job of the launcher: shoal launch --rdzv-backend shoal ...
  *   elastic_sums --coordinate LISTEN SECONDS  is the coordinator instead
  *
  * Start as many as you like, kill any of them: the others go on, and newcomers are let in every 1000 sums. */
@@ -59,8 +60,8 @@ static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double
 
 int main(int argc, char **argv) {
   if (argc == 4 && strcmp(argv[1], "--coordinate") == 0) return coordinate(argv[2], atof(argv[3]));
-  if (argc != 3) {
-    fprintf(stderr, "usage: %s COORDINATOR SECONDS | --coordinate LISTEN SECONDS\n", argv[0]);
+  if (argc != 2 && argc != 3) {
+    fprintf(stderr, "usage: %s [COORDINATOR] SECONDS | --coordinate LISTEN SECONDS\n", argv[0]);
     return 2;
   }
   shoal_member_options options;
@@ -68,9 +69,9 @@ int main(int argc, char **argv) {
   shoal_group *group;
   shoal_memory *memory = NULL;
   long sums = 0;
-  const double end = now() + atof(argv[2]);
+  const double end = now() + atof(argv[argc - 1]);
   shoal_member_options_init(&options);
-  options.coordinators = argv[1];
+  if (argc == 3) options.coordinators = argv[1];
   if (shoal_join(&options, &member) != SHOAL_OK) return fail("join");
   while (now() < end) {
     if (shoal_next_epoch(member, 30, &group) != SHOAL_OK) return fail("next epoch");

@@ -239,11 +239,36 @@ void Server::DropLeaving() {
   std::erase_if(guests_, [now_ns](const auto& entry) { return now_ns >= entry.second.close_ns; });
 }
 
+// The address of this host that reaches the first of `etcd` to which there is a way.
+absl::StatusOr<SocketAddress> AddressTowardsEtcd(const std::vector<std::string>& etcd) {
+  absl::Status status = absl::InvalidArgumentError("the coordinator has no address to listen at");
+  for (const std::string& endpoint : etcd) {
+    const absl::StatusOr<SocketAddress> remote = ResolveEndpoint(endpoint);
+    status = remote.status();
+    if (!status.ok()) continue;
+    const absl::StatusOr<SocketAddress> local = LocalAddressTowards(*remote);
+    if (local.ok()) return local;
+    status = local.status();
+  }
+  return status;
+}
+
+// As members on other hosts dial it.
+absl::StatusOr<std::string> AddressOf(const Fd& listener, const CoordinatorServerOptions& options) {
+  const SocketAddress bound = LocalAddressOf(listener.get());
+  if (bound.family() == AF_UNIX) return options.listen;
+  if (!bound.IsAny() || options.etcd.empty()) return EndpointText(bound.Ip(), bound.port());
+  SHOAL_ASSIGN_OR_RETURN(const SocketAddress reached, AddressTowardsEtcd(options.etcd), "the coordinator's address");
+  return EndpointText(reached.Ip(), bound.port());
+}
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
     const CoordinatorServerOptions& options) {
-  SHOAL_ASSIGN_OR_RETURN(const SocketAddress wanted, ResolveEndpoint(options.listen), "the coordinator's address");
+  SHOAL_ASSIGN_OR_RETURN(const SocketAddress wanted,
+                         options.listen.empty() ? AddressTowardsEtcd(options.etcd) : ResolveEndpoint(options.listen),
+                         "the coordinator's address");
   absl::StatusOr<Fd> listener = Listen(wanted);
   if (!listener.ok()) {
     return absl::UnavailableError(absl::StrCat("the coordinator cannot ", listener.status().message()));
@@ -251,8 +276,7 @@ absl::StatusOr<std::unique_ptr<CoordinatorServer>> CoordinatorServer::Start(
   Fd epoll(epoll_create1(EPOLL_CLOEXEC));
   Fd wake(eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
   if (!epoll.valid() || !wake.valid()) return ErrnoStatus(errno, "the coordinator's epoll and eventfd");
-  const SocketAddress bound = LocalAddressOf(listener->get());
-  std::string address = bound.family() == AF_UNIX ? options.listen : EndpointText(bound.Ip(), bound.port());
+  SHOAL_ASSIGN_OR_RETURN(std::string address, AddressOf(*listener, options));
   return std::unique_ptr<CoordinatorServer>(std::make_unique<Server>(
       options, std::move(address), *std::move(listener), std::move(epoll), std::move(wake)));
 }

@@ -11,7 +11,8 @@ namespace shoal {
 
 struct CoordinatorServerOptions {
   CoordinatorOptions core;
-  std::string listen = "127.0.0.1:0";  // HOST:PORT (port 0: chosen) or unix:NAME.
+  // HOST:PORT (port 0: chosen) or unix:NAME. Empty, with etcd: the address that reaches it, any port.
+  std::string listen = "127.0.0.1:0";
   std::string job_id = "none";
   std::string secret;
   // etcd endpoints HOST:PORT; empty: none. Several coordinators stand by, one leads.
@@ -23,7 +24,8 @@ class CoordinatorServer {
   // UNAVAILABLE: the address cannot be bound.
   static absl::StatusOr<std::unique_ptr<CoordinatorServer>> Start(const CoordinatorServerOptions& options);
   virtual ~CoordinatorServer() = default;
-  virtual std::string address() const = 0;  // As members dial it.
+  // As members dial it. One that listens on every interface tells etcd the address that reaches it.
+  virtual std::string address() const = 0;
 };
 
 }  // namespace shoal

@@ -35,6 +35,11 @@ absl::StatusOr<Fd> DialPlace(const CoordinatorPlaces& places, std::string place,
 
 }  // namespace
 
+std::vector<std::string> SplitCoordinators(const std::string& text) {
+  if (absl::StartsWith(text, kEtcd)) return {text};
+  return absl::StrSplit(text, ',');
+}
+
 absl::StatusOr<Fd> DialCoordinator(const CoordinatorPlaces& places, int64_t deadline_ns) {
   if (places.coordinators.empty()) return absl::InvalidArgumentError("no coordinator is given");
   absl::Status last, final;

@@ -20,6 +20,9 @@ struct CoordinatorPlaces {
   std::string secret;
 };
 
+// "HOST:PORT,unix:NAME" are two; "etcd:HOST:PORT,HOST:PORT" is one.
+std::vector<std::string> SplitCoordinators(const std::string& text);
+
 // Tries each once, in turn; the first that answers. Blocks until `deadline_ns` (NowNs()). PERMISSION_DENIED,
 // FAILED_PRECONDITION: one answered and will not have this process; INVALID_ARGUMENT: an address makes no sense;
 // UNAVAILABLE: none answers now.

@@ -3,6 +3,7 @@
 #include <poll.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "collectives/engine/group.h"
 #include "collectives/engine/world.h"
@@ -128,6 +129,24 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::For
 }
 
 }  // namespace
+
+absl::StatusOr<MembershipOptions> MembershipOptionsFromEnvironment() {
+  const auto told = [](const char* name) -> std::string {
+    const char* const value = std::getenv(name);
+    return value == nullptr ? "" : value;
+  };
+  MembershipOptions options;
+  const std::string coordinators = told("SHOAL_COORDINATOR");
+  if (coordinators.empty()) {
+    return absl::FailedPreconditionError(
+        "SHOAL_COORDINATOR is not set: say where the coordinator is, or start this program by shoal launch "
+        "--rdzv-backend=shoal");
+  }
+  options.coordinators = SplitCoordinators(coordinators);
+  if (const std::string job = told("SHOAL_RUN_ID"); !job.empty()) options.world.job_id = job;
+  options.world.secret = told("SHOAL_JOB_SECRET");
+  return options;
+}
 
 absl::StatusOr<std::unique_ptr<Membership>> Membership::Join(const MembershipOptions& options) {
   if (options.world.transport != "auto" && options.world.transport != "tcp") {

@@ -34,6 +34,11 @@ struct MembershipOptions {
   }();
 };
 
+// What an elastic launcher (`shoal launch --rdzv-backend=shoal`) tells its ranks: coordinators, job_id and secret from
+// SHOAL_COORDINATOR, SHOAL_RUN_ID and SHOAL_JOB_SECRET; defaults otherwise. FAILED_PRECONDITION: SHOAL_COORDINATOR is not
+// set.
+absl::StatusOr<MembershipOptions> MembershipOptionsFromEnvironment();
+
 class Membership {
  public:
   // Blocks until a coordinator has taken the registration. UNAVAILABLE: none answers; PERMISSION_DENIED: the secret is

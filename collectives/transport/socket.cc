@@ -56,6 +56,11 @@ std::string SocketAddress::Ip() const {
   return text;
 }
 
+bool SocketAddress::IsAny() const {
+  if (family() == AF_INET) return reinterpret_cast<const sockaddr_in*>(&storage)->sin_addr.s_addr == INADDR_ANY;
+  return family() == AF_INET6 && IN6_IS_ADDR_UNSPECIFIED(&reinterpret_cast<const sockaddr_in6*>(&storage)->sin6_addr);
+}
+
 bool SocketAddress::IsLoopback() const {
   if (family() == AF_UNIX) return true;
   if (family() == AF_INET) {
@@ -157,6 +162,15 @@ absl::StatusOr<Fd> Accept(int listener) {
     // The other end may have given up already; the listener is still good.
     if (errno != EINTR && errno != ECONNABORTED) return ErrnoStatus(errno, "accept");
   }
+}
+
+absl::StatusOr<SocketAddress> LocalAddressTowards(const SocketAddress& remote) {
+  const Fd fd(socket(remote.family(), SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  if (!fd.valid()) return ErrnoStatus(errno, "socket");
+  if (connect(fd.get(), reinterpret_cast<const sockaddr*>(&remote.storage), remote.length) != 0) {
+    return absl::UnavailableError(absl::StrCat("no route to ", remote.ToString(), ": ", std::strerror(errno)));
+  }
+  return ResolveAddress(LocalAddressOf(fd.get()).Ip(), 0);
 }
 
 SocketAddress LocalAddressOf(int fd) {

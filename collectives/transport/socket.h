@@ -43,6 +43,7 @@ struct SocketAddress {
   int family() const { return storage.ss_family; }
   int port() const;         // 0 for unix sockets.
   std::string Ip() const;   // Numeric; "" for unix sockets.
+  bool IsAny() const;       // 0.0.0.0 or ::.
   bool IsLoopback() const;  // Unix sockets count.
   std::string ToString() const;
 };
@@ -58,6 +59,8 @@ absl::StatusOr<Fd> Dial(const SocketAddress& address, int64_t deadline_ns);
 // An invalid Fd when nobody waits to be accepted.
 absl::StatusOr<Fd> Accept(int listener);
 
+// The address of this host that a connection to `remote` would come from, port 0; no bytes travel. UNAVAILABLE: no route.
+absl::StatusOr<SocketAddress> LocalAddressTowards(const SocketAddress& remote);
 SocketAddress LocalAddressOf(int fd);
 SocketAddress PeerAddressOf(int fd);
 

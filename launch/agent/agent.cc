@@ -25,6 +25,7 @@
 #include "absl/time/clock.h"
 #include "launch/agent/environment.h"
 #include "launch/agent/exit_codes.h"
+#include "launch/agent/job_coordinator.h"
 #include "launch/agent/rank_output.h"
 #include "launch/agent/rank_process.h"
 #include "launch/agent/verdict.h"
@@ -101,6 +102,7 @@ struct Rank {
   RankEnvironment environment;
   RankProcess process;
   bool running = false;
+  int restarts = 0;
   absl::Time stopped_since = absl::InfiniteFuture();
   int stop_signal = 0;
   std::string log_path;
@@ -119,9 +121,10 @@ class Agent {
   enum class Phase { kRunning, kSettling, kEnding, kKilling };
 
   absl::Status Start();
-  absl::Status StartOne(int local_rank, const RankEnvironment& job);
+  absl::Status StartOne(Rank& rank);
+  bool StartAgain(Rank& rank, const RankFailure& failure);
   absl::StatusOr<RankEnvironment> Job() const;
-  std::vector<std::string> EnvironmentOf(const RankEnvironment& rank) const;
+  std::vector<std::string> EnvironmentOf(const Rank& rank) const;
 
   void Wait();
   void ReadSignals();
@@ -133,7 +136,7 @@ class Agent {
   void DecideStopped();
   void DecideShutdown();
   void EndAll(int signal_number);
-  void Record(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at);
+  RankFailure Failure(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) const;
   bool AnyRunning() const;
   absl::Duration UntilNextDeadline() const;
   int Finish();
@@ -142,6 +145,7 @@ class Agent {
   const absl::Span<const std::string> command_;
   const std::string host_;
   SignalGuard signals_;
+  JobCoordinator coordinator_;  // Of an elastic job. Its threads have our signals blocked.
   std::vector<Rank> ranks_;
   std::vector<RankFailure> failures_;
   absl::Time started_;
@@ -152,14 +156,15 @@ class Agent {
 
 absl::StatusOr<RankEnvironment> Agent::Job() const {
   RankEnvironment job;
-  job.world_size = options_.nnodes * options_.nproc_per_node;
+  job.world_size = options_.nnodes_max * options_.nproc_per_node;
   job.local_world_size = options_.nproc_per_node;
   job.node_rank = options_.node_rank;
-  job.nodes = options_.nnodes;
+  job.nodes = options_.nnodes_max;
   const std::string random_id = RandomId();
   job.job_id = options_.rdzv_id.empty() ? random_id : options_.rdzv_id;
   // Launchers of several hosts must agree on one, so only the user can give it.
-  job.job_secret = ProcessEnv("SHOAL_JOB_SECRET").value_or(options_.nnodes == 1 ? RandomId() + RandomId() : "");
+  const bool one_host = options_.nnodes_max == 1 && options_.etcd.empty();
+  job.job_secret = ProcessEnv("SHOAL_JOB_SECRET").value_or(one_host ? RandomId() + RandomId() : "");
   if (options_.rdzv_endpoint.empty()) {
     job.master_host = absl::StrCat("unix:shoal-", random_id);
     return job;
@@ -171,13 +176,17 @@ absl::StatusOr<RankEnvironment> Agent::Job() const {
   return job;
 }
 
-std::vector<std::string> Agent::EnvironmentOf(const RankEnvironment& rank) const {
-  auto variables = RankVariables(rank);
+std::vector<std::string> Agent::EnvironmentOf(const Rank& rank) const {
+  const auto fixed = RankVariables(rank.environment);
+  auto variables = options_.elastic ? ElasticRankVariables(rank.environment, coordinator_.address, rank.restarts,
+                                                           options_.max_restarts)
+                                    : fixed;
   if (options_.more_threads_than_cores && getenv("OMP_WAIT_POLICY") == nullptr &&
       getenv("GOMP_SPINCOUNT") == nullptr) {
     variables.emplace_back("OMP_WAIT_POLICY", "passive");
   }
-  std::set<std::string, std::less<>> ours;
+  std::set<std::string, std::less<>> ours = {"SHOAL_COORDINATOR"};
+  for (const auto& [name, unused] : fixed) ours.insert(name);  // Those of another launcher would be wrong.
   std::vector<std::string> result;
   for (const auto& [name, value] : variables) {
     ours.insert(name);
@@ -190,35 +199,48 @@ std::vector<std::string> Agent::EnvironmentOf(const RankEnvironment& rank) const
   return result;
 }
 
-absl::Status Agent::StartOne(int local_rank, const RankEnvironment& job) {
-  Rank rank;
-  rank.environment = job;
-  rank.environment.local_rank = local_rank;
-  rank.environment.rank = job.node_rank * job.local_world_size + local_rank;
+absl::Status Agent::StartOne(Rank& rank) {
   int log_fd = -1;
   if (!options_.log_dir.empty()) {
-    rank.log_path = absl::StrCat(options_.log_dir, "/rank-", rank.environment.rank, ".log");
+    // Launchers of an elastic job need not have a number; their folders may be one.
+    const std::string host = options_.elastic && options_.nnodes_max > 1 ? host_ + "-" : "";
+    rank.log_path = absl::StrCat(options_.log_dir, "/", host, "rank-", rank.environment.rank, ".log");
     log_fd = open(rank.log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (log_fd < 0) return ErrnoStatus(errno, rank.log_path);
   }
   rank.output = std::make_unique<RankOutput>(rank.environment.rank, log_fd, STDERR_FILENO);
-  const std::vector<std::string> environment = EnvironmentOf(rank.environment);
+  const std::vector<std::string> environment = EnvironmentOf(rank);
   RankCommand command;
   command.argv = command_;
   command.environment = environment;
-  command.inherit_stdout = rank.environment.rank == 0;
+  command.inherit_stdout = options_.elastic ? rank.environment.local_rank == 0 : rank.environment.rank == 0;
   command.signal_mask = signals_.old_mask();
   SHOAL_ASSIGN_OR_RETURN(rank.process, StartRank(command));
   rank.running = true;
   if (log_fd >= 0) {
     const std::string line =
         absl::StrFormat("---- rank %d of %d, job %s, host %s, pid %d, %s\n", rank.environment.rank,
-                        job.world_size, job.job_id, host_, rank.process.pid, absl::FormatTime(absl::Now()));
+                        rank.environment.world_size, rank.environment.job_id, host_, rank.process.pid,
+                        absl::FormatTime(absl::Now()));
     // A disk that is full already will say so with the first line of the rank.
     static_cast<void>(WriteFully(log_fd, line));
   }
-  ranks_.push_back(std::move(rank));
   return absl::OkStatus();
+}
+
+// Whether it runs again.
+bool Agent::StartAgain(Rank& rank, const RankFailure& failure) {
+  if (phase_ != Phase::kRunning || rank.restarts >= options_.max_restarts) return false;
+  ++rank.restarts;
+  SHOAL_LOG(kWarning) << "rank " << rank.environment.rank << " (pid " << rank.process.pid << ") " << Describe(failure)
+                      << "; it is started again, " << rank.restarts << " of " << options_.max_restarts << " times";
+  for (int* const fd : {&rank.process.stdout_fd, &rank.process.stderr_fd}) {
+    if (*fd >= 0) close(std::exchange(*fd, -1));
+  }
+  rank.stopped_since = absl::InfiniteFuture();
+  const absl::Status status = StartOne(rank);
+  if (!status.ok()) SHOAL_LOG(kError) << "rank " << rank.environment.rank << " cannot be started: " << status.message();
+  return status.ok();
 }
 
 absl::Status Agent::Start() {
@@ -230,10 +252,20 @@ absl::Status Agent::Start() {
     if (error) return ErrnoStatus(error.value(), absl::StrCat("creating ", options_.log_dir));
   }
   SHOAL_ASSIGN_OR_RETURN(const RankEnvironment job, Job());
-  for (int local_rank = 0; local_rank < options_.nproc_per_node; ++local_rank) {
-    SHOAL_RETURN_IF_ERROR(StartOne(local_rank, job), "starting local rank ", local_rank);
+  if (options_.elastic) {
+    SHOAL_ASSIGN_OR_RETURN(coordinator_, StartCoordinator(options_, job), "the coordinator of the job");
   }
-  if (job.nodes > 1) {
+  for (int local_rank = 0; local_rank < options_.nproc_per_node; ++local_rank) {
+    Rank& rank = ranks_.emplace_back();
+    rank.environment = job;
+    rank.environment.local_rank = local_rank;
+    rank.environment.rank = job.node_rank * job.local_world_size + local_rank;
+    SHOAL_RETURN_IF_ERROR(StartOne(rank), "starting local rank ", local_rank);
+  }
+  if (options_.elastic) {
+    SHOAL_LOG(kInfo) << ranks_.size() << " ranks of this host join the elastic job " << job.job_id << " at "
+                     << coordinator_.address << (coordinator_.server ? ", which is coordinated here" : "");
+  } else if (job.nodes > 1) {
     SHOAL_LOG(kInfo) << "host " << job.node_rank << " of " << job.nodes << ": ranks "
                      << ranks_.front().environment.rank << " to " << ranks_.back().environment.rank << " of "
                      << job.world_size << " meet the others at " << options_.rdzv_endpoint << ", job "
@@ -341,15 +373,15 @@ void Agent::NoteEnd(Rank& rank, const siginfo_t& info) {
   rank.running = false;
   ReadOutput(rank);
   rank.output->Finish();
-  if (info.si_code != CLD_EXITED) {
-    Record(rank, RankFailure::Kind::kKilled, info.si_status, now);
-    failures_.back().core_dumped = info.si_code == CLD_DUMPED;
-  } else if (info.si_status != 0) {
-    Record(rank, RankFailure::Kind::kExited, info.si_status, now);
-  }
+  if (info.si_code == CLD_EXITED && info.si_status == 0) return;
+  const RankFailure::Kind kind =
+      info.si_code == CLD_EXITED ? RankFailure::Kind::kExited : RankFailure::Kind::kKilled;
+  RankFailure failure = Failure(rank, kind, info.si_status, now);
+  failure.core_dumped = info.si_code == CLD_DUMPED;
+  if (!StartAgain(rank, failure)) failures_.push_back(std::move(failure));
 }
 
-void Agent::Record(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) {
+RankFailure Agent::Failure(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) const {
   RankFailure failure;
   failure.rank = rank.environment.rank;
   failure.local_rank = rank.environment.local_rank;
@@ -360,7 +392,7 @@ void Agent::Record(const Rank& rank, RankFailure::Kind kind, int code, absl::Tim
   failure.at = at - started_;
   failure.stopped_for = kind == RankFailure::Kind::kStopped ? Now() - at : absl::ZeroDuration();
   failure.log_path = rank.log_path;
-  failures_.push_back(std::move(failure));
+  return failure;
 }
 
 // A rank that stands still for long has failed. One that has just been stopped is the cause, too, when all
@@ -371,10 +403,18 @@ void Agent::DecideStopped() {
       std::all_of(failures_.begin(), failures_.end(), [](const RankFailure& failure) {
         return failure.kind == RankFailure::Kind::kExited && failure.code == kExitPeerLost;
       });
-  for (const Rank& rank : ranks_) {
+  for (Rank& rank : ranks_) {
     if (!rank.running || rank.stopped_since == absl::InfiniteFuture()) continue;
     if (now - rank.stopped_since >= options_.stopped_timeout || (!failures_.empty() && only_peers_lost)) {
-      Record(rank, RankFailure::Kind::kStopped, rank.stop_signal, rank.stopped_since);
+      const RankFailure failure = Failure(rank, RankFailure::Kind::kStopped, rank.stop_signal, rank.stopped_since);
+      if (rank.restarts < options_.max_restarts) {
+        SHOAL_LOG(kWarning) << "rank " << rank.environment.rank << " (pid " << rank.process.pid << ") "
+                            << Describe(failure) << "; it is killed";
+        kill(-rank.process.pid, SIGKILL);
+        rank.stopped_since = absl::InfiniteFuture();
+      } else {
+        failures_.push_back(failure);
+      }
     }
   }
 }

@@ -16,6 +16,7 @@ namespace shoal {
 struct RawLaunchFlags {
   std::map<std::string, std::string> values;
   int usable_cores = 1;  // Of this process: what `auto` and `cpu` mean. From UsableCores().
+  bool may_be_elastic = false;  // The ranks can be a program that joins through a coordinator.
 };
 
 struct AgentOptions {
@@ -26,6 +27,12 @@ struct AgentOptions {
   // name.
   std::string rdzv_endpoint;
   std::string rdzv_id;  // Empty on one host: a random one.
+  // The ranks join and leave through a coordinator, which is in the launcher that can listen at rdzv_endpoint; with `etcd`
+  // there is one in every launcher, and etcd says which leads.
+  bool elastic = false;
+  int nnodes_max = 1;             // As nnodes unless elastic.
+  int max_restarts = 0;           // Of each rank of this host; elastic jobs only.
+  std::vector<std::string> etcd;  // HOST:PORT each.
   // rank-N.log of each rank of this host is appended to in here. Created. Empty: no log files.
   std::string log_dir;
   // The ranks of this host have more threads than it has cores for. They get OMP_WAIT_POLICY=passive then,
@@ -40,8 +47,8 @@ struct AgentOptions {
   std::vector<std::string> warnings;             // About flags that mean nothing here. RunAgent prints them.
 };
 
-// INVALID_ARGUMENT names the flag and says what would be accepted. UNIMPLEMENTED: elastic jobs
-// ("--nnodes=1:4"), accelerators, other rendezvous backends than static.
+// INVALID_ARGUMENT names the flag and says what would be accepted. UNIMPLEMENTED: accelerators, other rendezvous
+// backends; elastic jobs ("--nnodes=1:4", "--rdzv-backend=shoal") of programs that cannot be.
 absl::StatusOr<AgentOptions> MakeAgentOptions(const RawLaunchFlags& flags);
 
 }  // namespace shoal

@@ -12,8 +12,8 @@ using testing::IsEmpty;
 
 using Values = std::map<std::string, std::string>;
 
-absl::StatusOr<AgentOptions> Make(const Values& values) {
-  return MakeAgentOptions({.values = values, .usable_cores = 6});
+absl::StatusOr<AgentOptions> Make(const Values& values, bool may_be_elastic = false) {
+  return MakeAgentOptions({.values = values, .usable_cores = 6, .may_be_elastic = may_be_elastic});
 }
 
 TEST(MakeAgentOptions, DefaultsAreTorchruns) {
@@ -61,6 +61,36 @@ TEST(MakeAgentOptions, FlagsWithoutMeaningAreWarnedAbout) {
               Contains(HasSubstr("static")));
 }
 
+TEST(MakeAgentOptions, ElasticJobs) {
+  for (const char* backend : {"shoal", "c10d"}) {
+    const auto options =
+        Make({{"rdzv-backend", backend}, {"nnodes", "2:4"}, {"max-restarts", "3"}}, /*may_be_elastic=*/true);
+    ASSERT_TRUE(options.ok()) << options.status();
+    EXPECT_TRUE(options->elastic);
+    EXPECT_EQ(options->nnodes, 2);
+    EXPECT_EQ(options->nnodes_max, 4);
+    EXPECT_EQ(options->max_restarts, 3);
+    EXPECT_EQ(options->rdzv_endpoint, "127.0.0.1:29400");
+    EXPECT_THAT(options->warnings, IsEmpty());
+  }
+  EXPECT_EQ(Make({{"rdzv-backend", "shoal"}}, true)->rdzv_endpoint, "");  // One host needs no port.
+  EXPECT_FALSE(Make({{"rdzv-backend", "static"}}, true)->elastic);
+  EXPECT_FALSE(Make({{"rdzv-backend", "shoal"}, {"max-restarts", "many"}}, true).ok());
+}
+
+TEST(MakeAgentOptions, ElasticJobsWithEtcd) {
+  const auto options = Make({{"rdzv-backend", "etcd"}, {"rdzv-endpoint", "a,b:7"}, {"rdzv-id", "night"}}, true);
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_THAT(options->etcd, testing::ElementsAre("a:2379", "b:7"));
+  EXPECT_EQ(options->rdzv_endpoint, "");
+  EXPECT_EQ(options->rdzv_id, "night");
+  EXPECT_THAT(std::string(Make({{"rdzv-backend", "etcd"}, {"rdzv-endpoint", "a"}}, true).status().message()),
+              HasSubstr("--rdzv-id"));
+  EXPECT_THAT(std::string(Make({{"rdzv-backend", "etcd"}, {"rdzv-id", "night"}}, true).status().message()),
+              HasSubstr("--rdzv-endpoint"));
+  EXPECT_THAT(std::string(Make({{"nnodes", "1:2"}}, true).status().message()), HasSubstr("--rdzv-backend=shoal"));
+}
+
 struct ErrorCase {
   Values values;
   std::vector<std::string> words;
@@ -81,7 +111,8 @@ INSTANTIATE_TEST_SUITE_P(
     testing::Values(ErrorCase{{{"nproc-per-node", "0"}}, {"--nproc-per-node=0", "auto"}},
                     ErrorCase{{{"nproc-per-node", "many"}}, {"--nproc-per-node=many"}},
                     ErrorCase{{{"nproc-per-node", "gpu"}}, {"--nproc-per-node=gpu", "CPU"}},
-                    ErrorCase{{{"nnodes", "1:2"}}, {"--nnodes=1:2", "elastic jobs are not supported yet"}},
+                    ErrorCase{{{"nnodes", "1:2"}}, {"--nnodes=1:2", "fixed number of ranks"}},
+                    ErrorCase{{{"rdzv-backend", "shoal"}}, {"--rdzv-backend=shoal", "fixed number of ranks"}},
                     ErrorCase{{{"nnodes", "2:1"}}, {"--nnodes=1"}},
                     ErrorCase{{{"nnodes", "0"}}, {"--nnodes=0"}},
                     ErrorCase{{{"nnodes", "2:"}}, {"--nnodes="}},

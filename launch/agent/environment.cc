@@ -282,6 +282,13 @@ absl::Status FindMaster(const GetEnv& getenv, RankEnvironment* env) {
 }  // namespace
 
 absl::StatusOr<std::optional<RankEnvironment>> DetectEnvironment(const GetEnv& getenv) {
+  if (const auto coordinator = getenv("SHOAL_COORDINATOR");
+      coordinator.has_value() && !getenv("SHOAL_RANK").has_value()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("SHOAL_COORDINATOR=", *coordinator,
+                     ": ranks of an elastic job have no number before they have joined, and this program cannot join "
+                     "one: launch it without --rdzv-backend"));
+  }
   std::optional<RankEnvironment> chosen;
   for (const auto& read : {ReadShoal, ReadTorchrun, ReadOpenMpi, ReadPmi, ReadSlurm}) {
     SHOAL_ASSIGN_OR_RETURN(const std::optional<RankEnvironment> found, read(getenv));
@@ -338,6 +345,22 @@ std::vector<std::pair<std::string, std::string>> RankVariables(const RankEnviron
       {"TORCHELASTIC_MAX_RESTARTS", "0"},
       {"TORCHELASTIC_RUN_ID", rank.job_id},
       {"TORCHELASTIC_USE_AGENT_STORE", "False"},
+  };
+}
+
+std::vector<std::pair<std::string, std::string>> ElasticRankVariables(const RankEnvironment& rank,
+                                                                      const std::string& coordinator, int restarts,
+                                                                      int restarts_max) {
+  const auto text = [](int value) { return absl::StrCat(value); };
+  return {
+      {"SHOAL_COORDINATOR", coordinator},
+      {"SHOAL_RUN_ID", rank.job_id},
+      {"SHOAL_JOB_SECRET", rank.job_secret},
+      {"SHOAL_LOCAL_RANK", text(rank.local_rank)},
+      {"SHOAL_LOCAL_WORLD_SIZE", text(rank.local_world_size)},
+      {"TORCHELASTIC_RESTART_COUNT", text(restarts)},
+      {"TORCHELASTIC_MAX_RESTARTS", text(restarts_max)},
+      {"TORCHELASTIC_RUN_ID", rank.job_id},
   };
 }
 

@@ -48,7 +48,7 @@ using GetEnv = std::function<std::optional<std::string>(std::string_view name)>;
 //
 // INVALID_ARGUMENT names the variables: a set is incomplete, a value is no number or out of range, or two
 // sources disagree on the world size. FAILED_PRECONDITION: nothing says where the ranks of several hosts
-// meet.
+// meet; or this is a rank of an elastic job (SHOAL_COORDINATOR), which has no number before it has joined.
 absl::StatusOr<std::optional<RankEnvironment>> DetectEnvironment(const GetEnv& getenv);
 
 // The process's own environment.
@@ -57,6 +57,13 @@ std::optional<std::string> ProcessEnv(std::string_view name);
 // The inverse: what a launcher exports for one rank. SHOAL's names, and torchrun's for programs that know
 // only those.
 std::vector<std::pair<std::string, std::string>> RankVariables(const RankEnvironment& rank);
+
+// What a launcher exports for one rank of an elastic job, which joins through `coordinator` (as
+// collectives/membership/membership.h has it): where that is, the job, the place on this host, and that this is the start
+// number `restarts` of it. Its number and that of all ranks are found by joining.
+std::vector<std::pair<std::string, std::string>> ElasticRankVariables(const RankEnvironment& rank,
+                                                                      const std::string& coordinator, int restarts,
+                                                                      int restarts_max);
 
 struct HostPort {
   std::string host;  // Without brackets.

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <optional>
 
 namespace shoal {
 namespace {
@@ -223,6 +224,24 @@ TEST(RankVariables, DetectIsTheInverse) {
     EXPECT_EQ((*by_torch_names)->nodes, rank.nodes);
     EXPECT_EQ((*by_torch_names)->job_id, rank.job_id);
   }
+}
+
+TEST(ElasticRankVariables, HaveNoNumberOfTheRank) {
+  RankEnvironment rank;
+  rank.local_rank = 1;
+  rank.local_world_size = 2;
+  rank.job_id = "night";
+  std::map<std::string, std::string> variables;
+  for (const auto& [name, value] : ElasticRankVariables(rank, "unix:x", 1, 3)) variables[name] = value;
+  EXPECT_EQ(variables["SHOAL_COORDINATOR"], "unix:x");
+  EXPECT_EQ(variables["SHOAL_RUN_ID"], "night");
+  EXPECT_EQ(variables["TORCHELASTIC_RESTART_COUNT"], "1");
+  const auto detected = DetectEnvironment([&](std::string_view name) -> std::optional<std::string> {
+    const auto found = variables.find(std::string(name));
+    if (found == variables.end()) return std::nullopt;
+    return found->second;
+  });
+  EXPECT_TRUE(absl::IsFailedPrecondition(detected.status())) << detected.status();
 }
 
 TEST(ParseHostPort, Forms) {

@@ -17,6 +17,7 @@ struct Command {
 };
 
 int RunTrain(absl::Span<const std::string> args);
+int RunLaunch(absl::Span<const std::string> args);
 int RunGenerate(absl::Span<const std::string> args);
 int RunExport(absl::Span<const std::string> args);
 int RunData(absl::Span<const std::string> args);

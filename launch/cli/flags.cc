@@ -116,6 +116,10 @@ void FlagSet::AddPositional(std::string name, std::string help,
   positionals_.push_back({std::move(name), std::move(help), target});
 }
 
+void FlagSet::AddCommand(std::string name, std::string help, std::vector<std::string>* target) {
+  positionals_.push_back({std::move(name), std::move(help), target, /*is_command=*/true});
+}
+
 void FlagSet::Heading(std::string heading) { heading_ = std::move(heading); }
 
 void FlagSet::Examples(std::vector<std::string> examples) { examples_ = std::move(examples); }
@@ -159,10 +163,11 @@ absl::Status FlagSet::ParseNamed(absl::Span<const std::string> args, size_t* nex
   return Assign(flag->spec, flag->target, shown, args[(*next)++]);
 }
 
-absl::Status FlagSet::ParsePositional(const std::string& arg) {
+absl::Status FlagSet::ParsePositional(const std::string& arg, bool* flags_end) {
   for (Positional& positional : positionals_) {
     if (auto* list = std::get_if<std::vector<std::string>*>(&positional.target)) {
       positional.given = true;
+      *flags_end = *flags_end || positional.is_command;
       (*list)->push_back(arg);
       return absl::OkStatus();
     }
@@ -187,20 +192,25 @@ absl::Status FlagSet::ReadEnvironment(const GetEnv& getenv) {
 }
 
 absl::Status FlagSet::Parse(absl::Span<const std::string> args, const GetEnv& getenv) {
-  const auto end_of_flags = std::find(args.begin(), args.end(), "--");
-  help_wanted_ =
-      std::any_of(args.begin(), end_of_flags, [](const auto& arg) { return arg == "--help" || arg == "-h"; });
+  const auto is_help = [](const std::string& arg) { return arg == "--help" || arg == "-h"; };
+  const bool has_command =
+      std::any_of(positionals_.begin(), positionals_.end(), [](const Positional& p) { return p.is_command; });
+  if (!has_command) help_wanted_ = std::any_of(args.begin(), std::find(args.begin(), args.end(), "--"), is_help);
   if (help_wanted_) return absl::OkStatus();
   bool flags_end = false;
   for (size_t next = 0; next < args.size();) {
     const std::string& arg = args[next];
+    if (!flags_end && has_command && is_help(arg)) {
+      help_wanted_ = true;
+      return absl::OkStatus();
+    }
     if (!flags_end && arg == "--") {
       flags_end = true;
       ++next;
     } else if (!flags_end && arg.size() > 1 && arg[0] == '-') {
       SHOAL_RETURN_IF_ERROR(ParseNamed(args, &next));
     } else {
-      SHOAL_RETURN_IF_ERROR(ParsePositional(arg));
+      SHOAL_RETURN_IF_ERROR(ParsePositional(arg, &flags_end));
       ++next;
     }
   }

@@ -3,7 +3,7 @@
 //
 //   --name value, --name=value, -n value     dashes and underscores alike, as torchrun has it
 //   --name, --name=false                     true or false
-//   --                                       what follows are no flags
+//   --                                       what follows are no flags (nor is what follows a command's first word)
 //
 // A flag that is given twice takes the last value; lists take all. Values come from the command line, or
 // else, for flags with torchrun's names, from PET_<NAME> in the environment, or else are the default.
@@ -49,13 +49,16 @@ class FlagSet {
   // The next argument without a name; a list takes all that are left. They must be given.
   void AddPositional(std::string name, std::string help,
                      std::variant<std::string*, std::vector<std::string>*> target);
+  // The first argument without a name and all that follow, whatever they look like: another program's command line. It
+  // must be given. Declared last of the positional ones.
+  void AddCommand(std::string name, std::string help, std::vector<std::string>* target);
   // Later flags stand under this heading in the help.
   void Heading(std::string heading);
   // Lines at the end of the help, each a command.
   void Examples(std::vector<std::string> examples);
 
   // INVALID_ARGUMENT names the flag, what was expected, and the nearest flag to an unknown one. --help or -h
-  // anywhere before -- sets help_wanted() and leaves all else unchecked.
+  // anywhere before -- (or before the command's first word) sets help_wanted() and leaves all else unchecked.
   absl::Status Parse(absl::Span<const std::string> args, const GetEnv& getenv);
   bool help_wanted() const { return help_wanted_; }
   std::string Help() const;
@@ -73,12 +76,14 @@ class FlagSet {
     std::string name;
     std::string help;
     std::variant<std::string*, std::vector<std::string>*> target;
+    bool is_command = false;
     bool given = false;
   };
 
   Flag* Find(std::string_view name);
   absl::Status ParseNamed(absl::Span<const std::string> args, size_t* next);
-  absl::Status ParsePositional(const std::string& arg);
+  // Sets *flags_end where the rest belongs to a command.
+  absl::Status ParsePositional(const std::string& arg, bool* flags_end);
   absl::Status ReadEnvironment(const GetEnv& getenv);
 
   const std::string command_;

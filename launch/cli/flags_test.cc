@@ -186,6 +186,27 @@ TEST(FlagSet, HelpNeedsNothingElse) {
   EXPECT_FALSE(again.help_wanted());
 }
 
+TEST(FlagSet, ACommandKeepsItsOwnFlags) {
+  const auto parse = [](const std::vector<std::string>& args, int64_t* ranks, std::vector<std::string>* command) {
+    FlagSet flags("shoal run", "Runs.");
+    flags.AddCommand("PROGRAM", "What runs.", command);
+    flags.Add({.name = "ranks", .value = "N", .help = "How many."}, ranks);
+    EXPECT_THAT(flags.Help(), HasSubstr("shoal run PROGRAM... [flags]"));
+    const absl::Status status = flags.Parse(args, ProcessEnv);
+    return flags.help_wanted() ? absl::CancelledError("help") : status;
+  };
+  int64_t ranks = 1;
+  std::vector<std::string> command;
+  EXPECT_TRUE(parse({"--ranks", "2", "program", "--ranks", "3", "--help", "--"}, &ranks, &command).ok());
+  EXPECT_EQ(ranks, 2);
+  EXPECT_THAT(command, ElementsAre("program", "--ranks", "3", "--help", "--"));
+  command.clear();
+  EXPECT_TRUE(parse({"--", "--program", "x"}, &ranks, &command).ok());
+  EXPECT_THAT(command, ElementsAre("--program", "x"));
+  EXPECT_TRUE(absl::IsInvalidArgument(parse({"--ranks", "2"}, &ranks, &command))) << "no program";
+  EXPECT_TRUE(absl::IsCancelled(parse({"--ranks", "2", "--help", "program"}, &ranks, &command)));
+}
+
 TEST(WrapText, BreaksAndIndents) {
   EXPECT_EQ(WrapText("", 10, 2), "");
   EXPECT_EQ(WrapText("a bb ccc dddd", 6, 2), "a bb\n  ccc\n  dddd");

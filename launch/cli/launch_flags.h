@@ -8,7 +8,8 @@
 namespace shoal {
 
 // Declares torchrun's flags, each also read from PET_<NAME>, so that command lines written for it work.
-// Parse() puts what was given into launch->values; `launch` is borrowed until then.
+// Parse() puts what was given into launch->values; `launch` is borrowed until then. Those of elastic jobs are explained
+// where launch->may_be_elastic.
 void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch);
 
 }  // namespace shoal

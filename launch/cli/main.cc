@@ -23,6 +23,7 @@ const std::vector<Command>& Commands() {
       {"export", "write a checkpoint as a Hugging Face model", RunExport},
       {"data", "turn text into a data set", RunData},
       {"config", "show, check and explain configurations", RunConfig},
+      {"launch", "start the ranks of a program of your own, elastic or not", RunLaunch},
       {"coordinate", "let the processes of an elastic job find each other", RunCoordinate},
       {"bench", "measure the speed of training", RunBench},
       {"version", "print the version", RunVersion},

@@ -250,6 +250,74 @@ TEST(AgentTest, CtrlCReachesEveryRankOnce) {
   close(terminal);
 }
 
+// Until the launcher has printed `word` so often.
+void WaitForCount(Subprocess& launcher, const std::string& word, int times) {
+  const absl::Time deadline = absl::Now() + kLong;
+  while (CountOf(launcher.err(), word) < times && absl::Now() < deadline) {
+    (void)launcher.WaitForOutput("never printed", absl::Milliseconds(20));
+  }
+  EXPECT_GE(CountOf(launcher.err(), word), times) << launcher.err();
+}
+
+TEST(AgentTest, AKilledRankOfAnElasticJobComesBack) {
+  TempDir dir;
+  const std::unique_ptr<Subprocess> launcher = Launch(
+      "--nproc-per-node 3 --rdzv-backend shoal --max-restarts 2 sums " + (dir / "stop"));
+  WaitForCount(*launcher, "epoch of 3", 3);
+  for (int kill = 1; kill <= 2; ++kill) {
+    const auto ranks = WaitForRanks(launcher->pid(), 3, kLong);
+    ASSERT_TRUE(ranks.ok()) << ranks.status();
+    (*ranks)[kill].Signal(SIGKILL);
+    WaitForCount(*launcher, "epoch of 3", 3 + 3 * kill);
+  }
+  testing::WriteFile(dir / "stop", "");
+  const auto result = launcher->Wait(kLong);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->exit_code, kExitOk) << result->ToString();
+  EXPECT_THAT(result->err, HasSubstr("killed by signal 9 (SIGKILL); it is started again, 1 of 2 times"));
+  EXPECT_THAT(result->err, HasSubstr("restart 1"));
+}
+
+TEST(AgentTest, WhenItsRestartsAreUsedUpTheRankIsBlamed) {
+  TempDir dir;
+  const std::unique_ptr<Subprocess> launcher =
+      Launch("--nproc-per-node 2 --rdzv-backend shoal sums " + (dir / "stop"));
+  WaitForCount(*launcher, "epoch of 2", 2);
+  const auto ranks = WaitForRanks(launcher->pid(), 2, kLong);
+  ASSERT_TRUE(ranks.ok()) << ranks.status();
+  (*ranks)[1].Signal(SIGKILL);
+  const auto result = launcher->Wait(kEndMax);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->exit_code, kExitFailure);
+  EXPECT_THAT(result->err, HasSubstr("shoal: rank 1 of 2 killed by signal 9 (SIGKILL)"));
+}
+
+// Two launchers: the first to listen at the endpoint coordinates. When the other one's host fails, its ranks go on.
+TEST(AgentTest, HostsOfAnElasticJobComeAndGo) {
+  TempDir dir;
+  const std::string words = absl::StrCat("--nproc-per-node 2 --nnodes 1:2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:",
+                                         testing::ProbablyFreePort(), " sums ", dir / "stop");
+  const std::unique_ptr<Subprocess> first = Launch(words);
+  WaitForCount(*first, "epoch of 2", 2);
+  {
+    const std::unique_ptr<Subprocess> second = Launch(words);
+    WaitForCount(*first, "epoch of 4", 2);
+    EXPECT_THAT(second->err(), HasSubstr("the launcher of another host coordinates"));
+    second->Signal(SIGKILL);
+  }
+  WaitForCount(*first, "epoch of 2", 4);
+  testing::WriteFile(dir / "stop", "");
+  const auto result = first->Wait(kLong);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->exit_code, kExitOk) << result->ToString();
+}
+
+TEST(AgentTest, ProgramsOfFixedSizeRefuseElasticJobs) {
+  const ProcessResult result = RunJob("--nproc-per-node 2 --rdzv-backend shoal show");
+  EXPECT_EQ(result.exit_code, kExitFailure);
+  EXPECT_THAT(result.err, HasSubstr("this program cannot join"));
+}
+
 TEST(AgentTest, MistakesAreNamed) {
   EXPECT_EQ(RunJob("--nnodes 1:2 show").exit_code, kExitUsage);
   const ProcessResult unwritable = RunJob("--log-dir /proc/nowhere/logs show");

@@ -31,13 +31,16 @@ std::vector<pid_t> Children(pid_t parent) {
 }
 
 // SHOAL_RANK of a process; -1: it does not run the rank's program yet.
+// Of an elastic job: its place on this host.
 int RankOf(pid_t pid) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/environ");
+  int place = -1;
   for (std::string entry; std::getline(file, entry, '\0');) {
-    constexpr std::string_view kName = "SHOAL_RANK=";
+    constexpr std::string_view kName = "SHOAL_RANK=", kPlace = "SHOAL_LOCAL_RANK=";
     if (entry.rfind(kName, 0) == 0) return std::atoi(entry.c_str() + kName.size());
+    if (entry.rfind(kPlace, 0) == 0) place = std::atoi(entry.c_str() + kPlace.size());
   }
-  return -1;
+  return place;
 }
 
 }  // namespace

@@ -9,6 +9,8 @@
 //   leave                leaves a process behind and exits with 0
 //   interrupts           counts SIGINTs until none comes for a while
 //   meet                 connects with all ranks and checks a sum over them
+//   sums FILE            joins an elastic job and checks sums until FILE is there, whoever comes and goes; prints each
+//                        epoch's size
 //   endless              meets again and again; rank 0 prints "running" after the first time
 // --stubborn: ranks ignore SIGTERM and SIGINT. --crowded: they have more threads than there are cores.
 #include <signal.h>
@@ -22,7 +24,9 @@
 #include <string>
 #include <vector>
 
+#include "absl/time/clock.h"
 #include "collectives/communicator.h"
+#include "collectives/membership/membership.h"
 #include "launch/agent/agent.h"
 #include "launch/agent/environment.h"
 #include "launch/agent/exit_codes.h"
@@ -141,6 +145,32 @@ absl::Status MeetEndlessly(const RankEnvironment& self) {
   }
 }
 
+// Until one member says that it is over (2), or that newcomers wait (1), and all hear of it.
+absl::StatusOr<float> SumUntilTold(const Membership& membership, Communicator& group, const std::string& stop_file) {
+  SHOAL_ASSIGN_OR_RETURN(const Tensor told, group.Allocate({1}, DType::kF32));
+  float* const next = told.data<float>();
+  do {
+    SHOAL_RETURN_IF_ERROR(MeetOnce(group));
+    *next = access(stop_file.c_str(), F_OK) == 0 ? 2 : membership.JoinersWaiting() > 0 ? 1 : 0;
+    SHOAL_RETURN_IF_ERROR(group.AllReduce(told, told, ReduceOp::kMax, {}).Await());
+  } while (*next == 0);
+  return *next;
+}
+
+absl::Status SumElastically(const std::string& stop_file) {
+  SHOAL_ASSIGN_OR_RETURN(const MembershipOptions options, MembershipOptionsFromEnvironment());
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Membership> membership, Membership::Join(options), "joining");
+  while (true) {
+    SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> group,
+                           membership->NextEpoch(absl::Now() + absl::Minutes(1)), "next epoch");
+    SHOAL_LOG(kWarning) << "epoch of " << group->size() << ", restart "
+                        << ProcessEnv("TORCHELASTIC_RESTART_COUNT").value_or("?");
+    const absl::StatusOr<float> told = SumUntilTold(*membership, *group, stop_file);
+    if (told.ok() && *told == 2) return absl::OkStatus();
+    if (!told.ok() && !absl::IsAborted(told.status())) return told.status();
+  }
+}
+
 int ExitCode(const absl::Status& status) {
   if (status.ok()) return kExitOk;
   SHOAL_LOG(kError) << status.message();
@@ -170,6 +200,7 @@ int Main(const std::vector<std::string>& args) {
   FlagSet flags(args[0], "Launches ranks, or is one.");
   RawLaunchFlags launch;
   launch.usable_cores = UsableCores();
+  launch.may_be_elastic = true;
   std::vector<std::string> words;
   bool stubborn = false;
   bool crowded = false;
@@ -179,6 +210,9 @@ int Main(const std::vector<std::string>& args) {
   AddLaunchFlags(&flags, &launch);
   const std::vector<std::string> arguments(args.begin() + 1, args.end());
   if (const auto code = ParseOrExit(&flags, arguments)) return *code;
+  if (words.size() == 2 && words[0] == "sums" && ProcessEnv("SHOAL_COORDINATOR").has_value()) {
+    return ExitCode(SumElastically(words[1]));
+  }
   const auto self = DetectEnvironment(ProcessEnv);
   if (!self.ok()) return Usage(self.status());
   if (self->has_value()) {
