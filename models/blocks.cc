@@ -2,14 +2,14 @@
 
 #include <algorithm>
 
-#include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_split.h"
 
 namespace shoal {
 namespace {
 
-constexpr int64_t kRowBlockElements = 1 << 20;
+// Small enough that the owners of a bucket have nearly equal shares, large enough that a model has some thousands of blocks.
+constexpr int64_t kBlockElements = 1 << 16;
 
 int64_t RowElements(const ParameterSpec& spec) { return ElementCount(spec.shape) / spec.shape[0]; }
 
@@ -28,16 +28,17 @@ int ExpertOf(const std::string& name) {
   return -1;
 }
 
-// "model.layers.3.self_attn.q_proj.weight" -> "model.layers.3"; "" outside layers.
-std::string LayerOf(const std::string& name) {
-  if (!absl::StartsWith(name, "model.layers.")) return "";
-  return name.substr(0, name.find('.', std::string("model.layers.").size()));
+// "model.layers.3.self_attn.q_proj.weight" -> 3; -1 outside layers.
+int LayerOf(const std::string& name) {
+  const std::vector<std::string> words = absl::StrSplit(name, '.');
+  int layer = -1;
+  return words.size() > 2 && words[1] == "layers" && absl::SimpleAtoi(words[2], &layer) ? layer : -1;
 }
 
-void CutByRows(const ParameterSpec& spec, int parameter, std::vector<Block>* blocks) {
-  const int64_t rows_each = std::max<int64_t>(1, kRowBlockElements / RowElements(spec));
+void CutByRows(const ParameterSpec& spec, int parameter, int layer, std::vector<Block>* blocks) {
+  const int64_t rows_each = std::max<int64_t>(1, kBlockElements / RowElements(spec));
   for (int64_t row = 0; row < spec.shape[0]; row += rows_each) {
-    Block block{.name = absl::StrCat(spec.name, "/", row)};
+    Block block{.name = absl::StrCat(spec.name, "/", row), .layer = layer};
     Append(spec, parameter, row, std::min(rows_each, spec.shape[0] - row), &block);
     blocks->push_back(std::move(block));
   }
@@ -55,25 +56,18 @@ std::vector<Block> MakeBlocks(const std::vector<ParameterSpec>& parameters) {
       Append(spec, parameter, 0, spec.shape[0], &blocks.front());
       continue;
     }
-    const std::string layer = LayerOf(spec.name);
-    if (layer.empty()) {
-      CutByRows(spec, parameter, &blocks);
+    const int layer = LayerOf(spec.name), expert = ExpertOf(spec.name);
+    if (expert < 0) {
+      CutByRows(spec, parameter, layer, &blocks);
       continue;
     }
-    const int expert = ExpertOf(spec.name);
-    const std::string name = expert < 0 ? layer + ".dense" : absl::StrCat(layer, ".expert.", expert);
+    const std::string name = absl::StrCat("model.layers.", layer, ".expert.", expert);
     if (blocks.back().name != name) {
-      blocks.push_back({.name = name, .kind = expert < 0 ? BlockKind::kDense : BlockKind::kExpert, .expert = expert});
+      blocks.push_back({.name = name, .kind = BlockKind::kExpert, .layer = layer, .expert = expert});
     }
     Append(spec, parameter, 0, spec.shape[0], &blocks.back());
   }
   return blocks;
-}
-
-std::vector<BlockShape> ShapesOf(const std::vector<Block>& blocks) {
-  std::vector<BlockShape> shapes;
-  for (const Block& block : blocks) shapes.push_back({block.elements, block.expert});
-  return shapes;
 }
 
 }  // namespace shoal

@@ -1,17 +1,15 @@
 // The fixed list of blocks of a model: the pieces in which parameters and their optimizer state are owned, moved and
 // stored. Depends on the model alone, never on the ranks. Pure.
 //
-// One block holds all norm vectors (kept in f32 and not decayed); each layer has one for its dense matrices (attention
-// projections, router, dense feed-forward) and one per expert; the embedding and an untied head are cut by rows into
-// blocks of about a million elements. Within a block parts lie in the order of ParameterSpecs, so the parameters that one
-// matrix product reads together (q, k, v; w1, w3) are contiguous.
+// One block holds all norm vectors (kept in f32 and not decayed), one each expert; all other matrices are cut by rows into
+// blocks of about 65 thousand elements. Blocks lie in the order of ParameterSpecs, so the parameters that one matrix product reads
+// together (q, k, v; w1, w3) are contiguous.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "models/parameters.h"
-#include "parallel/placement/placement.h"
 
 namespace shoal {
 
@@ -27,12 +25,12 @@ struct BlockPart {
 struct Block {
   std::string name;
   BlockKind kind = BlockKind::kDense;
-  int expert = -1;
+  int layer = -1;   // -1: norm vectors, embedding, head.
+  int expert = -1;  // -1: not an expert.
   int64_t elements = 0;
   std::vector<BlockPart> parts;
 };
 
 std::vector<Block> MakeBlocks(const std::vector<ParameterSpec>& parameters);
-std::vector<BlockShape> ShapesOf(const std::vector<Block>& blocks);
 
 }  // namespace shoal

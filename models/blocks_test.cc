@@ -43,8 +43,12 @@ TEST(Blocks, NamesSayWhatABlockHolds) {
   config.num_local_experts = 2;
   std::vector<std::string> names;
   for (const Block& block : MakeBlocks(ParameterSpecs(config))) names.push_back(block.name);
-  EXPECT_EQ(names, (std::vector<std::string>{"norms", "model.embed_tokens.weight/0", "model.layers.0.dense",
-                                             "model.layers.0.expert.0", "model.layers.0.expert.1", "lm_head.weight/0"}));
+  const std::string attention = "model.layers.0.self_attn.";
+  EXPECT_EQ(names, (std::vector<std::string>{
+                       "norms", "model.embed_tokens.weight/0", attention + "q_proj.weight/0", attention + "k_proj.weight/0",
+                       attention + "v_proj.weight/0", attention + "o_proj.weight/0",
+                       "model.layers.0.block_sparse_moe.gate.weight/0", "model.layers.0.expert.0", "model.layers.0.expert.1",
+                       "lm_head.weight/0"}));
 }
 
 }  // namespace

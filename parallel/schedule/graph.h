@@ -25,7 +25,8 @@ inline constexpr int kLanes = 5;
 // What a task does. In brackets: what Task::units counts, which cost models are fitted to.
 enum class Op : uint8_t {
   kGather,         // All-gather of the weights of dense bucket `chunk` [bytes of the bucket].
-  kRelease,        // The weights of dense bucket `chunk` are not needed before their next gather [0].
+  kRelease,        // The weights of dense bucket `chunk`, or the copies of a layer's experts, are not needed before their next
+                   // gather [0].
   kMaterialise,    // Sparse all-gather of a layer's expert weights [bytes that this rank sends or receives, the larger].
   kEmbed,          // [tokens]
   kAttention,      // Norm, projections, attention [tokens].

@@ -10,6 +10,22 @@ namespace {
 
 constexpr int kNone = -1;
 
+// Buffers that users take and free in turn: who takes one waits for the task that freed it.
+class Buffers {
+ public:
+  int Take(int buffers) {
+    const size_t user = users_++, count = static_cast<size_t>(buffers);
+    if (user < count) return kNone;
+    SHOAL_CHECK_LT(user - count, freed_.size()) << "more users at a time than buffers";
+    return freed_[user - count];
+  }
+  void Free(int task) { freed_.push_back(task); }
+
+ private:
+  size_t users_ = 0;
+  std::vector<int> freed_;  // Tasks, in order.
+};
+
 // Emits the tasks of one step in order. Members are the tasks that produced what later ones wait for.
 class Emitter {
  public:
@@ -19,10 +35,11 @@ class Emitter {
         buckets_(shape.buckets()),
         world_lane_(shape.inter ? Lane::kInter : Lane::kIntra),
         gathered_(static_cast<size_t>(buckets_.count()), kNone),
-        released_(static_cast<size_t>(buckets_.count()), kNone),
+        here_(static_cast<size_t>(buckets_.count())),
         complete_(static_cast<size_t>(buckets_.count()), kNone),
         reduced_(static_cast<size_t>(buckets_.count()), kNone),
         materialised_(shape.layers.size(), kNone),
+        experts_here_(shape.layers.size()),
         experts_reduced_(shape.layers.size(), kNone) {
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
   }
@@ -37,6 +54,8 @@ class Emitter {
  private:
   bool training() const { return shape_.mode == StepShape::Mode::kTrain; }
   bool sharded() const { return shape_.dense == DensePolicy::kSharded && shape_.ranks > 1; }
+  bool sharded(int bucket) const { return sharded() && bucket >= 2 && bucket < 2 + layers(); }
+  bool rematerialise() const { return shape_.experts == ExpertPolicy::kRematerialise; }
   int layers() const { return static_cast<int>(shape_.layers.size()); }
   const LayerShape& layer_shape(int layer) const { return shape_.layers[static_cast<size_t>(layer)]; }
   bool first_part() const { return part_ == 0; }
@@ -67,39 +86,41 @@ class Emitter {
 
   // ---- Weights on their way here and away.
 
-  // The buffer of a bucket that is not kept may be taken when what was in it is released and its gradients are sent.
+  // A layer's bucket that is not kept takes a buffer: there are enough for `prefetch` layers ahead of the one in use.
   void Gather(int bucket, Phase phase) {
     if (shape_.ranks == 1) return;
-    if (!sharded() && (phase != Phase::kForward || !first_part())) return;
     const size_t at = static_cast<size_t>(bucket);
-    if (sharded() && gathered_[at] != kNone && released_[at] == kNone) return;  // Still here.
-    int free = kNone;
-    if (sharded() && IsLayer(bucket) && !releases_.empty()) {
-      // Buffers for `prefetch` layers ahead, one in use.
-      const size_t buffers = static_cast<size_t>(schedule_.prefetch) + 1;
-      if (layer_gathers_ >= buffers) {
-        SHOAL_CHECK_LE(layer_gathers_ - buffers, releases_.size() - 1) << "a layer is gathered before another is released";
-        free = releases_[layer_gathers_ - buffers];
-      }
+    if (!sharded(bucket)) {
+      if (phase != Phase::kForward || !first_part()) return;
+      gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {});
+      return;
     }
-    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {free, released_[at]});
-    released_[at] = kNone;
-    if (IsLayer(bucket)) ++layer_gathers_;
+    if (here_[at]) return;
+    here_[at] = true;
+    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {dense_buffers_.Take(schedule_.prefetch + 1)});
   }
   void Release(int bucket, Phase phase) {
-    if (!sharded()) return;
-    const size_t at = static_cast<size_t>(bucket);
-    released_[at] = Compute(Op::kRelease, phase, kNone, bucket, {});
-    if (IsLayer(bucket)) releases_.push_back(released_[at]);
+    if (!sharded(bucket)) return;
+    here_[static_cast<size_t>(bucket)] = false;
+    dense_buffers_.Free(Compute(Op::kRelease, phase, kNone, bucket, {}));
   }
-  bool IsLayer(int bucket) const { return bucket >= 2 && bucket < 2 + layers(); }
 
   void Materialise(int layer, Phase phase) {
     if (!shape_.materialise || !layer_shape(layer).moe) return;
-    const bool again = shape_.experts == ExpertPolicy::kRematerialise;
-    if (phase == Phase::kForward ? !(first_part() || again) : !again) return;
-    materialised_[static_cast<size_t>(layer)] =
-        Add(Op::kMaterialise, phase, world_lane_, layer, kNone, {experts_reduced_[static_cast<size_t>(layer)]});
+    const size_t at = static_cast<size_t>(layer);
+    if (!rematerialise()) {
+      if (phase != Phase::kForward || !first_part()) return;
+      materialised_[at] = Add(Op::kMaterialise, phase, world_lane_, layer, kNone, {});
+      return;
+    }
+    if (experts_here_[at]) return;
+    experts_here_[at] = true;
+    materialised_[at] = Add(Op::kMaterialise, phase, world_lane_, layer, kNone, {expert_buffers_.Take(schedule_.prefetch + 1)});
+  }
+  void ReleaseExperts(int layer) {
+    if (!shape_.materialise || !rematerialise() || !layer_shape(layer).moe) return;
+    experts_here_[static_cast<size_t>(layer)] = false;
+    expert_buffers_.Free(Compute(Op::kRelease, Phase::kForward, layer, kNone, {}));
   }
   void GatherLayer(int layer, Phase phase) {
     if (layer < 0 || layer >= layers()) return;
@@ -115,13 +136,15 @@ class Emitter {
     for (int layer = 0; layer < schedule_.prefetch; ++layer) GatherLayer(layer, Phase::kForward);
     x_ = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
                  {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
-    if (!shape_.tied_head) Release(BucketIndex::kEmbedding, Phase::kForward);
     for (int layer = 0; layer < layers(); ++layer) {
       GatherLayer(layer + schedule_.prefetch, Phase::kForward);
       if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
       EmitLayer(layer, Phase::kForward);
       // The last layer is where the backward pass begins.
-      if (!training() || layer + 1 < layers()) Release(buckets_.OfLayer(layer), Phase::kForward);
+      if (!training() || layer + 1 < layers()) {
+        Release(buckets_.OfLayer(layer), Phase::kForward);
+        ReleaseExperts(layer);
+      }
     }
     EmitHead();
     if (training()) EmitBackward();
@@ -133,7 +156,6 @@ class Emitter {
       totals = Add(Op::kTotals, Phase::kForward, Lane::kControl, kNone, kNone, {routed_});
     }
     const int head = Compute(Op::kHead, Phase::kForward, kNone, kNone, {x_, gathered_[static_cast<size_t>(buckets_.OfHead())]});
-    Release(buckets_.OfHead(), Phase::kForward);
     if (!training()) return;
     if (!shape_.tied_head) Complete(buckets_.OfHead(), head);
     balanced_ = Compute(Op::kBalance, Phase::kForward, kNone, kNone, {totals});
@@ -250,8 +272,13 @@ class Emitter {
     }
     int weights = kNone;
     for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
-    if (shape_.materialise && (last_part() || shape_.experts == ExpertPolicy::kRematerialise)) {
-      experts_reduced_[static_cast<size_t>(layer)] = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
+    if (shape_.materialise && (last_part() || rematerialise())) {
+      const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
+      experts_reduced_[static_cast<size_t>(layer)] = reduced;
+      if (rematerialise()) {
+        experts_here_[static_cast<size_t>(layer)] = false;
+        expert_buffers_.Free(reduced);
+      }
     }
     const int route = Compute(Op::kRoute, phase, layer, kNone, {balanced_});
     for (const std::vector<int>& before : returned) {
@@ -265,10 +292,10 @@ class Emitter {
 
   // The slices that the schedule puts behind the last dispatch of `layer`; kNone: those at the end.
   void SendGradients(int layer) {
-    if (shape_.ranks == 1 || !(last_part() || sharded())) return;
+    if (shape_.ranks == 1) return;
     for (size_t i = 0; i < schedule_.gradients.size(); ++i) {
       const GradientSlice& slice = schedule_.gradients[i];
-      if (slice.before_layer != layer) continue;
+      if (slice.before_layer != layer || !(last_part() || sharded(slice.bucket))) continue;
       const size_t at = static_cast<size_t>(slice.bucket);
       SHOAL_CHECK(complete_[at] != kNone) << "gradients of bucket " << slice.bucket << " are sent before they exist";
       reduced_[at] = Add(Op::kReduce, Phase::kBackward, world_lane_, kNone, slice.bucket, {complete_[at]});
@@ -295,11 +322,14 @@ class Emitter {
   Graph graph_;
   int part_ = 0;
   int x_ = kNone, routed_ = kNone, balanced_ = kNone, last_compute_ = kNone, gradient_buffer_ = kNone;
-  std::vector<int> gathered_, released_, complete_, reduced_;  // By bucket.
-  std::vector<int> materialised_, experts_reduced_;            // By layer.
-  std::vector<int> recomputed_;                                // What brings the rows of a layer that is computed again.
-  std::vector<int> releases_;                                  // Of layers, in order.
-  size_t layer_gathers_ = 0;
+  std::vector<int> gathered_;  // By bucket, as the next three.
+  std::vector<bool> here_;     // Only of sharded buckets.
+  std::vector<int> complete_, reduced_;
+  std::vector<int> materialised_;  // By layer, as the next two.
+  std::vector<bool> experts_here_;
+  std::vector<int> experts_reduced_;
+  std::vector<int> recomputed_;  // What brings the rows of a layer that is computed again.
+  Buffers dense_buffers_, expert_buffers_;
 };
 
 }  // namespace

@@ -23,7 +23,9 @@ struct BucketIndex {
 
 enum class DensePolicy : uint8_t {
   kReplicated,  // Weights are gathered once a step and kept (ZeRO stage 1).
-  kSharded,     // Weights are gathered when used and released (ZeRO stage 3, FSDP).
+  // Those of layers are gathered when used and released, their gradients leave at once (ZeRO stage 3, FSDP); vectors,
+  // embedding and head as above.
+  kSharded,
 };
 enum class ExpertPolicy : uint8_t {
   kKeep,           // Materialised experts stay from the forward to the backward pass.
