@@ -73,6 +73,7 @@ class Checker {
                         model.num_local_experts(), " would fit"));
     }
     CheckDenseLayers(model);
+    CheckRouter(model);
   }
 
   void CheckData() {
@@ -152,6 +153,13 @@ class Checker {
     }
   }
 
+  void CheckExperts() {
+    const Parallel& parallel = config_.parallel();
+    if (parallel.experts() != "sparse" || parallel.expert() == 1) return;
+    Fail("parallel.expert", absl::StrCat(parallel.expert(), " makes groups of ranks, which ",
+                                         Mention("parallel.experts", parallel.experts()), " has none of; 1 would fit"));
+  }
+
   void CheckExpertParallel(int world_size) {
     const Model& model = config_.model();
     const int64_t wanted = config_.parallel().expert() == -1 ? world_size : config_.parallel().expert();
@@ -196,6 +204,34 @@ class Checker {
                                            "; ", WouldFit(fitting, hidden), ", or an even model.head_dim"));
   }
 
+  // Fails on a key that model.router does not have unless it has the value that would fit.
+  void NeedForRouter(bool fits, std::string_view key, const std::string& value, std::string_view fitting) {
+    if (fits) return;
+    Fail(key, absl::StrCat(value, " does not go with ", Mention("model.router", config_.model().router()), "; ", AbslSv(fitting),
+                           " would fit"));
+  }
+
+  void CheckRouter(const Model& model) {
+    const std::string& kind = model.router();
+    const bool sigmoid = kind == "sigmoid_bias", experts_choose = kind == "expert_choice";
+    const std::string choices = absl::StrCat(model.num_experts_per_tok());
+    NeedForRouter(kind != "switch" || model.num_experts_per_tok() == 1, "model.num_experts_per_tok", choices, "1");
+    NeedForRouter(kind != "gshard" || model.num_experts_per_tok() == 2, "model.num_experts_per_tok", choices, "2");
+    const std::string factor = FormatNumber(model.capacity_factor());
+    NeedForRouter(!experts_choose || model.capacity_factor() > 0, "model.capacity_factor", factor, "more than 0");
+    NeedForRouter(experts_choose || kind == "switch" || kind == "gshard" || model.capacity_factor() == 0,
+                  "model.capacity_factor", factor, "0");
+    NeedForRouter((!sigmoid && !experts_choose) || !model.has_aux_loss() || model.aux_loss() == "none", "model.aux_loss",
+                  model.aux_loss(), "none");
+    NeedForRouter(!sigmoid || model.router_z_loss_coef() == 0, "model.router_z_loss_coef",
+                  FormatNumber(model.router_z_loss_coef()), "0");
+    NeedForRouter(sigmoid || model.seq_aux_loss_coef() == 0, "model.seq_aux_loss_coef",
+                  FormatNumber(model.seq_aux_loss_coef()), "0");
+    NeedForRouter(kind == "topk" || model.norm_topk_prob(), "model.norm_topk_prob", "false", "true");
+    NeedForRouter(kind != "xmoe" || model.router_dim() > 0, "model.router_dim", "0", "more than 0");
+    NeedForRouter(kind == "xmoe" || model.router_dim() == 0, "model.router_dim", absl::StrCat(model.router_dim()), "0");
+  }
+
   void CheckDenseLayers(const Model& model) {
     std::set<int> seen;
     for (const int layer : model.dense_layers()) {
@@ -224,6 +260,7 @@ absl::Status CheckConfig(const Config& config, const KeyPositions& positions) {
   checker.CheckTrain();
   checker.CheckScheduler();
   checker.CheckTelemetry();
+  checker.CheckExperts();
   return checker.ToStatus();
 }
 

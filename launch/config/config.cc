@@ -128,6 +128,7 @@ void ResolveConfig(Config* config) {
   if (model.dense_intermediate_size() == 0) {
     model.set_dense_intermediate_size(model.num_experts_per_tok() * model.intermediate_size());
   }
+  if (!model.has_aux_loss() && (model.router() == "sigmoid_bias" || model.router() == "expert_choice")) model.set_aux_loss("none");
   config->mutable_data()->set_validation_fraction(ValidationFraction(config->data()));
   Scheduler& scheduler = *config->mutable_scheduler();
   if (scheduler.decay_steps() == 0) scheduler.set_decay_steps(config->train().steps());

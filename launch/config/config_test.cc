@@ -207,6 +207,9 @@ TEST_F(LoadConfigTest, RefusesCombinationsThatCannotBe) {
       {"scheduler: {min_lr: 1}\n",
        "a.yaml:2:13: scheduler.min_lr: 1 is more than optimizer.lr = 3e-04 (default); at most 3e-04 would "
        "fit"},
+      {"parallel: {experts: sparse, expert: 2}\n",
+       "a.yaml:2:29: parallel.expert: 2 makes groups of ranks, which parallel.experts = sparse (a.yaml:2:12) has none of; "
+       "1 would fit"},
       {"run: {name: a/b}\n", "a.yaml:2:7: run.name: \"a/b\" is no name of a folder"},
       {"run: {name: ..}\n", "a.yaml:2:7: run.name: \"..\" is no name of a folder"},
   };
