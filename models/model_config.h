@@ -5,6 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -15,6 +18,12 @@ namespace shoal {
 // probability. kHf: tokens of all MoE layers pooled, E * sum f_e P_e. kSwitch: each MoE layer by itself with
 // f_e / k, summed over layers.
 enum class AuxLoss : uint8_t { kNone, kHf, kSwitch };
+
+// How tokens find their experts; docs/routers.md has definitions and papers.
+enum class RouterKind : uint8_t { kTopK, kSwitch, kGShard, kSigmoidBias, kXMoe, kExpertChoice };
+// topk, switch, gshard, sigmoid_bias, xmoe, expert_choice: as configurations name them.
+std::string_view Name(RouterKind kind);
+std::optional<RouterKind> RouterKindOf(std::string_view name);
 
 struct ModelConfig {
   int64_t vocab_size = 256;
@@ -28,7 +37,15 @@ struct ModelConfig {
   int num_local_experts = 8;
   int num_experts_per_tok = 2;
   std::vector<bool> dense_layers;  // Per layer; layers past its end are MoE, so empty means MoE everywhere.
-  bool norm_topk_prob = true;
+  RouterKind router = RouterKind::kTopK;
+  bool norm_topk_prob = true;          // topk.
+  double capacity_factor = 0;          // switch, gshard: 0 drops nothing. expert_choice: above 0.
+  double routed_scaling_factor = 1;    // sigmoid_bias: of the routed experts' weights.
+  double bias_update_rate = 0.001;     // sigmoid_bias: what a step moves a bias by.
+  double seq_aux_loss_coef = 0;        // sigmoid_bias: of the sequence-wise balance loss.
+  int64_t router_dim = 0;              // xmoe: width of the routing space.
+  double router_temperature_init = 0.3;  // xmoe.
+  int64_t shared_intermediate_size = 0;  // Of the expert that every token of an MoE layer passes; 0: none.
   double rms_norm_eps = 1e-5;
   double rope_theta = 1e6;
   bool tie_word_embeddings = false;
@@ -37,6 +54,8 @@ struct ModelConfig {
   double router_aux_loss_coef = 0.02;
   double router_z_loss_coef = 0;
 
+  // Whether tokens may find no room at an expert, or experts choose tokens: then a choice depends on the whole batch.
+  bool has_capacity() const { return capacity_factor > 0; }
   bool is_dense(int layer) const {
     return layer < static_cast<int>(dense_layers.size()) && dense_layers[static_cast<size_t>(layer)];
   }
@@ -48,14 +67,14 @@ struct ModelConfig {
 bool operator==(const ModelConfig& a, const ModelConfig& b);
 
 // INVALID_ARGUMENT names the field that cannot be: sizes below 1, heads that do not divide, an odd head_dim,
-// more experts per token than experts, a dense layer that does not exist, numbers that are not finite, more
-// parameters than int64_t counts.
+// more experts per token than experts, a dense layer that does not exist, numbers that are not finite, settings
+// that the router does not have, more parameters than int64_t counts.
 absl::Status Validate(const ModelConfig& config);
 
 int NumMoeLayers(const ModelConfig& config);
 int64_t TotalParameters(const ModelConfig& config);
-// Weights that one token is multiplied with: attention projections, router, its experts or the dense part,
-// and the head, tied or not. Without embedding look-up and norms.
+// Weights that one token is multiplied with: attention projections, router, its experts (with expert_choice as many as it has
+// on average), the shared expert or the dense part, and the head, tied or not. Without embedding look-up and norms.
 int64_t ActiveMatmulParameters(const ModelConfig& config);
 // Forward and backward FLOPs of one token of a causal sequence of `seq_length` tokens: 6 * active + 6 *
 // layers * query_size * seq.

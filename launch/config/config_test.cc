@@ -217,6 +217,30 @@ TEST_F(LoadConfigTest, RefusesCombinationsThatCannotBe) {
     EXPECT_EQ(Error(kRandom + combination.yaml), combination.error);
 }
 
+TEST_F(LoadConfigTest, RefusesWhatTheRouterDoesNotHave) {
+  const auto error = [&](const std::string& model) { return Error("data: {kind: random}\nmodel: {" + model + "}\n"); };
+  EXPECT_EQ(error("router: switch"),
+            "model.num_experts_per_tok: 2 does not go with model.router = switch (a.yaml:2:9); 1 would fit");
+  EXPECT_THAT(error("router: gshard, num_experts_per_tok: 4"), HasSubstr("4 does not go with model.router = gshard"));
+  EXPECT_THAT(error("router: expert_choice"), HasSubstr("model.capacity_factor: 0"));
+  EXPECT_THAT(error("capacity_factor: 1.5"), HasSubstr("model.capacity_factor: 1.5 does not go with model.router = topk"));
+  EXPECT_THAT(error("router: sigmoid_bias, aux_loss: hf"), HasSubstr("model.aux_loss: hf does not go with"));
+  EXPECT_THAT(error("router: sigmoid_bias, router_z_loss_coef: 0.1"), HasSubstr("model.router_z_loss_coef: 0.1"));
+  EXPECT_THAT(error("seq_aux_loss_coef: 0.1"), HasSubstr("model.seq_aux_loss_coef: 0.1 does not go with"));
+  EXPECT_THAT(error("router: xmoe"), HasSubstr("model.router_dim: 0"));
+  EXPECT_THAT(error("router_dim: 8"), HasSubstr("model.router_dim: 8 does not go with"));
+  EXPECT_THAT(error("router: gshard, norm_topk_prob: false"), HasSubstr("model.norm_topk_prob: false"));
+  EXPECT_THAT(error("router: top2"), HasSubstr("model.router"));
+}
+
+TEST_F(LoadConfigTest, BalancesWithoutALossWhereTheRouterDoes) {
+  const auto loaded = LoadConfig(Write("a.yaml", "data: {kind: random}\nmodel: {router: sigmoid_bias}\n"), {}, Files::kMustExist);
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  EXPECT_EQ(loaded->config.model().aux_loss(), "none");
+  EXPECT_EQ(Error("data: {kind: random}\nmodel: {router: expert_choice, capacity_factor: 2}\n"), "");
+  EXPECT_EQ(Error("data: {kind: random}\nmodel: {router: xmoe, router_dim: 16, shared_intermediate_size: 64}\n"), "");
+}
+
 TEST_F(LoadConfigTest, RefusesCombinationsOfData) {
   EXPECT_EQ(Error("data: {path: x}\nmodel: {vocab_size: 255}\n"),
             "a.yaml:2:9: model.vocab_size: 255 is less than the 256 bytes of data.kind = text (default); at "
