@@ -148,6 +148,25 @@ void ReadAuxLoss(KeyReader& keys, ModelConfig& config) {
   keys.Optional("router_z_loss_coef", config.router_z_loss_coef);
 }
 
+void ReadRouter(KeyReader& keys, ModelConfig& config) {
+  std::string name = "topk";
+  keys.Optional("router", name);
+  if (const auto kind = RouterKindOf(name); kind.has_value()) {
+    config.router = *kind;
+  } else {
+    keys.Fail(absl::UnimplementedError(absl::StrCat(
+        "key router is \"", name, "\"; supported: topk, switch, gshard, sigmoid_bias, xmoe, expert_choice")));
+  }
+  keys.Optional("norm_topk_prob", config.norm_topk_prob);
+  keys.Optional("capacity_factor", config.capacity_factor);
+  keys.Optional("routed_scaling_factor", config.routed_scaling_factor);
+  keys.Optional("bias_update_rate", config.bias_update_rate);
+  keys.Optional("seq_aux_loss_coef", config.seq_aux_loss_coef);
+  keys.Optional("router_dim", config.router_dim);
+  keys.Optional("router_temperature_init", config.router_temperature_init);
+  keys.Optional("shared_intermediate_size", config.shared_intermediate_size);
+}
+
 // Settings that other members of the family have and Shoal does not compute.
 void RefuseWhatIsNotComputed(KeyReader& keys) {
   std::string model_type = "mixtral";
@@ -202,7 +221,12 @@ std::vector<std::string> Differences(const ModelConfig& have, const ModelConfig&
   compare("head_dim", have.head_dim, want.head_dim);
   compare("num_local_experts", have.num_local_experts, want.num_local_experts);
   compare("num_experts_per_tok", have.num_experts_per_tok, want.num_experts_per_tok);
+  compare("router", Name(have.router), Name(want.router));
   compare("norm_topk_prob", have.norm_topk_prob, want.norm_topk_prob);
+  compare("capacity_factor", have.capacity_factor, want.capacity_factor);
+  compare("routed_scaling_factor", have.routed_scaling_factor, want.routed_scaling_factor);
+  compare("router_dim", have.router_dim, want.router_dim);
+  compare("shared_intermediate_size", have.shared_intermediate_size, want.shared_intermediate_size);
   compare("rms_norm_eps", have.rms_norm_eps, want.rms_norm_eps);
   compare("rope_theta", have.rope_theta, want.rope_theta);
   compare("tie_word_embeddings", have.tie_word_embeddings, want.tie_word_embeddings);
@@ -221,7 +245,8 @@ bool EqualBytes(const SafetensorsSet::Item& a, const SafetensorsSet::Item& b) {
 }
 
 bool FitsMixtral(const ModelConfig& config) {
-  return config.norm_topk_prob && NumMoeLayers(config) == config.num_hidden_layers;
+  return config.router == RouterKind::kTopK && config.norm_topk_prob && config.shared_intermediate_size == 0 &&
+         NumMoeLayers(config) == config.num_hidden_layers;
 }
 
 std::string ConfigJson(const ModelConfig& config, const ExportOptions& options) {
@@ -260,7 +285,15 @@ std::string ConfigJson(const ModelConfig& config, const ExportOptions& options) 
   json["pad_token_id"] = nullptr;
   json["torch_dtype"] = options.dtype == DType::kBF16 ? "bfloat16" : "float32";
   if (!mixtral) {
+    json["router"] = Name(config.router);
     json["norm_topk_prob"] = config.norm_topk_prob;
+    json["capacity_factor"] = config.capacity_factor;
+    json["routed_scaling_factor"] = config.routed_scaling_factor;
+    json["bias_update_rate"] = config.bias_update_rate;
+    json["seq_aux_loss_coef"] = config.seq_aux_loss_coef;
+    json["router_dim"] = config.router_dim;
+    json["router_temperature_init"] = config.router_temperature_init;
+    json["shared_intermediate_size"] = config.shared_intermediate_size;
     json["shoal_dense_layers"] = nlohmann::ordered_json::array();
     for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
       if (config.is_dense(layer)) json["shoal_dense_layers"].push_back(layer);
@@ -283,7 +316,7 @@ absl::StatusOr<ModelConfig> ReadHuggingFaceConfig(const std::string& path) {
   keys.Optional("rms_norm_eps", config.rms_norm_eps);
   keys.Optional("tie_word_embeddings", config.tie_word_embeddings);
   keys.Optional("initializer_range", config.initializer_range);
-  keys.Optional("norm_topk_prob", config.norm_topk_prob);
+  ReadRouter(keys, config);
   ReadRope(keys, config);
   ReadAuxLoss(keys, config);
   ReadDenseLayers(keys, config);
@@ -319,6 +352,9 @@ absl::Status ModelFolder::Check(const ModelConfig& config) const {
   const auto& items = tensors_.items();
   std::map<std::string, Shape> wanted;
   for (ParameterSpec& spec : ParameterSpecs(config)) wanted[std::move(spec.name)] = std::move(spec.shape);
+  for (ParameterSpec& spec : RouterStateSpecs(config)) {
+    if (items.contains(spec.name)) wanted[std::move(spec.name)] = std::move(spec.shape);
+  }
   for (const auto& [name, shape] : wanted) {
     const auto item = items.find(name);
     if (item == items.end()) {
@@ -364,6 +400,10 @@ absl::Status WriteModelFolder(const std::string& folder, const ModelConfig& conf
   std::vector<SafetensorsSpec> specs;
   for (ParameterSpec& spec : ParameterSpecs(config)) {
     specs.push_back({std::move(spec.name), options.dtype, std::move(spec.shape)});
+  }
+  // Small, and added up in steps that bf16 would swallow.
+  for (ParameterSpec& spec : RouterStateSpecs(config)) {
+    specs.push_back({std::move(spec.name), DType::kF32, std::move(spec.shape)});
   }
   const auto read = [&](size_t index) -> absl::StatusOr<Tensor> {
     const SafetensorsSpec& spec = specs[index];

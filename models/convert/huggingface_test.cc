@@ -151,7 +151,8 @@ TEST(HuggingFaceConfig, WrongKeysAreNamed) {
 }
 
 TEST(ModelFolder, GoldenFoldersFitTheirConfig) {
-  for (const char* name : {"mixtral_a", "mixtral_b"}) {
+  for (const char* name : {"mixtral_a", "mixtral_b", "topk_z_unnorm", "sigmoid_bias_shared", "switch_drop", "gshard_drop", "xmoe",
+                           "expert_choice"}) {
     const std::string oracle = absl::StrCat(SHOAL_SOURCE_DIR "/tests/oracle/", name);
     const auto config = ReadHuggingFaceConfig(oracle + "/config.json");
     ASSERT_TRUE(config.ok()) << config.status();
@@ -193,6 +194,38 @@ TEST(ModelFolder, WhatMixtralCannotExpressIsNotCalledMixtral) {
   EXPECT_TRUE(model->Check(config).ok());
   ExpectHoldsFilledValues(*model, config);
   EXPECT_THAT(*ReadFile(folder / "config.json"), Not(HasSubstr("ixtral")));
+}
+
+TEST(ModelFolder, OtherRoutersKeepTheirSettingsAndState) {
+  ModelConfig sigmoid = SmallConfig();
+  sigmoid.router = RouterKind::kSigmoidBias;
+  sigmoid.aux_loss = AuxLoss::kNone;
+  sigmoid.routed_scaling_factor = 2.5;
+  sigmoid.bias_update_rate = 0.01;
+  sigmoid.seq_aux_loss_coef = 0.02;
+  sigmoid.shared_intermediate_size = 5;
+  ModelConfig cosine = SmallConfig();
+  cosine.router = RouterKind::kXMoe;
+  cosine.router_dim = 3;
+  cosine.router_temperature_init = 0.4;
+  ModelConfig gshard = SmallConfig();
+  gshard.router = RouterKind::kGShard;
+  gshard.capacity_factor = 1.75;
+  for (const ModelConfig& config : {sigmoid, cosine, gshard}) {
+    SCOPED_TRACE(std::string(Name(config.router)));
+    const TestFolder folder;
+    ASSERT_TRUE(WriteModelFolder(folder.path(), config, Fill, {.dtype = DType::kBF16}).ok());
+    const auto model = ModelFolder::Open(folder.path());
+    ASSERT_TRUE(model.ok()) << model.status();
+    EXPECT_TRUE(*model->config() == config);
+    EXPECT_TRUE(model->Check(config).ok()) << model->Check(config);
+    ExpectHoldsFilledValues(*model, config);
+    for (const ParameterSpec& spec : RouterStateSpecs(config)) EXPECT_TRUE(model->Has(spec.name)) << spec.name;
+    EXPECT_EQ(model->Has("model.layers.1.block_sparse_moe.e_score_correction_bias"), config.router == RouterKind::kSigmoidBias);
+    EXPECT_THAT(*ReadFile(folder / "config.json"), Not(HasSubstr("ixtral")));
+    EXPECT_THAT(std::string(model->Check(SmallConfig()).message()),
+                HasSubstr(absl::StrCat("router is \"", AbslSv(Name(config.router)), "\", wanted is \"topk\"")));
+  }
 }
 
 TEST(ModelFolder, ShardedFoldersAreRead) {
