@@ -105,21 +105,21 @@ class Group final : public Communicator, public Tuned, private ExecutorHost {
   }
   TinyCall NewTinyCall(const OpOptions& options, TinyOp* op) const { return {index_, size_, options.order, op}; }
   Work IssueTiny(TinyOp* op, const OpOptions& options);
-  Work Issue(Op op, const OpOptions& options);
+  Work Issue(Operation op, const OpOptions& options);
   Work IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
                    const OpOptions& options);
-  static void RunAlone(const Op& op);
+  static void RunAlone(const Operation& op);
 
   // ExecutorHost.
   std::string Name(int member) override { return world_->RankName(life_->ranks()[member]); }
   std::string Names(const std::vector<int>& members) override;
   bool Left(int member) override { return world_->Left(life_->ranks()[member]); }
-  absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Op& op) override {
+  absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Operation& op) override {
     return planner_.Find(op).program;
   }
   absl::StatusOr<std::byte*> Scratch(int64_t bytes) override;
-  void Observe(const Op&, int64_t ns) override { planner_.tuner().Observe(ns); }
-  Op* Prelude(const Op&) override;
+  void Observe(const Operation&, int64_t ns) override { planner_.tuner().Observe(ns); }
+  Operation* Prelude(const Operation&) override;
   void PreludeEnded() override { planner_.tuner().ApplyExchange(observed_by_all_); }
 
   const std::shared_ptr<World> world_;  // Shared with the other groups of the epoch.
@@ -130,10 +130,10 @@ class Group final : public Communicator, public Tuned, private ExecutorHost {
   Planner planner_;                     // Of whoever runs operations, as the scratch memory.
   uint64_t collectives_ = 0;            // Begun.
   std::vector<int64_t> observed_, observed_by_all_;
-  Op exchange_;                         // Of what was observed.
+  Operation exchange_;                         // Of what was observed.
   std::shared_ptr<Segment> shared_scratch_;
   Tensor scratch_;
-  std::shared_ptr<Executor> executor_;  // Null in a group of one. Shared with threads that await an operation.
+  std::shared_ptr<GroupExecutor> executor_;  // Null in a group of one. Shared with threads that await an operation.
   std::unique_ptr<TinyGroup> tiny_;     // Null in a group of one, and in one on several hosts.
   std::atomic<bool> tiny_attended_{false};
 
@@ -185,7 +185,7 @@ absl::StatusOr<std::unique_ptr<Group>> Group::Create(std::shared_ptr<World> worl
           absl::StrCat(group->world_->RankName(rank), " cannot form a group: ", channel.status().message()));
     }
     ExecutorHost* const host = group.get();
-    group->executor_ = std::make_shared<Executor>(*std::move(channel), group->life_, host);
+    group->executor_ = std::make_shared<GroupExecutor>(*std::move(channel), group->life_, host);
   }
   return group;
 }
@@ -259,12 +259,12 @@ absl::StatusOr<std::byte*> Group::Scratch(int64_t bytes) {
   return shared_scratch_->base();
 }
 
-Op* Group::Prelude(const Op&) {
+Operation* Group::Prelude(const Operation&) {
   if (!Tuner::ExchangesBefore(++collectives_)) return nullptr;
   observed_.resize(Tuner::kExchanged);
   observed_by_all_.resize(Tuner::kExchanged * size_);
   planner_.tuner().FillExchange(absl::MakeSpan(observed_));
-  exchange_ = Op();
+  exchange_ = Operation();
   exchange_.kind = OpKind::kAllGather;
   exchange_.dtype = DType::kI64;
   exchange_.in = Tensor(observed_.data(), {Tuner::kExchanged}, DType::kI64);
@@ -299,7 +299,7 @@ absl::StatusOr<Tensor> Group::Allocate(Shape shape, DType dtype) {
 
 // ---- Operations.
 
-Work Group::Issue(Op op, const OpOptions& options) {
+Work Group::Issue(Operation op, const OpOptions& options) {
   op.wire = options.wire;
   op.order = options.order;
   op.algorithm = std::string(options.algorithm);
@@ -331,7 +331,7 @@ Work Group::IssueTiny(TinyOp* op, const OpOptions& options) {
 }
 
 // In a group of one every result is the input.
-void Group::RunAlone(const Op& op) {
+void Group::RunAlone(const Operation& op) {
   const bool to_out = op.out.bytes() > 0 && op.in.bytes() == op.out.bytes();
   if (to_out && op.out.raw() != op.in.raw()) std::memcpy(op.out.raw(), op.in.raw(), op.out.bytes());
 }
@@ -339,7 +339,7 @@ void Group::RunAlone(const Op& op) {
 Work Group::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).AllReduce(in, out, op)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kAllReduce;
   request.reduce = op;
   request.dtype = in.dtype();
@@ -352,7 +352,7 @@ Work Group::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, co
                           const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).ReduceScatter(in, counts, out, op)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kReduceScatter;
   request.reduce = op;
   request.dtype = in.dtype();
@@ -366,7 +366,7 @@ Work Group::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const 
                       const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).AllGather(in, counts, out)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kAllGather;
   request.dtype = out.dtype();
   request.in = in;
@@ -380,7 +380,7 @@ Work Group::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, co
   const bool even = send_counts.empty() && recv_counts.empty();
   TinyOp tiny;
   if (even && MayBeTiny(options) && NewTinyCall(options, &tiny).AllToAllEven(in, out)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kAllToAll;
   request.dtype = in.dtype();
   request.in = in;
@@ -399,7 +399,7 @@ Work Group::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, co
 Work Group::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).Broadcast(in_out, root)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kBroadcast;
   request.root = root;
   request.dtype = in_out.dtype();
@@ -410,7 +410,7 @@ Work Group::Broadcast(const Tensor& in_out, int root, const OpOptions& options) 
 Work Group::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).Reduce(in, out, root, op)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kReduce;
   request.root = root;
   request.reduce = op;
@@ -424,7 +424,7 @@ Work Group::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Ten
                    const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).Gather(in, counts, out, root)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kGather;
   request.root = root;
   request.dtype = in.dtype();
@@ -438,7 +438,7 @@ Work Group::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Te
                     const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).Scatter(in, counts, out, root)) return IssueTiny(&tiny, options);
-  Op request;
+  Operation request;
   request.kind = OpKind::kScatter;
   request.root = root;
   request.dtype = out.dtype();
@@ -451,11 +451,11 @@ Work Group::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Te
 Work Group::Barrier(const OpOptions& options) {
   TinyOp tiny;
   if (MayBeTiny(options) && NewTinyCall(options, &tiny).Barrier()) return IssueTiny(&tiny, options);
-  return Issue(Op(), options);
+  return Issue(Operation(), options);
 }
 
 Work Group::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) {
-  Op request;
+  Operation request;
   request.kind = OpKind::kSend;
   request.root = to;
   request.tag = tag;
@@ -464,7 +464,7 @@ Work Group::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& option
 }
 
 Work Group::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) {
-  Op request;
+  Operation request;
   request.kind = OpKind::kReceive;
   request.root = from;
   request.tag = tag;
@@ -474,7 +474,7 @@ Work Group::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& 
 
 Work Group::IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
                         const OpOptions& options) {
-  Op request;
+  Operation request;
   request.kind = kind;
   request.reduce = op;
   request.chunks.assign(chunks.begin(), chunks.end());

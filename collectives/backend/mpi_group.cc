@@ -114,7 +114,7 @@ class MpiGroup final : public Communicator {
   Work Issue(OpKind kind, std::vector<Request> requests, std::vector<Tensor> held, const absl::Status& valid,
              const OpOptions& options, std::function<void()> finish = {});
   // What every transport asks of the arguments, and what MPI can count to.
-  absl::Status Check(Op op, const OpOptions& options) const;
+  absl::Status Check(Operation op, const OpOptions& options) const;
   // Averages divide what MPI summed.
   std::function<void()> Divide(const Tensor& out, ReduceOp op) const;
 
@@ -298,7 +298,7 @@ Work MpiGroup::Issue(OpKind kind, std::vector<Request> requests, std::vector<Ten
   return work;
 }
 
-absl::Status MpiGroup::Check(Op op, const OpOptions& options) const {
+absl::Status MpiGroup::Check(Operation op, const OpOptions& options) const {
   op.wire = options.wire;  // Over MPI it travels as it is, which loses nothing.
   SHOAL_RETURN_IF_ERROR(CheckArguments(op, index_, size_));
   if (op.tag >= kSparseTag) {
@@ -314,8 +314,8 @@ absl::Status MpiGroup::Check(Op op, const OpOptions& options) const {
 }
 
 // The operation as the other transports know it.
-Op NewOp(OpKind kind, const Tensor& in, const Tensor& out, DType dtype) {
-  Op op;
+Operation NewOp(OpKind kind, const Tensor& in, const Tensor& out, DType dtype) {
+  Operation op;
   op.kind = kind;
   op.dtype = dtype;
   op.in = in;
@@ -339,14 +339,14 @@ Work MpiGroup::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const
   request.op.in = in.raw();
   request.op.out = out.raw();
   request.op.count = in.elements();
-  Op wanted = NewOp(OpKind::kAllReduce, in, out, in.dtype());
+  Operation wanted = NewOp(OpKind::kAllReduce, in, out, in.dtype());
   wanted.reduce = op;
   return Issue(OpKind::kAllReduce, {request}, {in, out}, Check(std::move(wanted), options), options, Divide(out, op));
 }
 
 Work MpiGroup::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
                              const OpOptions& options) {
-  Op wanted = NewOp(OpKind::kReduceScatter, in, out, in.dtype());
+  Operation wanted = NewOp(OpKind::kReduceScatter, in, out, in.dtype());
   wanted.reduce = op;
   wanted.counts.assign(counts.begin(), counts.end());
   const absl::Status valid = Check(std::move(wanted), options);
@@ -370,7 +370,7 @@ Work MpiGroup::AllGather(const Tensor& in, absl::Span<const int64_t> counts, con
   request.op.in = in.raw();
   request.op.out = out.raw();
   request.counts.assign(counts.begin(), counts.end());
-  Op wanted = NewOp(OpKind::kAllGather, in, out, out.dtype());
+  Operation wanted = NewOp(OpKind::kAllGather, in, out, out.dtype());
   wanted.counts = request.counts;
   return Issue(OpKind::kAllGather, {request}, {in, out}, Check(std::move(wanted), options), options);
 }
@@ -384,7 +384,7 @@ Work MpiGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts,
   request.counts.assign(send_counts.begin(), send_counts.end());
   request.recv_counts.assign(recv_counts.begin(), recv_counts.end());
   if (even) request.counts = request.recv_counts = std::vector<int64_t>(size_, in.elements() / size_);
-  Op wanted = NewOp(OpKind::kAllToAll, in, out, in.dtype());
+  Operation wanted = NewOp(OpKind::kAllToAll, in, out, in.dtype());
   wanted.even = even;
   wanted.counts = request.counts;
   wanted.recv_counts = request.recv_counts;
@@ -396,7 +396,7 @@ Work MpiGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& option
   request.op.out = in_out.raw();
   request.op.count = in_out.elements();
   request.op.peer = root;
-  Op wanted = NewOp(OpKind::kBroadcast, in_out, in_out, in_out.dtype());
+  Operation wanted = NewOp(OpKind::kBroadcast, in_out, in_out, in_out.dtype());
   wanted.root = root;
   return Issue(OpKind::kBroadcast, {request}, {in_out}, Check(std::move(wanted), options), options);
 }
@@ -408,7 +408,7 @@ Work MpiGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op
   request.op.out = out.raw();
   request.op.count = in.elements();
   request.op.peer = root;
-  Op wanted = NewOp(OpKind::kReduce, in, index_ == root ? out : Tensor(), in.dtype());
+  Operation wanted = NewOp(OpKind::kReduce, in, index_ == root ? out : Tensor(), in.dtype());
   wanted.root = root;
   wanted.reduce = op;
   return Issue(OpKind::kReduce, {request}, {in, out}, Check(std::move(wanted), options), options,
@@ -422,7 +422,7 @@ Work MpiGroup::Gather(const Tensor& in, absl::Span<const int64_t> counts, const 
   request.op.out = out.raw();
   request.op.peer = root;
   request.counts.assign(counts.begin(), counts.end());
-  Op wanted = NewOp(OpKind::kGather, in, index_ == root ? out : Tensor(), in.dtype());
+  Operation wanted = NewOp(OpKind::kGather, in, index_ == root ? out : Tensor(), in.dtype());
   wanted.root = root;
   wanted.counts = request.counts;
   return Issue(OpKind::kGather, {request}, {in, out}, Check(std::move(wanted), options), options);
@@ -435,7 +435,7 @@ Work MpiGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const
   request.op.out = out.raw();
   request.op.peer = root;
   request.counts.assign(counts.begin(), counts.end());
-  Op wanted = NewOp(OpKind::kScatter, index_ == root ? in : Tensor(), out, out.dtype());
+  Operation wanted = NewOp(OpKind::kScatter, index_ == root ? in : Tensor(), out, out.dtype());
   wanted.root = root;
   wanted.counts = request.counts;
   return Issue(OpKind::kScatter, {request}, {in, out}, Check(std::move(wanted), options), options);
@@ -451,7 +451,7 @@ Work MpiGroup::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& opt
   request.op.count = in.elements();
   request.op.peer = to;
   request.op.tag = static_cast<int>(tag);
-  Op wanted = NewOp(OpKind::kSend, in, Tensor(), in.dtype());
+  Operation wanted = NewOp(OpKind::kSend, in, Tensor(), in.dtype());
   wanted.root = to;
   wanted.tag = tag;
   return Issue(OpKind::kSend, {request}, {in}, Check(std::move(wanted), options), options);
@@ -463,14 +463,14 @@ Work MpiGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOption
   request.op.count = out.elements();
   request.op.peer = from;
   request.op.tag = static_cast<int>(tag);
-  Op wanted = NewOp(OpKind::kReceive, Tensor(), out, out.dtype());
+  Operation wanted = NewOp(OpKind::kReceive, Tensor(), out, out.dtype());
   wanted.root = from;
   wanted.tag = tag;
   return Issue(OpKind::kReceive, {request}, {out}, Check(std::move(wanted), options), options);
 }
 
-Op NewSparseOp(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp reduce) {
-  Op op = NewOp(kind, Tensor(), Tensor(), DType::kF32);
+Operation NewSparseOp(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp reduce) {
+  Operation op = NewOp(kind, Tensor(), Tensor(), DType::kF32);
   op.reduce = reduce;
   op.chunks.assign(chunks.begin(), chunks.end());
   op.moves.assign(moves.begin(), moves.end());

@@ -18,7 +18,7 @@ bool BeginsAt(const Tensor& part, const Tensor& whole, int64_t begin_elements) {
   return Bytes(part) == Bytes(whole) + begin_elements * SizeOf(whole.dtype());
 }
 
-int64_t Begin(const Op& op, int index) {
+int64_t Begin(const Operation& op, int index) {
   int64_t begin = 0;
   for (int i = 0; i < index; ++i) begin += op.counts[i];
   return begin;
@@ -52,38 +52,38 @@ absl::Status CheckApart(const Tensor& part, const Tensor& whole, int64_t begin_e
   return absl::InvalidArgumentError(text);
 }
 
-absl::Status CheckRoot(const Op& op, int size) {
+absl::Status CheckRoot(const Operation& op, int size) {
   if (op.root >= 0 && op.root < size) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("root ", op.root, " in a group of ", size));
 }
 
-absl::Status CheckReduced(const Op& op) {
+absl::Status CheckReduced(const Operation& op) {
   SHOAL_RETURN_IF_ERROR(CheckTensor(op.out, "out", op.in.elements(), op.dtype));
   return CheckApart(op.out, op.in, 0, "in and out overlap, but do not begin at the same byte");
 }
 
 // reduce_scatter, and scatter on the root.
-absl::Status CheckScattered(const Op& op, int index, int size) {
+absl::Status CheckScattered(const Operation& op, int index, int size) {
   SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.in, size, "counts"));
   SHOAL_RETURN_IF_ERROR(CheckTensor(op.out, "out", op.counts[index], op.in.dtype()));
   return CheckApart(op.out, op.in, Begin(op, index), "out overlaps in elsewhere than at this rank's part");
 }
 
 // all_gather, and gather on the root.
-absl::Status CheckGathered(const Op& op, int index, int size) {
+absl::Status CheckGathered(const Operation& op, int index, int size) {
   SHOAL_RETURN_IF_ERROR(CheckCounts(op.counts, op.out, size, "counts"));
   SHOAL_RETURN_IF_ERROR(CheckTensor(op.in, "in", op.counts[index], op.out.dtype()));
   return CheckApart(op.in, op.out, Begin(op, index), "in overlaps out elsewhere than at this rank's part");
 }
 
-absl::Status CheckPart(const Op& op, const Tensor& part, const char* name, int index, int size) {
+absl::Status CheckPart(const Operation& op, const Tensor& part, const char* name, int index, int size) {
   if (static_cast<int>(op.counts.size()) != size) {
     return absl::InvalidArgumentError(absl::StrCat(op.counts.size(), " counts for ", size, " ranks"));
   }
   return CheckTensor(part, name, op.counts[index], op.dtype);
 }
 
-absl::Status CheckAllToAll(const Op& op, int index, int size) {
+absl::Status CheckAllToAll(const Operation& op, int index, int size) {
   if (op.even && op.in.elements() % size != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat(op.in.elements(), " elements cannot be cut into ", size, " equal parts"));
@@ -101,7 +101,7 @@ absl::Status CheckAllToAll(const Op& op, int index, int size) {
   return Overlap(op.in, op.out) ? absl::InvalidArgumentError("in and out overlap") : absl::OkStatus();
 }
 
-absl::Status CheckMove(const Op& op, const SparseMove& move, int index, int size) {
+absl::Status CheckMove(const Operation& op, const SparseMove& move, int index, int size) {
   if (move.chunk < 0 || move.chunk >= static_cast<int>(op.chunks.size())) {
     return absl::InvalidArgumentError(absl::StrCat("a move of chunk ", move.chunk, " of ", op.chunks.size()));
   }
@@ -125,7 +125,7 @@ absl::Status CheckMove(const Op& op, const SparseMove& move, int index, int size
   return absl::OkStatus();
 }
 
-absl::Status CheckSparse(const Op& op, int index, int size) {
+absl::Status CheckSparse(const Operation& op, int index, int size) {
   std::set<int> moved;
   for (const SparseMove& move : op.moves) {
     SHOAL_RETURN_IF_ERROR(CheckMove(op, move, index, size));
@@ -142,12 +142,12 @@ absl::Status CheckSparse(const Op& op, int index, int size) {
   return absl::OkStatus();
 }
 
-absl::Status CheckTransfer(const Op& op, int index, int size) {
+absl::Status CheckTransfer(const Operation& op, int index, int size) {
   if (op.root >= 0 && op.root < size && op.root != index) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("rank ", op.root, " in a group of ", size, ", from rank ", index));
 }
 
-absl::Status CheckWire(const Op& op) {
+absl::Status CheckWire(const Operation& op) {
   if (op.wire == WireFormat::kAsIs) return absl::OkStatus();
   const bool kind = op.kind == OpKind::kAllReduce || op.kind == OpKind::kReduceScatter;
   const bool reduce = op.reduce == ReduceOp::kSum || op.reduce == ReduceOp::kAverage;
@@ -157,7 +157,7 @@ absl::Status CheckWire(const Op& op) {
 
 }  // namespace
 
-absl::Status CheckArguments(const Op& op, int index, int size) {
+absl::Status CheckArguments(const Operation& op, int index, int size) {
   if (op.reduce > ReduceOp::kAverage) return absl::InvalidArgumentError("unknown reduction");
   SHOAL_RETURN_IF_ERROR(CheckWire(op));
   switch (op.kind) {
@@ -192,7 +192,7 @@ absl::Status CheckArguments(const Op& op, int index, int size) {
   return absl::InvalidArgumentError("unknown operation");
 }
 
-bool IsInPlace(const Op& op, int index) {
+bool IsInPlace(const Operation& op, int index) {
   switch (op.kind) {
     case OpKind::kAllReduce:
     case OpKind::kReduceScatter:

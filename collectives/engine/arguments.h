@@ -7,9 +7,9 @@
 namespace shoal {
 
 // INVALID_ARGUMENT says what is wrong. `index`: this rank, in a group of `size`.
-absl::Status CheckArguments(const Op& op, int index, int size);
+absl::Status CheckArguments(const Operation& op, int index, int size);
 
 // Whether the result of a valid operation overwrites its input (see Communicator).
-bool IsInPlace(const Op& op, int index);
+bool IsInPlace(const Operation& op, int index);
 
 }  // namespace shoal

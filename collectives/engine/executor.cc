@@ -53,25 +53,25 @@ void AskForShortTurns() {
 
 }  // namespace
 
-size_t AwaitHabits::SlotOf(const Op& op) {
+size_t AwaitHabits::SlotOf(const Operation& op) {
   const auto bytes = static_cast<uint64_t>(op.in.bytes() + op.out.bytes());
   const uint64_t mixed =
       (std::hash<std::string>()(op.label) ^ (bytes << 8 | static_cast<uint64_t>(op.kind))) * 0x9e3779b97f4a7c15u;
   return mixed >> 56;
 }
 
-Executor::Executor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host)
+GroupExecutor::GroupExecutor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host)
     : channel_(std::move(channel)), life_(std::move(life)), host_(host), deadline_ns_(kNeverNs) {
   life_->AddSleeper(this);
 }
 
-Executor::~Executor() {
+GroupExecutor::~GroupExecutor() {
   if (channel_ != nullptr) life_->RemoveSleeper(this);
 }
 
-void Executor::Wake() { channel_->Wake(); }
+void GroupExecutor::Wake() { channel_->Wake(); }
 
-Work Executor::Push(Op op) {
+Work GroupExecutor::Push(Operation op) {
   auto state = std::make_shared<QueuedWork>(weak_from_this());
   state->issued_ns = NowNs();
   state->habit = AwaitHabits::SlotOf(op);
@@ -105,7 +105,7 @@ Work Executor::Push(Op op) {
   return Work(std::move(state));
 }
 
-void Executor::Attend(std::function<bool()> poll) {
+void GroupExecutor::Attend(std::function<bool()> poll) {
   {
     MutexLock lock(&mutex_);
     attended_.push_back(std::move(poll));
@@ -115,24 +115,24 @@ void Executor::Attend(std::function<bool()> poll) {
 }
 
 // Whether operations are left that the thread must be told of, rather than find in time.
-bool Executor::MustWake() const {
-  return waking_transfers_ > 0 || std::any_of(queue_.begin(), queue_.end(), [](const Op& op) { return op.state->wakes; });
+bool GroupExecutor::MustWake() const {
+  return waking_transfers_ > 0 || std::any_of(queue_.begin(), queue_.end(), [](const Operation& op) { return op.state->wakes; });
 }
 
-bool Executor::HasWork() const { return !queue_.empty() || open_transfers_ > 0; }
+bool GroupExecutor::HasWork() const { return !queue_.empty() || open_transfers_ > 0; }
 
-void Executor::SetDeadline() {
+void GroupExecutor::SetDeadline() {
   int64_t earliest = transfer_deadlines_.empty() ? kNeverNs : *transfer_deadlines_.begin();
-  for (const Op& op : queue_) earliest = std::min(earliest, op.deadline_ns);
+  for (const Operation& op : queue_) earliest = std::min(earliest, op.deadline_ns);
   deadline_ns_.store(earliest, std::memory_order_relaxed);
 }
 
-bool Executor::Idle() {
+bool GroupExecutor::Idle() {
   MutexLock lock(&mutex_);
   return !HasWork();
 }
 
-void Executor::Help(QueuedWork& work, int64_t deadline_ns) {
+void GroupExecutor::Help(QueuedWork& work, int64_t deadline_ns) {
   bool notify = false;
   {
     MutexLock lock(&mutex_);
@@ -153,14 +153,14 @@ void Executor::Help(QueuedWork& work, int64_t deadline_ns) {
   if (notify) changed_.NotifyAll();
 }
 
-void Executor::SleepUntilNeeded() {
+void GroupExecutor::SleepUntilNeeded() {
   const bool in_use = NowNs() - pushed_ns_ < kInUseNs;
   if (in_use && !closing_) {
     if (changed_.WaitUntil(&mutex_, SteadyTime(NowNs() + kLookNs))) return;
     if (driving_) return;
     // Nobody came for these.
-    for (const Op& op : queue_) habits_.LeftAlone(op.state->habit);
-    for (const Op& op : issued_transfers_) habits_.LeftAlone(op.state->habit);
+    for (const Operation& op : queue_) habits_.LeftAlone(op.state->habit);
+    for (const Operation& op : issued_transfers_) habits_.LeftAlone(op.state->habit);
     return;
   }
   asleep_ = true;
@@ -168,7 +168,7 @@ void Executor::SleepUntilNeeded() {
   asleep_ = false;
 }
 
-void Executor::AttendOnce() {
+void GroupExecutor::AttendOnce() {
   std::vector<std::function<bool()>> attended;
   attended.swap(attended_);
   mutex_.Unlock();
@@ -185,7 +185,7 @@ void Executor::AttendOnce() {
   }
 }
 
-void Executor::RunThread() {
+void GroupExecutor::RunThread() {
   AskForShortTurns();
   MutexLock lock(&mutex_);
   while (true) {
@@ -202,7 +202,7 @@ void Executor::RunThread() {
   }
 }
 
-void Executor::Close() {
+void GroupExecutor::Close() {
   std::thread thread;
   {
     MutexLock lock(&mutex_);
@@ -220,7 +220,7 @@ void Executor::Close() {
 // ---- The driver.
 
 template <class Until>
-void Executor::Drive(const Until& until, int64_t deadline_ns) {
+void GroupExecutor::Drive(const Until& until, int64_t deadline_ns) {
   driving_ = true;
   while (!until() && HasWork()) {
     mutex_.Unlock();
@@ -243,7 +243,7 @@ void Executor::Drive(const Until& until, int64_t deadline_ns) {
   driving_ = false;
 }
 
-bool Executor::TellEnded() {
+bool GroupExecutor::TellEnded() {
   std::vector<Ended> ended;
   ended.swap(ended_);
   SetDeadline();
@@ -260,7 +260,7 @@ bool Executor::TellEnded() {
   return true;
 }
 
-bool Executor::Advance() {
+bool GroupExecutor::Advance() {
   AcceptNew();
   if (failed_ || life_->Ended()) {
     FailAll();
@@ -294,18 +294,18 @@ bool Executor::Advance() {
   return did;
 }
 
-void Executor::AcceptNew() {
+void GroupExecutor::AcceptNew() {
   if (!new_transfers_.load(std::memory_order_acquire)) return;
-  std::deque<Op> taken;
+  std::deque<Operation> taken;
   {
     MutexLock lock(&mutex_);
     taken.swap(issued_transfers_);
     new_transfers_.store(false, std::memory_order_relaxed);
   }
-  for (Op& op : taken) PostTransfer(std::move(op));
+  for (Operation& op : taken) PostTransfer(std::move(op));
 }
 
-void Executor::PostTransfer(Op op) {
+void GroupExecutor::PostTransfer(Operation op) {
   const bool sends = op.kind == OpKind::kSend;
   const int member = op.root;
   const uint64_t number = ++transfer_numbers_[{op.kind, member, op.tag}];
@@ -323,7 +323,7 @@ void Executor::PostTransfer(Op op) {
   }
 }
 
-void Executor::StartFront() {
+void GroupExecutor::StartFront() {
   {
     MutexLock lock(&mutex_);
     if (queue_.empty()) return;
@@ -333,14 +333,14 @@ void Executor::StartFront() {
   started_ns_ = NowNs();
   PlanProbes();
   prelude_ = host_->Prelude(*front_);
-  Op& op = prelude_ != nullptr ? *prelude_ : *front_;
+  Operation& op = prelude_ != nullptr ? *prelude_ : *front_;
   // The group's own operations are numbered beside the others, by the one that they come before.
   const uint64_t number = prelude_ != nullptr ? front_->seq | kTransferBit | kTransferBit >> 1 : front_->seq;
   const absl::Status started = Start(op, number);
   if (!started.ok()) EndGroup(absl::StrCat(host_->Name(life_->index()), ": ", OpName(op), ": ", AbslSv(std::string(started.message()))));
 }
 
-absl::Status Executor::Start(Op& op, uint64_t number) {
+absl::Status GroupExecutor::Start(Operation& op, uint64_t number) {
   SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<const PreparedProgram> program, host_->Prepare(op));
   Operands operands;
   operands.in = static_cast<const std::byte*>(op.in.raw());
@@ -360,7 +360,7 @@ absl::Status Executor::Start(Op& op, uint64_t number) {
   return absl::OkStatus();
 }
 
-void Executor::FinishFront() {
+void GroupExecutor::FinishFront() {
   if (prelude_ != nullptr) {
     prelude_ = nullptr;
     host_->PreludeEnded();
@@ -375,8 +375,8 @@ void Executor::FinishFront() {
   EndFront(absl::OkStatus());
 }
 
-void Executor::EndFront(const absl::Status& status) {
-  Op op;
+void GroupExecutor::EndFront(const absl::Status& status) {
+  Operation op;
   {
     MutexLock lock(&mutex_);
     op = std::move(queue_.front());
@@ -388,10 +388,10 @@ void Executor::EndFront(const absl::Status& status) {
   // Here its tensors are let go, before anybody is told, so that nobody finds them in use.
 }
 
-void Executor::EndTransfer(uint64_t token) {
+void GroupExecutor::EndTransfer(uint64_t token) {
   const auto found = transfers_.find(token);
   SHOAL_CHECK(found != transfers_.end()) << "token " << token;
-  Op op = std::move(found->second.op);
+  Operation op = std::move(found->second.op);
   transfers_.erase(found);
   {
     MutexLock lock(&mutex_);
@@ -404,7 +404,7 @@ void Executor::EndTransfer(uint64_t token) {
 
 // ---- Waiting for too long.
 
-std::vector<int> Executor::NotArrived(const std::vector<int>& members) const {
+std::vector<int> GroupExecutor::NotArrived(const std::vector<int>& members) const {
   std::vector<int> missing;
   for (int member : members) {
     if (member != life_->index() && channel_->Reached(member) < front_->seq) missing.push_back(member);
@@ -412,17 +412,17 @@ std::vector<int> Executor::NotArrived(const std::vector<int>& members) const {
   return missing;
 }
 
-const Op* Executor::LateTransfer() const {
+const Operation* GroupExecutor::LateTransfer() const {
   for (const auto& [token, transfer] : transfers_) {
     if (transfer.op.deadline_ns <= deadline_ns_.load(std::memory_order_relaxed)) return &transfer.op;
   }
   return nullptr;
 }
 
-int64_t Executor::DueNs() const { return std::max(deadline_ns_.load(std::memory_order_relaxed), lenient_ns_); }
+int64_t GroupExecutor::DueNs() const { return std::max(deadline_ns_.load(std::memory_order_relaxed), lenient_ns_); }
 
-void Executor::MissDeadline() {
-  if (const Op* late = LateTransfer(); late != nullptr) {
+void GroupExecutor::MissDeadline() {
+  if (const Operation* late = LateTransfer(); late != nullptr) {
     return EndGroup(absl::StrCat(OpName(*late), ": deadline passed: ", host_->Names({late->root}), " had not arrived"));
   }
   if (front_ == nullptr) return;  // It was issued a moment ago, too late.
@@ -445,16 +445,16 @@ void Executor::MissDeadline() {
   EndGroup(absl::StrCat(name, ": deadline passed: ", host_->Names(missing), " had not arrived"));
 }
 
-std::string Executor::NameOfRunning() const {
+std::string GroupExecutor::NameOfRunning() const {
   if (front_ != nullptr) return OpName(*front_);
-  const Op* first = nullptr;
+  const Operation* first = nullptr;
   for (const auto& [token, transfer] : transfers_) {
     if (first == nullptr || transfer.op.deadline_ns < first->deadline_ns) first = &transfer.op;
   }
   return first == nullptr ? "waiting" : OpName(*first);
 }
 
-void Executor::CheckWaiting() {
+void GroupExecutor::CheckWaiting() {
   const int64_t now_ns = NowNs();
   if (now_ns >= DueNs()) return MissDeadline();
   if (front_ != nullptr && now_ns >= probe_ns_) Probe();
@@ -477,7 +477,7 @@ void Executor::CheckWaiting() {
   }
 }
 
-void Executor::PlanProbes() {
+void GroupExecutor::PlanProbes() {
   probes_ = 0;
   lenient_ns_ = 0;
   probe_ns_ = started_ns_ + std::min(kProbeNs, (DueNs() - started_ns_) / 4);
@@ -485,7 +485,7 @@ void Executor::PlanProbes() {
 
 // The first tells those who are in another operation, and wait for this rank there. The second tells everybody who is not
 // to blame when a deadline passes.
-void Executor::Probe() {
+void GroupExecutor::Probe() {
   const bool first = probes_++ == 0;
   probe_ns_ = first ? started_ns_ + std::min(kProbeAllNs, (DueNs() - started_ns_) / 2) : kNeverNs;
   if (prelude_ != nullptr) return;
@@ -500,7 +500,7 @@ void Executor::Probe() {
   }
 }
 
-std::string Executor::MismatchText(const Mismatch& mismatch) const {
+std::string GroupExecutor::MismatchText(const Mismatch& mismatch) const {
   const std::string own = host_->Name(life_->index()), peer = host_->Name(mismatch.member);
   const bool transfer = (mismatch.theirs.op & kTransferBit) != 0;
   if (transfer || mismatch.ours.signature == mismatch.theirs.signature) {
@@ -518,12 +518,12 @@ std::string Executor::MismatchText(const Mismatch& mismatch) const {
                       mismatch.theirs.op, ": not the same operation, or with other arguments");
 }
 
-void Executor::EndGroup(const std::string& cause) {
+void GroupExecutor::EndGroup(const std::string& cause) {
   (void)life_->End(cause);
   FailAll();
 }
 
-void Executor::FailAll() {
+void GroupExecutor::FailAll() {
   if (!failed_) {
     // From now on the channel is left alone. It lets go of all memory before the owners get theirs back.
     failed_ = true;
@@ -535,7 +535,7 @@ void Executor::FailAll() {
   SHOAL_CHECK(!status.ok());
   if (front_ != nullptr) EndFront(status);
   while (true) {
-    Op op;
+    Operation op;
     {
       MutexLock lock(&mutex_);
       if (queue_.empty()) break;
@@ -553,7 +553,7 @@ void Executor::FailAll() {
   open_transfers_ = issued_transfers_.size();
   waking_transfers_ = 0;
   transfer_deadlines_.clear();
-  for (const Op& op : issued_transfers_) {
+  for (const Operation& op : issued_transfers_) {
     waking_transfers_ += op.state->wakes ? 1 : 0;
     transfer_deadlines_.insert(op.deadline_ns);
   }

@@ -36,13 +36,13 @@ class ExecutorHost {
   // The member said goodbye: what it has not done by now it never will.
   virtual bool Left(int member) = 0;
   // The program of an operation. The pointer stays the same for equal operations.
-  virtual absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Op& op) = 0;
+  virtual absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Operation& op) = 0;
   // Memory for a run, which stays as it is until the next call. RESOURCE_EXHAUSTED: the system has too little.
   virtual absl::StatusOr<std::byte*> Scratch(int64_t bytes) = 0;
   // How long the operation took here, after it completed.
-  virtual void Observe(const Op& /*op*/, int64_t /*ns*/) {}
+  virtual void Observe(const Operation& /*op*/, int64_t /*ns*/) {}
   // An operation of the group's own that must run before `op`, on all ranks alike; null: none. Ended calls it back.
-  virtual Op* Prelude(const Op& /*op*/) { return nullptr; }
+  virtual Operation* Prelude(const Operation& /*op*/) { return nullptr; }
   virtual void PreludeEnded() {}
 };
 
@@ -51,7 +51,7 @@ class ExecutorHost {
 class AwaitHabits {
  public:
   AwaitHabits() { wakes_.fill(1); }  // What is not known yet may be meant to run beside what its issuer does next.
-  static size_t SlotOf(const Op& op);
+  static size_t SlotOf(const Operation& op);
 
   // Whether a thread must be woken for such an operation, because its issuer may not come to run it.
   bool MustWake(size_t slot) const { return wakes_[slot] > 0; }
@@ -65,14 +65,14 @@ class AwaitHabits {
   std::array<uint8_t, kSlots> wakes_;
 };
 
-class Executor final : public WorkRunner, public Sleeper, public std::enable_shared_from_this<Executor> {
+class GroupExecutor final : public WorkRunner, public Sleeper, public std::enable_shared_from_this<GroupExecutor> {
  public:
   // Borrows `host` until Close().
-  Executor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host);
-  ~Executor() override;
+  GroupExecutor(std::unique_ptr<Channel> channel, std::shared_ptr<GroupLife> life, ExecutorHost* host);
+  ~GroupExecutor() override;
 
-  // Numbers the operation (Op::seq) and queues it. Send and receive: matched by peer and tag, in the order of issue.
-  Work Push(Op op);
+  // Numbers the operation (Operation::seq) and queues it. Send and receive: matched by peer and tag, in the order of issue.
+  Work Push(Operation op);
   // A number for an operation that runs elsewhere, in the same order on all ranks.
   uint64_t NextSeq() { return issued_.fetch_add(1, std::memory_order_relaxed) + 1; }
   void Help(QueuedWork& work, int64_t deadline_ns) override;
@@ -107,15 +107,15 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
   bool Advance();            // True when something happened.
   void AcceptNew();
   void StartFront();
-  absl::Status Start(Op& op, uint64_t number);
-  void PostTransfer(Op op);
+  absl::Status Start(Operation& op, uint64_t number);
+  void PostTransfer(Operation op);
   void FinishFront();
   void EndFront(const absl::Status& status);
   void EndTransfer(uint64_t token);
   void CheckWaiting();       // Deadlines and peers that left.
   void MissDeadline();
   std::vector<int> NotArrived(const std::vector<int>& members) const;
-  const Op* LateTransfer() const;  // Null: none.
+  const Operation* LateTransfer() const;  // Null: none.
   int64_t DueNs() const;  // Of the next deadline.
   void PlanProbes();
   void Probe();
@@ -133,12 +133,12 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
 
   // The driver's.
   struct Transfer {
-    Op op;
+    Operation op;
     MessageId id;
   };
   ProgramRun run_;
-  Op* front_ = nullptr;     // Runs; in queue_.
-  Op* prelude_ = nullptr;   // Runs before the front one.
+  Operation* front_ = nullptr;     // Runs; in queue_.
+  Operation* prelude_ = nullptr;   // Runs before the front one.
   bool failed_ = false;
   int64_t left_since_ns_ = 0;  // A member that is awaited has left; 0: none has.
   int64_t started_ns_ = 0;
@@ -155,8 +155,8 @@ class Executor final : public WorkRunner, public Sleeper, public std::enable_sha
 
   Mutex mutex_;
   CondVar changed_;
-  std::deque<Op> queue_ ABSL_GUARDED_BY(mutex_);          // Collectives. A deque's elements stay where they are.
-  std::deque<Op> issued_transfers_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Operation> queue_ ABSL_GUARDED_BY(mutex_);          // Collectives. A deque's elements stay where they are.
+  std::deque<Operation> issued_transfers_ ABSL_GUARDED_BY(mutex_);
   std::multiset<int64_t> transfer_deadlines_ ABSL_GUARDED_BY(mutex_);
   std::vector<std::function<bool()>> attended_ ABSL_GUARDED_BY(mutex_);
   uint64_t transfers_issued_ ABSL_GUARDED_BY(mutex_) = 0;

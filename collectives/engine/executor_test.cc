@@ -42,7 +42,7 @@ class Member final : public ExecutorHost {
     std::vector<int> ranks(size);
     std::iota(ranks.begin(), ranks.end(), 0);
     life_ = std::make_shared<Life>(ranks, index, network);
-    executor_ = std::make_shared<Executor>(network->Open(index), life_, this);
+    executor_ = std::make_shared<GroupExecutor>(network->Open(index), life_, this);
   }
   ~Member() override {
     if (executor_ == nullptr) return;
@@ -50,23 +50,23 @@ class Member final : public ExecutorHost {
     executor_->Close();
   }
 
-  Work Issue(Op op, absl::Duration timeout = absl::Seconds(30)) {
+  Work Issue(Operation op, absl::Duration timeout = absl::Seconds(30)) {
     SHOAL_CHECK_OK(CheckArguments(op, index_, size_));
     op.algorithm = "direct";
     op.deadline_ns = SteadyDeadlineNs(absl::Now() + timeout);
     return executor_->Push(std::move(op));
   }
   Work Sum(const Tensor& data, absl::Duration timeout = absl::Seconds(30), std::string label = "") {
-    Op op;
+    Operation op;
     op.kind = OpKind::kAllReduce;
     op.dtype = data.dtype();
     op.in = op.out = data;
     op.label = std::move(label);
     return Issue(std::move(op), timeout);
   }
-  Work Barrier(absl::Duration timeout = absl::Seconds(30)) { return Issue(Op(), timeout); }
+  Work Barrier(absl::Duration timeout = absl::Seconds(30)) { return Issue(Operation(), timeout); }
   Work Broadcast(const Tensor& data, int root) {
-    Op op;
+    Operation op;
     op.kind = OpKind::kBroadcast;
     op.dtype = data.dtype();
     op.root = root;
@@ -74,7 +74,7 @@ class Member final : public ExecutorHost {
     return Issue(std::move(op));
   }
   Work Transfer(OpKind kind, const Tensor& data, int peer, uint32_t tag) {
-    Op op;
+    Operation op;
     op.kind = kind;
     op.root = peer;
     op.tag = tag;
@@ -92,7 +92,7 @@ class Member final : public ExecutorHost {
     return absl::StrJoin(members, ", ", [](std::string* out, int m) { absl::StrAppend(out, "rank ", m); });
   }
   bool Left(int member) override { return gone_[member]; }
-  absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Op& op) override {
+  absl::StatusOr<std::shared_ptr<const PreparedProgram>> Prepare(const Operation& op) override {
     return planner_.Find(op).program;
   }
   absl::StatusOr<std::byte*> Scratch(int64_t bytes) override {
@@ -106,7 +106,7 @@ class Member final : public ExecutorHost {
   std::vector<std::atomic<bool>> gone_;
   std::vector<std::byte> scratch_;
   std::shared_ptr<Life> life_;
-  std::shared_ptr<Executor> executor_;
+  std::shared_ptr<GroupExecutor> executor_;
 };
 
 Tensor Filled(int64_t elements, float value) {
@@ -235,7 +235,7 @@ TEST(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
   MemoryNetwork network(3, 1);
   Member member(&network, 3, 0), one(&network, 3, 1), two(&network, 3, 2);
   const Work sum = member.Sum(Filled(100, 1), absl::Seconds(1000));
-  Op receive;
+  Operation receive;
   receive.kind = OpKind::kReceive;
   receive.root = 2;
   receive.out = Filled(1, 1);
@@ -245,7 +245,7 @@ TEST(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
 }
 
 TEST(Executor, HabitsTellWhatIsLeftAlone) {
-  Op sum, other;
+  Operation sum, other;
   sum.kind = OpKind::kAllReduce;
   sum.label = "norm";
   other.kind = OpKind::kReduceScatter;

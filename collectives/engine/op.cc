@@ -9,7 +9,7 @@ std::string OpName(OpKind kind, std::string_view label, uint64_t seq) {
   return absl::StrCat(AbslSv(OpKindName(kind)), " \"", AbslSv(label), "\" #", seq);
 }
 
-uint32_t Signature(const Op& op) {
+uint32_t Signature(const Operation& op) {
   if (op.kind == OpKind::kSend || op.kind == OpKind::kReceive) {
     return SignatureHash(OpKind::kSend, DType::kU8, ReduceOp::kSum, Order::kFast, /*root=*/0).Signature();
   }

@@ -14,7 +14,7 @@
 
 namespace shoal {
 
-struct Op {
+struct Operation {
   OpKind kind = OpKind::kBarrier;
   ReduceOp reduce = ReduceOp::kSum;
   int root = 0;
@@ -38,7 +38,7 @@ struct Op {
 };
 
 std::string OpName(OpKind kind, std::string_view label, uint64_t seq);  // all_reduce "grads" #17
-inline std::string OpName(const Op& op) { return OpName(op.kind, op.label, op.seq); }
+inline std::string OpName(const Operation& op) { return OpName(op.kind, op.label, op.seq); }
 
 // Of what all ranks must agree on in an operation.
 class SignatureHash {
@@ -70,7 +70,7 @@ class SignatureHash {
 };
 
 // Equal on all ranks that issued the same operation with the same arguments. A send's and its receive's are equal.
-uint32_t Signature(const Op& op);
+uint32_t Signature(const Operation& op);
 // The kind of an operation with that signature, which a peer sent; kSend stands for both ends.
 std::string KindNameOf(uint32_t signature);
 

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kPlansMax = 64;
 
-uint64_t HashOf(const Op& op, const Problem& problem) {
+uint64_t HashOf(const Operation& op, const Problem& problem) {
   uint64_t hash = 0xcbf29ce484222325u;
   const auto mix = [&hash](uint64_t value) {
     hash = (hash ^ value) * 0x9e3779b97f4a7c15u;
@@ -40,7 +40,7 @@ bool SameMoves(const std::vector<SparseMove>& a, const std::vector<SparseMove>& 
   });
 }
 
-bool Fits(const Planner::Plan& plan, uint64_t hash, const Op& op, const Problem& problem) {
+bool Fits(const Planner::Plan& plan, uint64_t hash, const Operation& op, const Problem& problem) {
   const Problem& known = plan.problem;
   return plan.hash == hash && known.kind == problem.kind && plan.dtype == op.dtype && plan.wire == op.wire &&
          plan.order == op.order && plan.forced == op.algorithm && known.in_place == problem.in_place &&
@@ -66,7 +66,7 @@ absl::StatusOr<Forced> ParseForced(std::string_view text) {
 
 }  // namespace
 
-Problem ProblemOf(const Op& op, int index, int size, const Topology* topology) {
+Problem ProblemOf(const Operation& op, int index, int size, const Topology* topology) {
   Problem problem;
   problem.kind = op.kind;
   problem.rank = index;
@@ -88,7 +88,7 @@ Problem ProblemOf(const Op& op, int index, int size, const Topology* topology) {
   return problem;
 }
 
-absl::Status CheckAlgorithm(const Op& op, int index, int size, const Topology& topology) {
+absl::Status CheckAlgorithm(const Operation& op, int index, int size, const Topology& topology) {
   if (op.algorithm.empty()) return absl::OkStatus();
   const Problem problem = ProblemOf(op, index, size, &topology);
   SHOAL_ASSIGN_OR_RETURN(const Forced forced, ParseForced(op.algorithm));
@@ -112,7 +112,7 @@ void Planner::SetModel(CostModel model) {
   tuner_.SetModel(std::move(model));
 }
 
-const Algorithm* Planner::Choose(const Op& op, Problem* problem) {
+const Algorithm* Planner::Choose(const Operation& op, Problem* problem) {
   if (op.algorithm.empty()) {
     const Tuner::Decision decision = tuner_.Choose(op, *problem);
     problem->piece = decision.piece_bytes / SizeOf(op.dtype);
@@ -127,7 +127,7 @@ const Algorithm* Planner::Choose(const Op& op, Problem* problem) {
   return *algorithm;
 }
 
-const Planner::Plan& Planner::Find(const Op& op) {
+const Planner::Plan& Planner::Find(const Operation& op) {
   Problem problem = ProblemOf(op, index_, size_, &topology_);
   const Algorithm* const algorithm = Choose(op, &problem);
   const uint64_t hash = HashOf(op, problem);

@@ -17,11 +17,11 @@
 namespace shoal {
 
 // One rank's problem. Borrows `topology`.
-Problem ProblemOf(const Op& op, int index, int size, const Topology* topology);
+Problem ProblemOf(const Operation& op, int index, int size, const Topology* topology);
 
 // INVALID_ARGUMENT: the operation asks for an algorithm that does not exist, does not apply or does not fit its other
 // options.
-absl::Status CheckAlgorithm(const Op& op, int index, int size, const Topology& topology);
+absl::Status CheckAlgorithm(const Operation& op, int index, int size, const Topology& topology);
 
 class Planner {
  public:
@@ -40,14 +40,14 @@ class Planner {
     uint64_t hash = 0;
   };
   // Of an operation that passed CheckAlgorithm. The reference is right until the next call.
-  const Plan& Find(const Op& op);
+  const Plan& Find(const Operation& op);
   // Measured links, and the order of rings that fits them. Between operations.
   void SetModel(CostModel model);
   Tuner& tuner() { return tuner_; }
   const Tuner& tuner() const { return tuner_; }
 
  private:
-  const Algorithm* Choose(const Op& op, Problem* problem);
+  const Algorithm* Choose(const Operation& op, Problem* problem);
 
   const int index_, size_;
   Topology topology_;

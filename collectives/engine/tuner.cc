@@ -84,7 +84,7 @@ size_t BestObserved(absl::Span<const int64_t> times_ns, size_t present) {
   return times_ns[best] < times_ns[present] - times_ns[present] / 10 ? best : present;
 }
 
-Tuner::Allowed Tuner::AllowedFor(const Op& op) {
+Tuner::Allowed Tuner::AllowedFor(const Operation& op) {
   if (op.wire != WireFormat::kAsIs) return Allowed::kDirect;
   if (op.order == Order::kFixed) return Allowed::kIndexOrder;
   // Sums of 16-bit numbers that pass several ranks are rounded at each.
@@ -93,7 +93,7 @@ Tuner::Allowed Tuner::AllowedFor(const Op& op) {
   return Reduces(op.kind) && rounds && adds ? Allowed::kPrecise : Allowed::kAll;
 }
 
-int Tuner::LogBytes(const Op& op, const Problem& problem) {
+int Tuner::LogBytes(const Operation& op, const Problem& problem) {
   const bool sparse = op.kind == OpKind::kSparseAllGather || op.kind == OpKind::kSparseReduceScatter;
   if (sparse || (op.kind == OpKind::kAllToAll && !op.even)) return -1;
   const int64_t elements = ByElements(op.kind)
@@ -102,7 +102,7 @@ int Tuner::LogBytes(const Op& op, const Problem& problem) {
   return std::bit_width(static_cast<uint64_t>(std::max<int64_t>(1, elements * SizeOf(op.dtype)))) - 1;
 }
 
-Tuner::Class& Tuner::ClassOf(const Op& op, const Problem& problem) {
+Tuner::Class& Tuner::ClassOf(const Operation& op, const Problem& problem) {
   const Allowed allowed = AllowedFor(op);
   const int log2_bytes = LogBytes(op, problem);
   for (Class& known : classes_) {
@@ -156,7 +156,7 @@ void Tuner::FillClass(const Problem& problem, Class* found) const {
   }
 }
 
-Tuner::Decision Tuner::Choose(const Op& op, const Problem& problem) {
+Tuner::Decision Tuner::Choose(const Operation& op, const Problem& problem) {
   MutexLock lock(&mutex_);
   Class& c = ClassOf(op, problem);
   size_t first = c.present;

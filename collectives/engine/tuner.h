@@ -35,7 +35,7 @@ class Tuner {
     int64_t piece_bytes = 0;
   };
   // Of the next operation, whose problem it is.
-  Decision Choose(const Op& op, const Problem& problem);
+  Decision Choose(const Operation& op, const Problem& problem);
   // The next operation is none of those.
   void Skip();
   // How long the operation that was chosen for last took here.
@@ -72,9 +72,9 @@ class Tuner {
     int trials_left = 0;  // Operations for which `trial` is used instead.
     std::string why;
   };
-  static Allowed AllowedFor(const Op& op);
-  static int LogBytes(const Op& op, const Problem& problem);
-  Class& ClassOf(const Op& op, const Problem& problem) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static Allowed AllowedFor(const Operation& op);
+  static int LogBytes(const Operation& op, const Problem& problem);
+  Class& ClassOf(const Operation& op, const Problem& problem) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FillClass(const Problem& problem, Class* found) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Adjust(Class* found) const;
 

@@ -31,20 +31,20 @@ Topology OnHosts(std::vector<int> hosts) {
 }
 
 // As each rank of a group would make it; tensors without memory.
-Op AllReduceOf(int64_t elements, DType dtype = DType::kF32) {
-  Op op;
+Operation AllReduceOf(int64_t elements, DType dtype = DType::kF32) {
+  Operation op;
   op.kind = OpKind::kAllReduce;
   op.dtype = dtype;
   op.in = op.out = Tensor(nullptr, {elements}, dtype);
   return op;
 }
 
-Op RandomOp(std::mt19937_64* random, int size) {
+Operation RandomOp(std::mt19937_64* random, int size) {
   const auto pick = [&](int64_t n) { return static_cast<int64_t>((*random)() % n); };
   constexpr OpKind kKinds[] = {OpKind::kAllReduce, OpKind::kReduceScatter, OpKind::kAllGather, OpKind::kBroadcast,
                                OpKind::kReduce,    OpKind::kGather,        OpKind::kScatter,   OpKind::kBarrier};
   constexpr DType kTypes[] = {DType::kF32, DType::kBF16, DType::kI8, DType::kF64};
-  Op op = AllReduceOf(pick(int64_t{1} << pick(22)) + 1, kTypes[pick(4)]);
+  Operation op = AllReduceOf(pick(int64_t{1} << pick(22)) + 1, kTypes[pick(4)]);
   op.kind = kKinds[pick(8)];
   op.order = pick(4) == 0 ? Order::kFixed : Order::kFast;
   op.root = static_cast<int>(pick(size));
@@ -68,7 +68,7 @@ CostModel RandomModel(std::mt19937_64* random, int size) {
 struct Rank {
   Rank(int index, const CostModel& model)
       : index(index), size(static_cast<int>(model.topology.host.size())), topology(model.topology), tuner(model) {}
-  Tuner::Decision Choose(const Op& op) { return tuner.Choose(op, ProblemOf(op, index, size, &topology)); }
+  Tuner::Decision Choose(const Operation& op) { return tuner.Choose(op, ProblemOf(op, index, size, &topology)); }
 
   const int index, size;
   const Topology topology;
@@ -94,11 +94,11 @@ TEST(Tuner, AllRanksChooseAlikeWhateverTheyObserve) {
     const CostModel model = RandomModel(&random, size);
     std::vector<std::unique_ptr<Rank>> ranks;
     for (int rank = 0; rank < size; ++rank) ranks.push_back(std::make_unique<Rank>(rank, model));
-    std::vector<Op> ops;
+    std::vector<Operation> ops;
     for (int i = 0; i < 6; ++i) ops.push_back(RandomOp(&random, size));
     for (int step = 1; step <= 100; ++step) {
       if (step % 25 == 0) Exchange(&ranks);
-      const Op& op = ops[random() % ops.size()];
+      const Operation& op = ops[random() % ops.size()];
       const Tuner::Decision first = ranks[0]->Choose(op);
       for (auto& rank : ranks) {
         const Tuner::Decision own = rank == ranks[0] ? first : rank->Choose(op);
@@ -113,7 +113,7 @@ TEST(Tuner, AllRanksChooseAlikeWhateverTheyObserve) {
 TEST(Tuner, FixedOrdersAndWireFormatsReduceInIndexOrder) {
   Rank rank(0, DefaultCostModel(OnHosts({0, 1, 2, 3, 4, 5, 6, 7}), 2));
   for (int64_t elements : {1, 1000, 1 << 20}) {
-    Op op = AllReduceOf(elements);
+    Operation op = AllReduceOf(elements);
     op.order = Order::kFixed;
     EXPECT_TRUE(rank.Choose(op).algorithm->index_order);
     op.order = Order::kFast;
@@ -138,7 +138,7 @@ TEST(Tuner, ACloseRivalIsTriedAndTakenWhenItIsFaster) {
   // A size that has a rival.
   std::set<std::string> seen;
   for (int64_t elements = 1 << 12; elements <= 1 << 22 && seen.size() < 2; elements *= 2) {
-    const Op op = AllReduceOf(elements);
+    const Operation op = AllReduceOf(elements);
     const auto name = [](const Tuner::Decision& d) { return absl::StrCat(AbslSv(d.algorithm->name), ":", d.piece_bytes); };
     const std::string best = name(ranks[0]->Choose(op));
     seen = {best};

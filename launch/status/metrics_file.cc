@@ -76,7 +76,7 @@ absl::StatusOr<MetricsFile::History> Truncate(const std::string& path, int64_t f
 
 }  // namespace
 
-std::string StepJson(const StepRecord& record, ExpertCounts expert_counts) {
+std::string StepJson(const TrainRecord& record, ExpertCounts expert_counts) {
   const double rate = record.seconds > 0 ? static_cast<double>(record.tokens) / record.seconds : 0;
   std::string json =
       absl::StrCat("{\"step\":", record.step, ",\"loss\":", Number(record.loss),

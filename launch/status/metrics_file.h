@@ -14,7 +14,7 @@
 
 namespace shoal {
 
-struct StepRecord {
+struct TrainRecord {
   int64_t step = 0;  // From 0.
   double loss = 0, ce_loss = 0, aux_loss = 0, z_loss = 0;
   double learning_rate = 0, grad_norm = 0;
@@ -38,7 +38,7 @@ enum class ExpertCounts : uint8_t { kOmit, kInclude };
 
 // {"step":12,"loss":...,"ce_loss":...,"aux_loss":...,"z_loss":...,"lr":...,"grad_norm":...,"tokens":...,
 // "tokens_per_second":...,"seconds":...,"expert_counts":[[...],...]}, without a line end.
-std::string StepJson(const StepRecord& record, ExpertCounts expert_counts);
+std::string StepJson(const TrainRecord& record, ExpertCounts expert_counts);
 // {"step":12,"validation_loss":...,"validation_tokens":...,"validation_seconds":...}
 std::string EvalJson(const EvalRecord& record);
 

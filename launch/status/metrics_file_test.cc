@@ -21,8 +21,8 @@ using ::testing::HasSubstr;
 using ::testing::Pair;
 using testing::TempDir;
 
-StepRecord Record(int64_t step) {
-  StepRecord record;
+TrainRecord Record(int64_t step) {
+  TrainRecord record;
   record.step = step;
   record.loss = 1.0 / 3 + static_cast<double>(step);
   record.ce_loss = 0.1 + static_cast<double>(step);
@@ -43,7 +43,7 @@ void AppendOrDie(MetricsFile& file, const std::string& json) {
 }
 
 TEST(StepJson, HasExactlyTheKeysInOrder) {
-  StepRecord record = Record(12);
+  TrainRecord record = Record(12);
   record.aux_loss = 2.01;
   record.z_loss = 0.5;
   record.learning_rate = 3e-4;
@@ -59,7 +59,7 @@ TEST(StepJson, HasExactlyTheKeysInOrder) {
 
 TEST(StepJson, NumbersReadBackExactly) {
   for (const double value : {1.0 / 3, 1e-300, 5e-324, 1.7976931348623157e308, -0.1, 123456789.123456789}) {
-    StepRecord record = Record(0);
+    TrainRecord record = Record(0);
     record.loss = value;
     const nlohmann::json json = nlohmann::json::parse(StepJson(record, ExpertCounts::kOmit));
     EXPECT_EQ(json["loss"].get<double>(), value);
@@ -67,7 +67,7 @@ TEST(StepJson, NumbersReadBackExactly) {
 }
 
 TEST(StepJson, WhatIsNotFiniteIsNull) {
-  StepRecord record = Record(0);
+  TrainRecord record = Record(0);
   record.loss = std::numeric_limits<double>::quiet_NaN();
   record.grad_norm = -std::numeric_limits<double>::infinity();
   const nlohmann::json json = nlohmann::json::parse(StepJson(record, ExpertCounts::kOmit));
@@ -98,7 +98,7 @@ TEST(MetricsFile, ResumeDropsLaterRecordsAndATornLine) {
 
 TEST(MetricsFile, ResumeReadsNullAsNaN) {
   const TempDir folder;
-  StepRecord record = Record(0);
+  TrainRecord record = Record(0);
   record.ce_loss = std::numeric_limits<double>::quiet_NaN();
   testing::WriteFile(folder / "m.jsonl", StepJson(record, ExpertCounts::kOmit) + "\n");
   const auto file = OpenOrDie(folder / "m.jsonl", 9);

@@ -135,7 +135,7 @@ struct Reporter::Impl {
   double eval_seconds = 0;
   std::vector<double> step_seconds;  // Without the first step, which warms caches and allocates.
   double sum_step_seconds = 0, sum_flops = 0, sum_tokens = 0;  // Likewise.
-  std::deque<StepRecord> window;                               // Likewise; without their counts.
+  std::deque<TrainRecord> window;                               // Likewise; without their counts.
   double balance = kUnknown;
   EvalRecord last_eval;
   double best_eval = kUnknown;
@@ -150,17 +150,17 @@ struct Reporter::Impl {
   }
   std::string PathOf(const char* name) const { return JoinPath(options.run_dir, name); }
 
-  void CountStep(const StepRecord& record);
-  void FeedMetrics(const StepRecord& record) const;
-  Progress ProgressAt(const StepRecord& record) const;
-  void ShowStep(const StepRecord& record);
+  void CountStep(const TrainRecord& record);
+  void FeedMetrics(const TrainRecord& record) const;
+  Progress ProgressAt(const TrainRecord& record) const;
+  void ShowStep(const TrainRecord& record);
   void PrintHeader();
   Rows ResultRows(const FinishRecord& record) const;
   Rows FileRows(const FinishRecord& record) const;
   absl::Status WriteCurve() const;
 };
 
-void Reporter::Impl::CountStep(const StepRecord& record) {
+void Reporter::Impl::CountStep(const TrainRecord& record) {
   next_step = record.step + 1;
   ++steps_done;
   tokens += record.tokens;
@@ -173,7 +173,7 @@ void Reporter::Impl::CountStep(const StepRecord& record) {
   sum_step_seconds += record.seconds;
   sum_flops += record.flops;
   sum_tokens += static_cast<double>(record.tokens);
-  StepRecord slim;
+  TrainRecord slim;
   slim.seconds = record.seconds;
   slim.tokens = record.tokens;
   slim.flops = record.flops;
@@ -181,7 +181,7 @@ void Reporter::Impl::CountStep(const StepRecord& record) {
   if (window.size() > kWindow) window.pop_front();
 }
 
-void Reporter::Impl::FeedMetrics(const StepRecord& record) const {
+void Reporter::Impl::FeedMetrics(const TrainRecord& record) const {
   metrics.SetState(JobState::kTrain);
   metrics.train_step.Set(static_cast<double>(record.step + 1));
   metrics.steps_committed.Add();
@@ -218,7 +218,7 @@ void Reporter::Impl::FeedMetrics(const StepRecord& record) const {
   }
 }
 
-Progress Reporter::Impl::ProgressAt(const StepRecord& record) const {
+Progress Reporter::Impl::ProgressAt(const TrainRecord& record) const {
   Progress progress;
   progress.step = record.step + 1;
   progress.total_steps = options.total_steps;
@@ -228,7 +228,7 @@ Progress Reporter::Impl::ProgressAt(const StepRecord& record) const {
   progress.expert_balance = balance;
   double seconds = 0, window_tokens = 0, flops = 0;
   std::vector<double> recent;
-  for (const StepRecord& step : window) {
+  for (const TrainRecord& step : window) {
     seconds += step.seconds;
     window_tokens += static_cast<double>(step.tokens);
     flops += step.flops;
@@ -247,7 +247,7 @@ Progress Reporter::Impl::ProgressAt(const StepRecord& record) const {
   return progress;
 }
 
-void Reporter::Impl::ShowStep(const StepRecord& record) {
+void Reporter::Impl::ShowStep(const TrainRecord& record) {
   const bool last = record.step + 1 == options.total_steps;
   if (screen.terminal()) {
     const double now = Now();
@@ -392,7 +392,7 @@ Reporter::Reporter(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
 Reporter::~Reporter() { impl_->screen.Keep(); }
 
-absl::Status Reporter::Step(const StepRecord& record) {
+absl::Status Reporter::Step(const TrainRecord& record) {
   impl_->CountStep(record);
   impl_->FeedMetrics(record);
   if (impl_->file == nullptr) return absl::OkStatus();
@@ -403,7 +403,7 @@ absl::Status Reporter::Step(const StepRecord& record) {
   return impl_->file->Append(StepJson(record, counts ? ExpertCounts::kInclude : ExpertCounts::kOmit));
 }
 
-absl::Status Reporter::SkippedStep(const StepRecord& record) {
+absl::Status Reporter::SkippedStep(const TrainRecord& record) {
   impl_->next_step = record.step + 1;
   impl_->metrics.steps_skipped_nonfinite.Add();
   if (!std::isfinite(record.loss)) impl_->metrics.nan_losses.Add();

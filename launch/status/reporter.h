@@ -73,10 +73,10 @@ class Reporter {
 
   // After each committed step, in order. Counts of experts are written only every expert_counts_interval
   // steps.
-  absl::Status Step(const StepRecord& record);
+  absl::Status Step(const TrainRecord& record);
   // A step whose result was not applied because it is not finite: counted in /metrics and written to
   // metrics.jsonl.
-  absl::Status SkippedStep(const StepRecord& record);
+  absl::Status SkippedStep(const TrainRecord& record);
   absl::Status Eval(const EvalRecord& record);
   // A line that stays, above the updating one: "saved runs/a/checkpoints/step-200 in 0.1s".
   void Note(const std::string& line);

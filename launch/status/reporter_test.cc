@@ -60,8 +60,8 @@ class Desk {
     ASSERT_TRUE(created.ok()) << created.status();
     reporter = std::move(created).value();
   }
-  static StepRecord Record(int64_t step) {
-    StepRecord record;
+  static TrainRecord Record(int64_t step) {
+    TrainRecord record;
     record.step = step;
     record.ce_loss = 5.0 - 0.1 * static_cast<double>(step);
     record.loss = record.ce_loss + 0.04;
@@ -78,7 +78,7 @@ class Desk {
   }
   void Steps(int64_t begin, int64_t end) {
     for (int64_t step = begin; step < end; ++step) {
-      const StepRecord record = Record(step);
+      const TrainRecord record = Record(step);
       now += record.seconds;
       const absl::Status status = reporter->Step(record);
       ASSERT_TRUE(status.ok()) << status;
@@ -174,7 +174,7 @@ TEST(Reporter, TerminalIsNotRedrawnMoreOftenThanItCanBeRead) {
   desk.options.total_steps = 2000;
   desk.Start();
   for (int64_t step = 0; step < 1000; ++step) {
-    StepRecord record = Desk::Record(step);
+    TrainRecord record = Desk::Record(step);
     record.seconds = 0.001;
     desk.now += record.seconds;
     ASSERT_TRUE(desk.reporter->Step(record).ok());
@@ -361,7 +361,7 @@ TEST(Reporter, FeedsTheMetrics) {
   desk.Start();
   desk.Steps(0, 3);
   desk.Eval(2, 3.25);
-  StepRecord broken = Desk::Record(3);
+  TrainRecord broken = Desk::Record(3);
   broken.loss = std::numeric_limits<double>::quiet_NaN();
   ASSERT_TRUE(desk.reporter->SkippedStep(broken).ok());
   const std::string text = (*server)->Text();

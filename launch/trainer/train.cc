@@ -319,7 +319,7 @@ class TrainingRun {
     const double data_seconds = SecondsSince(begin);
     const double learning_rate = LearningRate(config_, step);
     SHOAL_ASSIGN_OR_RETURN(const StepResult result, model_->Train(parts, learning_rate, updates_ + 1));
-    StepRecord record;
+    TrainRecord record;
     record.step = step;
     record.loss = result.loss;
     record.ce_loss = result.cross_entropy;
@@ -344,7 +344,7 @@ class TrainingRun {
     return reporter_->Step(record);
   }
 
-  absl::Status NotFinite(const StepRecord& record) {
+  absl::Status NotFinite(const TrainRecord& record) {
     SHOAL_RETURN_IF_ERROR(reporter_->SkippedStep(record));
     const std::string words =
         absl::StrFormat("loss %g, gradient norm %g: not finite, so the step was not applied", record.loss, record.grad_norm);
