@@ -1,4 +1,5 @@
-// Top-k softmax routing. T tokens, E experts, K experts per token.
+// Routing: scores of experts and choices by them. T tokens, E experts, K experts per token. A choice is a constant to gradients; of
+// equal scores the lower expert is chosen.
 #pragma once
 
 #include "runtime/device/stream.h"
@@ -20,10 +21,43 @@ void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor
                          Renormalize renormalize, const Tensor& dweights, const Tensor& dprob, float z_scale,
                          const Tensor& dlogits, Stream& stream);
 
+// The same without a choice: every expert is reached, if at all, with its probability.
+void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream& stream);
+// dlogits_TE (f32, overwritten) from dprobs_TE and z_scale, as above.
+void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dprobs, float z_scale, const Tensor& dlogits,
+                     Stream& stream);
+
+// scores_TE = sigmoid(logits_TE), f32. chosen_TK (i32): the K greatest of scores + bias_E (f32), greatest first. weights_TK (f32):
+// their scores over the sum of their scores, times scale; the bias is not in them.
+void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
+                 const Tensor& weights, Stream& stream);
+// dlogits_TE (f32, overwritten) from dweights_TK and dshare_QE (f32; empty: none), the gradient by a token's shares, which are its
+// scores over their sum, the same for all tokens of one of the Q sequences; T is a multiple of Q.
+void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
+                         const Tensor& dshare, const Tensor& dlogits, Stream& stream);
+// sums_QE (f64) = sum over the tokens of each sequence of their shares, in order.
+void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream);
+
+// y_RN = x_RN over the Euclidean norm_R of its rows, at least kNormMin; all f32.
+constexpr float kNormMin = 1e-12f;
+void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream& stream);
+// dx_RN (f32, overwritten); may be dy_RN.
+void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream& stream);
+
 // sums_E (f64) = sum over tokens of probs_TE, in an order that does not depend on the number of threads.
 void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream);
 
 namespace ref {
+void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream& stream);
+void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dprobs, float z_scale, const Tensor& dlogits,
+                     Stream& stream);
+void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
+                 const Tensor& weights, Stream& stream);
+void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
+                         const Tensor& dshare, const Tensor& dlogits, Stream& stream);
+void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream);
+void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream& stream);
+void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream& stream);
 void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& probs, const Tensor& chosen,
                  const Tensor& weights, const Tensor& logz, Stream& stream);
 void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor& weights, const Tensor& logz,

@@ -159,6 +159,165 @@ TEST(TopKSoftmaxBackward, ReferenceMatchesFiniteDifferences) {
   }
 }
 
+TEST(Softmax, MatchesTheOneThatChooses) {
+  Stream stream;
+  for (auto [T, E] : {std::pair<int, int>{0, 8}, {1, 1}, {9, 60}, {3001, 8}}) {
+    const Tensor logits = Random({T, E}, DType::kF32, 1, 3), dprobs = Random({T, E}, DType::kF32, 2);
+    const Tensor want = Empty({T, E}, DType::kF64), want_logz = Empty({T}, DType::kF64), want_d = Empty({T, E}, DType::kF64);
+    ref::Softmax(logits, want, want_logz, stream);
+    ref::SoftmaxBackward(want, want_logz, dprobs, 0.25f, want_d, stream);
+    const double error = 0x1p-24 * (static_cast<double>(E) / 4 + 16);
+    const double size = 2 * MaxAbs(dprobs) + 0.5 * MaxAbs(want_logz);
+    SweepLevels(
+        [&, T = T, E = E]() -> std::vector<Tensor> {
+          const Tensor probs = Empty({T, E}, DType::kF32), logz = Empty({T}, DType::kF32), d = Empty({T, E}, DType::kF32);
+          Softmax(logits, probs, logz, stream);
+          SoftmaxBackward(probs, logz, dprobs, 0.25f, d, stream);
+          const Routing r = MakeRouting(T, E, 1, DType::kF32);
+          TopKSoftmax(logits, Renormalize::kNo, r.probs, r.chosen, r.weights, r.logz, stream);
+          ExpectSameBits(probs, r.probs, "probs");
+          ExpectSameBits(logz, r.logz, "logz");
+          return {probs, logz, d};
+        },
+        [&](const std::vector<Tensor>& got) {
+          ExpectNear(got[0], want, error, 0, "probs");
+          ExpectNear(got[1], want_logz, 3 * 0x1p-24, error, "logz");
+          ExpectNear(got[2], want_d, 0, 4 * error * size, "dlogits");
+        });
+  }
+}
+
+void ExpectTopKSigmoidMatches(int64_t Q, int64_t seq, int64_t E, int64_t K, bool with_share) {
+  SCOPED_TRACE(ShapeString({Q, seq, E, K}));
+  Stream stream;
+  const int64_t T = Q * seq;
+  const float scale = 2.5f;
+  const Tensor logits = Random({T, E}, DType::kF32, 1, 2), bias = Random({E}, DType::kF32, 2, 0.2);
+  // Scores that differ by rounding alone are no near-ties of the reference.
+  for (float& value : logits.span<float>()) value = std::round(value * 4) / 4;
+  for (float& value : bias.span<float>()) value = std::round(value * 64) / 64;
+  const Tensor dweights = Random({T, K}, DType::kF32, 3), dshare = with_share ? Random({Q, E}, DType::kF32, 4) : Tensor();
+  const Routing want = MakeRouting(T, E, K, DType::kF64);
+  const Tensor want_d = Empty({T, E}, DType::kF64), want_sums = Empty({Q, E}, DType::kF64);
+  ref::TopKSigmoid(logits, bias, scale, want.probs, want.chosen, want.weights, stream);
+  ref::TopKSigmoidBackward(want.probs, want.chosen, want.weights, scale, dweights, dshare, want_d, stream);
+  ref::SumShares(want.probs, want_sums, stream);
+  const double error = 0x1p-24 * 8, k = static_cast<double>(K);
+  // Chosen scores are the largest, and 8 / E of a token's scores or more are above 0.1.
+  const double size = (static_cast<double>(scale) * MaxAbs(dweights) * 2 * k + MaxAbs(dshare) * 2) * 10;
+  SweepLevels(
+      [&]() -> std::vector<Tensor> {
+        const Routing r = MakeRouting(T, E, K, DType::kF32);
+        const Tensor d = Empty({T, E}, DType::kF32), sums = Empty({Q, E}, DType::kF64);
+        TopKSigmoid(logits, bias, scale, r.probs, r.chosen, r.weights, stream);
+        TopKSigmoidBackward(r.probs, r.chosen, r.weights, scale, dweights, dshare, d, stream);
+        SumShares(r.probs, sums, stream);
+        return {r.probs, r.chosen, r.weights, d, sums};
+      },
+      [&](const std::vector<Tensor>& got) {
+        ExpectNear(got[0], want.probs, error, 0, "scores");
+        ExpectSameBits(got[1], want.chosen, "chosen");
+        ExpectNear(got[2], want.weights, 4 * error + 0x1p-24 * k, 0, "weights");
+        ExpectNear(got[3], want_d, 0, (error + 0x1p-24 * static_cast<double>(E)) * size, "dlogits");
+        ExpectNear(got[4], want_sums, 3 * error, 0, "sums");
+      });
+}
+
+TEST(TopKSigmoid, MatchesReference) {
+  for (bool with_share : {false, true}) {
+    ExpectTopKSigmoidMatches(1, 1, 1, 1, with_share);
+    ExpectTopKSigmoidMatches(3, 5, 8, 2, with_share);
+    ExpectTopKSigmoidMatches(2, 7, 64, 6, with_share);
+    ExpectTopKSigmoidMatches(2, 3, 257, 8, with_share);
+    ExpectTopKSigmoidMatches(5, 600, 8, 8, with_share);
+  }
+  ExpectTopKSigmoidMatches(0, 4, 8, 2, false);
+}
+
+TEST(TopKSigmoid, TheBiasChoosesButDoesNotWeigh) {
+  Stream stream;
+  const Tensor logits = Zeros({2, 4}, DType::kF32), bias = Zeros({4}, DType::kF32);
+  const Routing r = MakeRouting(2, 4, 2, DType::kF32);
+  TopKSigmoid(logits, bias, 1, r.probs, r.chosen, r.weights, stream);
+  EXPECT_EQ(r.chosen.span<int32_t>(), absl::Span<const int32_t>({0, 1, 0, 1}));  // Ties to the lower expert.
+  bias.data<float>()[2] = 0.1f;
+  TopKSigmoid(logits, bias, 1, r.probs, r.chosen, r.weights, stream);
+  EXPECT_EQ(r.chosen.span<int32_t>(), absl::Span<const int32_t>({2, 0, 2, 0}));
+  EXPECT_EQ(r.weights.span<float>(), absl::Span<const float>({0.5f, 0.5f, 0.5f, 0.5f}));
+}
+
+TEST(TopKSigmoidBackward, ReferenceMatchesFiniteDifferences) {
+  Stream stream;
+  const int64_t Q = 2, T = 6, E = 5, K = 2;
+  const float scale = 2.5f;
+  const Tensor logits = Random({T, E}, DType::kF64, 1), bias = Random({E}, DType::kF64, 2, 0.3);
+  const Tensor dweights = Random({T, K}, DType::kF64, 3), dshare = Random({Q, E}, DType::kF64, 4);
+  const Routing r = MakeRouting(T, E, K, DType::kF64);
+  const Tensor sums = Empty({Q, E}, DType::kF64), dlogits = Empty({T, E}, DType::kF64);
+  const auto loss = [&] {
+    ref::TopKSigmoid(logits, bias, scale, r.probs, r.chosen, r.weights, stream);
+    ref::SumShares(r.probs, sums, stream);
+    return Dot(r.weights, dweights) + Dot(sums, dshare);
+  };
+  loss();
+  ref::TopKSigmoidBackward(r.probs, r.chosen, r.weights, scale, dweights, dshare, dlogits, stream);
+  CheckGradient(logits, dlogits, loss, "dlogits");
+}
+
+TEST(SoftmaxBackward, ReferenceMatchesFiniteDifferences) {
+  Stream stream;
+  const Tensor logits = Random({4, 5}, DType::kF64, 1), dprobs = Random({4, 5}, DType::kF64, 2);
+  const Tensor probs = Empty({4, 5}, DType::kF64), logz = Empty({4}, DType::kF64), dlogits = Empty({4, 5}, DType::kF64);
+  const auto loss = [&] {
+    ref::Softmax(logits, probs, logz, stream);
+    return Dot(probs, dprobs) + static_cast<double>(0.3f) * Dot(logz, logz);
+  };
+  loss();
+  ref::SoftmaxBackward(probs, logz, dprobs, 0.3f, dlogits, stream);
+  CheckGradient(logits, dlogits, loss, "dlogits");
+}
+
+TEST(NormalizeRows, MatchesReference) {
+  Stream stream;
+  for (auto [R, N] : {std::pair<int, int>{0, 8}, {1, 1}, {5, 12}, {7, 33}, {3001, 16}}) {
+    SCOPED_TRACE(ShapeString({R, N}));
+    const Tensor x = Random({R, N}, DType::kF32, 1), dy = Random({R, N}, DType::kF32, 2);
+    if (R > 1) std::fill_n(x.data<float>(), N, 0.0f);  // Shorter than the bound.
+    const Tensor want = Empty({R, N}, DType::kF64), norm = Empty({R}, DType::kF64), dx = Empty({R, N}, DType::kF64);
+    ref::NormalizeRows(x, want, norm, stream);
+    ref::NormalizeRowsBackward(dy, want, norm, dx, stream);
+    const double error = 0x1p-24 * (static_cast<double>(N) / 4 + 8);
+    SweepLevels(
+        [&, R = R, N = N]() -> std::vector<Tensor> {
+          const Tensor y = Empty({R, N}, DType::kF32), lengths = Empty({R}, DType::kF32), d = Copy(dy);
+          NormalizeRows(x, y, lengths, stream);
+          NormalizeRowsBackward(d, y, lengths, d, stream);
+          return {y, lengths, d};
+        },
+        [&](const std::vector<Tensor>& got) {
+          ExpectNear(got[0], want, error, 0, "y");
+          ExpectNear(got[1], norm, error, 0, "norm");
+          for (int64_t i = 0; i < got[2].elements(); ++i) {
+            const double length = Get(norm, i / dy.dim(1));
+            ASSERT_NEAR(Get(got[2], i), Get(dx, i), 8 * error * MaxAbs(dy) * static_cast<double>(dy.dim(1)) / length) << i;
+          }
+        });
+  }
+}
+
+TEST(NormalizeRows, ReferenceMatchesFiniteDifferences) {
+  Stream stream;
+  const Tensor x = Random({3, 4}, DType::kF64, 1), dy = Random({3, 4}, DType::kF64, 2);
+  const Tensor y = Empty({3, 4}, DType::kF64), norm = Empty({3}, DType::kF64), dx = Empty({3, 4}, DType::kF64);
+  const auto loss = [&] {
+    ref::NormalizeRows(x, y, norm, stream);
+    return Dot(y, dy);
+  };
+  loss();
+  ref::NormalizeRowsBackward(dy, y, norm, dx, stream);
+  CheckGradient(x, dx, loss, "dx");
+}
+
 TEST(SumOverTokens, AddsInF64) {
   Stream stream;
   for (auto [T, E] : {std::pair<int, int>{0, 8}, {1, 1}, {5, 3}, {257, 8}, {9001, 13}}) {

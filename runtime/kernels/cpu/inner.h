@@ -112,6 +112,7 @@ struct InnerKernels {
   void (*softmax)(const SoftmaxArgs& args, int64_t begin, int64_t end);
   // One row: dlogits = probs * (dprob + shift).
   void (*softmax_backward)(const SoftmaxBackwardArgs& args, float shift, int64_t row);
+  void (*sigmoid)(const float* x, float* y, int64_t n);
   float (*dot)(const float* a, const float* b, int64_t n);
   // sums[width] (f64) += each row.
   void (*sum_rows)(const float* values, double* sums, int64_t width, int64_t begin, int64_t end);

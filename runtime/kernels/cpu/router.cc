@@ -1,5 +1,6 @@
 #include "runtime/kernels/router.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <vector>
@@ -110,6 +111,159 @@ void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor
       for (int64_t k = 0; k < K; ++k) {
         args.dlogits[t * E + choice[k]] += prob[choice[k]] * dchosen[static_cast<size_t>(k)];
       }
+    }
+  });
+}
+
+void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream&) {
+  const int64_t T = logits.dim(0), E = logits.dim(1);
+  CheckTensor(logits, DType::kF32, {T, E}, "logits");
+  CheckTensor(probs, DType::kF32, {T, E}, "probs");
+  CheckTensor(logz, DType::kF32, {T}, "logz");
+  SoftmaxArgs args = {.logits = logits.data<float>(), .probs = probs.data<float>(), .max = logz.data<float>(), .sum = nullptr, .width = E};
+  const Tensor sums = Empty({T}, DType::kF32);
+  args.sum = sums.data<float>();
+  const auto softmax = Inner().softmax;
+  ParallelFor(T, GrainOfRows(2 * E), [&](int64_t begin, int64_t end) {
+    softmax(args, begin, end);
+    for (int64_t t = begin; t < end; ++t) args.max[t] += std::log(args.sum[t]);
+  });
+}
+
+void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dprobs, float z_scale, const Tensor& dlogits,
+                     Stream&) {
+  const int64_t T = probs.dim(0), E = probs.dim(1);
+  CheckTensor(probs, DType::kF32, {T, E}, "probs");
+  CheckTensor(logz, DType::kF32, {T}, "logz");
+  CheckTensor(dprobs, DType::kF32, {T, E}, "dprobs");
+  CheckTensor(dlogits, DType::kF32, {T, E}, "dlogits");
+  const InnerKernels& inner = Inner();
+  ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const SoftmaxBackwardArgs row = {.probs = probs.data<float>() + t * E,
+                                       .dprob = dprobs.data<float>() + t * E,
+                                       .dlogits = dlogits.data<float>() + t * E,
+                                       .width = E};
+      const float by_logz = z_scale == 0 ? 0.0f : 2 * z_scale * logz.data<float>()[t];
+      inner.softmax_backward(row, by_logz - inner.dot(row.probs, row.dprob, E), 0);
+    }
+  });
+}
+
+void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
+                 const Tensor& weights, Stream&) {
+  const int64_t T = logits.dim(0), E = logits.dim(1), K = chosen.dim(1);
+  SHOAL_CHECK(E >= 1 && K >= 1 && K <= E) << K << " of " << E << " experts";
+  CheckTensor(logits, DType::kF32, {T, E}, "logits");
+  CheckTensor(bias, DType::kF32, {E}, "bias");
+  CheckTensor(scores, DType::kF32, {T, E}, "scores");
+  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
+  CheckTensor(weights, DType::kF32, {T, K}, "weights");
+  const auto sigmoid = Inner().sigmoid;
+  ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
+    std::vector<float> biased(static_cast<size_t>(E));
+    sigmoid(logits.data<float>() + begin * E, scores.data<float>() + begin * E, (end - begin) * E);
+    for (int64_t t = begin; t < end; ++t) {
+      const float* score = scores.data<float>() + t * E;
+      int32_t* choice = chosen.data<int32_t>() + t * K;
+      float* weight = weights.data<float>() + t * K;
+      for (int64_t e = 0; e < E; ++e) biased[static_cast<size_t>(e)] = score[e] + bias.data<float>()[e];
+      ChooseTopK(biased.data(), E, K, choice);
+      float sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += weight[k] = score[choice[k]];
+      for (int64_t k = 0; k < K; ++k) weight[k] *= scale / sum;
+    }
+  });
+}
+
+void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
+                         const Tensor& dshare, const Tensor& dlogits, Stream&) {
+  const int64_t T = scores.dim(0), E = scores.dim(1), K = chosen.dim(1), Q = dshare.empty() ? 1 : dshare.dim(0);
+  SHOAL_CHECK(T % Q == 0) << T << " tokens of " << Q << " sequences";
+  CheckTensor(scores, DType::kF32, {T, E}, "scores");
+  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
+  CheckTensor(weights, DType::kF32, {T, K}, "weights");
+  CheckTensor(dweights, DType::kF32, {T, K}, "dweights");
+  CheckTensor(dlogits, DType::kF32, {T, E}, "dlogits");
+  if (!dshare.empty()) CheckTensor(dshare, DType::kF32, {Q, E}, "dshare");
+  const auto dot = Inner().dot;
+  ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* score = scores.data<float>() + t * E;
+      const int32_t* choice = chosen.data<int32_t>() + t * K;
+      const float* dweight = dweights.data<float>() + t * K;
+      float* dlogit = dlogits.data<float>() + t * E;
+      // First dL/dscore.
+      std::fill_n(dlogit, E, 0.0f);
+      if (!dshare.empty()) {
+        const float* d = dshare.data<float>() + t / (T / Q) * E;
+        float sum = 0;
+        for (int64_t e = 0; e < E; ++e) sum += score[e];
+        const float along = dot(d, score, E) / sum;
+        for (int64_t e = 0; e < E; ++e) dlogit[e] = (d[e] - along) / sum;
+      }
+      float chosen_sum = 0, along = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        chosen_sum += score[choice[k]];
+        along += dweight[k] * weights.data<float>()[t * K + k];
+      }
+      for (int64_t k = 0; k < K; ++k) dlogit[choice[k]] += (scale * dweight[k] - along) / chosen_sum;
+      for (int64_t e = 0; e < E; ++e) dlogit[e] *= score[e] * (1 - score[e]);
+    }
+  });
+}
+
+void SumShares(const Tensor& scores, const Tensor& sums, Stream&) {
+  const int64_t T = scores.dim(0), E = scores.dim(1), Q = sums.dim(0);
+  CheckTensor(scores, DType::kF32, {T, E}, "scores");
+  CheckTensor(sums, DType::kF64, {Q, E}, "sums");
+  SHOAL_CHECK(Q == 0 ? T == 0 : T % Q == 0) << T << " tokens of " << Q << " sequences";
+  const int64_t seq = Q == 0 ? 0 : T / Q;
+  ParallelFor(Q, GrainOfRows(2 * seq * E), [&](int64_t begin, int64_t end) {
+    for (int64_t q = begin; q < end; ++q) {
+      double* own = sums.data<double>() + q * E;
+      std::fill_n(own, E, 0.0);
+      for (int64_t t = q * seq; t < (q + 1) * seq; ++t) {
+        const float* score = scores.data<float>() + t * E;
+        double sum = 0;
+        for (int64_t e = 0; e < E; ++e) sum += static_cast<double>(score[e]);
+        for (int64_t e = 0; e < E; ++e) own[e] += static_cast<double>(score[e]) / sum;
+      }
+    }
+  });
+}
+
+void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream&) {
+  const int64_t R = x.dim(0), N = x.dim(1);
+  CheckTensor(x, DType::kF32, {R, N}, "x");
+  CheckTensor(y, DType::kF32, {R, N}, "y");
+  CheckTensor(norm, DType::kF32, {R}, "norm");
+  const auto dot = Inner().dot;
+  ParallelFor(R, GrainOfRows(2 * N), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = x.data<float>() + r * N;
+      const float length = std::max(std::sqrt(dot(row, row, N)), kNormMin);
+      norm.data<float>()[r] = length;
+      for (int64_t i = 0; i < N; ++i) y.data<float>()[r * N + i] = row[i] / length;
+    }
+  });
+}
+
+void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream&) {
+  const int64_t R = y.dim(0), N = y.dim(1);
+  CheckTensor(dy, DType::kF32, {R, N}, "dy");
+  CheckTensor(y, DType::kF32, {R, N}, "y");
+  CheckTensor(norm, DType::kF32, {R}, "norm");
+  CheckTensor(dx, DType::kF32, {R, N}, "dx");
+  const auto dot = Inner().dot;
+  ParallelFor(R, GrainOfRows(3 * N), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = y.data<float>() + r * N;
+      const float* drow = dy.data<float>() + r * N;
+      const float length = norm.data<float>()[r];
+      // Below the bound the length is a constant.
+      const float along = length > kNormMin ? dot(row, drow, N) : 0.0f;
+      for (int64_t i = 0; i < N; ++i) dx.data<float>()[r * N + i] = (drow[i] - row[i] * along) / length;
     }
   });
 }
