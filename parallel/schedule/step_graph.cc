@@ -91,8 +91,7 @@ class Emitter {
     if (shape_.ranks == 1) return;
     const size_t at = static_cast<size_t>(bucket);
     if (!sharded(bucket)) {
-      if (phase != Phase::kForward || !first_part()) return;
-      gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {});
+      if (gathered_[at] == kNone) gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {});
       return;
     }
     if (here_[at]) return;
