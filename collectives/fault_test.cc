@@ -356,6 +356,59 @@ TEST_P(NoDescriptors, GroupsThatCannotFormEndOnAllOfTheirMembers) {
   }
 }
 
+// Epoch after epoch, until one of `size` members has computed a sum, or the parent says something. Then the group, kept
+// until the parent says something.
+void Reach(Membership& membership, Child::Parent& parent, int size) {
+  std::string heard;
+  while (heard.empty()) {
+    const auto epoch = membership.NextEpoch(absl::Now() + absl::Seconds(1));
+    if (epoch.ok() && (*epoch)->size() == size && Sum(**epoch) == "sum is right") {
+      parent.Say(absl::StrCat("reached ", size));
+      (void)parent.Hear(absl::Minutes(1));
+      return;
+    }
+    // Another epoch makes sense once somebody waits for it.
+    do heard = parent.Hear(absl::Milliseconds(10));
+    while (heard.empty() && epoch.ok() && (*epoch)->status().ok() && membership.JoinersWaiting() == 0);
+  }
+}
+
+// A member without descriptors enters no epoch, not even one of its own, and the others go on without it, though it is
+// the oldest. It need not leave: it is excluded, and back as soon as it has some.
+TEST_P(NoDescriptors, AMemberThatCannotConnectHoldsNobodyUp) {
+  const int size = GetParam() == "tcp" ? 2 : 3;
+  ElasticJob job({.size_min = 1, .heartbeat_timeout = absl::Seconds(1), .transport = GetParam()});
+  job.StartCoordinator();
+  Children members;
+  for (int i = 0; i < size; ++i) {
+    members.push_back(job.StartMember([size](Membership& membership, Child::Parent& parent) {
+      Reach(membership, parent, size);
+      {
+        std::unique_ptr<DescriptorLimit> limit;
+        const bool limited = membership.view().members[0].pid == getpid();
+        if (limited) limit = std::make_unique<DescriptorLimit>(0);
+        parent.Say(limited ? "limited: yes" : "limited: no");
+        Reach(membership, parent, size - 1);
+      }
+      Reach(membership, parent, size);
+    }));
+  }
+  const std::string all = absl::StrCat("reached ", size), rest = absl::StrCat("reached ", size - 1);
+  for (auto& member : members) EXPECT_EQ(member->LineWith("reached"), all);
+  for (auto& member : members) member->Tell("go on");
+  Child* limited = nullptr;
+  for (auto& member : members) {
+    if (member->LineWith("limited") == "limited: yes") limited = member.get();
+  }
+  ASSERT_NE(limited, nullptr);
+  for (auto& member : members) {
+    if (member.get() == limited) continue;
+    EXPECT_EQ(member->LineWith("reached"), rest);
+  }
+  for (auto& member : members) member->Tell("go on");
+  for (auto& member : members) EXPECT_EQ(member->LineWith("reached"), all);
+}
+
 // Its own lack is the allocating rank's alone; of a peer that cannot take what is shared with it all must
 // hear.
 TEST(NoDescriptorsToShare, AllocatingFailsHereAlone) {

@@ -181,8 +181,7 @@ void CoordinatorCore::State::OnFailed(Process& process, const MemberMessage& mes
   const bool current = IsProposed(process.info.id) && proposal->view.epoch == message.epoch;
   if (current) process.answer = Process::kFailed;
   for (const Accusation& accusation : message.accusations) {
-    if (accusation.id == process.info.id) continue;
-    process.accusations[accusation.id] = accusation.cause;
+    if (accusation.id != process.info.id) process.accusations[accusation.id] = accusation.cause;
     if (current) conflicts[PairOf(process.info.id, accusation.id)] = accusation.cause;
   }
 }

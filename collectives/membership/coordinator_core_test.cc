@@ -96,6 +96,7 @@ class Job : public ::testing::Test {
   std::unique_ptr<CoordinatorCore> coordinator_;
   std::map<uint64_t, Member> members_;
   std::set<std::pair<uint64_t, uint64_t>> unreachable_;  // From, to.
+  std::set<uint64_t> unfit_;                             // They cannot connect with anybody, and know it.
   std::deque<std::function<void()>> events_;
   std::map<uint64_t, uint64_t> links_;  // Connection to member.
   std::set<uint64_t> stuck_;            // Do not answer proposals.
@@ -220,7 +221,10 @@ class Job : public ::testing::Test {
   void Connect(uint64_t id, const View& view) {
     if (stuck_.contains(id)) return;
     std::vector<Accusation> accusations;
+    if (unfit_.contains(id)) accusations.push_back({id, "no descriptors"});
     for (const MemberInfo& peer : view.members) {
+      if (unfit_.contains(id)) break;
+      if (unfit_.contains(peer.id) && peer.id != id) accusations.push_back({peer.id, "no answer"});
       // Waits for others, and gives up with them.
       if (patient_.contains(id)) continue;
       if (!members_.contains(peer.id) || unreachable_.contains({id, peer.id}) ||
@@ -400,6 +404,16 @@ TEST_F(RunningJob, OfTwoThatAccuseEachOtherTheOneWithMoreAccusersGoes) {
   Run();
   EXPECT_EQ(Ranks(), (Ids{11, 13, 14}));
   EXPECT_EQ(members_[12].excluded, "it and pid 11, host h do not reach each other: silent");
+}
+
+// It comes back when it can; the others wait for it no longer than for the attempt.
+TEST_F(RunningJob, WhoSaysThatItCannotConnectIsLeftOutThoughItIsTheOldest) {
+  Start(14);
+  unfit_ = {11};
+  for (uint64_t id : {11, 12, 13}) Ready(id);
+  Run();
+  EXPECT_EQ(Ranks(), (Ids{12, 13, 14}));
+  EXPECT_EQ(members_[11].excluded, "no descriptors");
 }
 
 TEST_F(RunningJob, OneThatTheOthersCannotReachIsLeftOut) {

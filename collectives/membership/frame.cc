@@ -107,6 +107,8 @@ void Greeter::Admit(Fd socket) {
   guests_.push_back(std::move(guest));
 }
 
+bool Greeter::closed() const { return NowNs() < closed_until_ns_; }
+
 absl::Status Greeter::AcceptAll() {
   for (int listener : listeners_) {
     while (true) {

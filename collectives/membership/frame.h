@@ -71,6 +71,8 @@ class Greeter {
   absl::StatusOr<Event> Next(const std::vector<int>& watched, int64_t deadline_ns);
   // What kept somebody out last who had done nothing wrong; "": nothing ever did.
   const std::string& trouble() const { return trouble_; }
+  // Whether nobody is let in now, for lack of descriptors.
+  bool closed() const;
 
  private:
   struct Guest {

@@ -121,6 +121,7 @@ void Mesh::Begin(const View& view, int rank, int64_t deadline_ns) {
   view_ = view;
   rank_ = rank;
   begun_ns_ = NowNs();
+  lack_ = absl::OkStatus();
   deadline_ns_ = deadline_ns;
   state_ = State::kForming;
   for (const MemberInfo& member : view.members) {
@@ -195,6 +196,7 @@ void Mesh::AdvanceDial(uint64_t key, int64_t now_ns) {
       break;
     case PendingDial::Progress::kFailed:
       peers_[dial.rank].trouble = dial.pending->status();
+      if (absl::IsResourceExhausted(dial.pending->status())) Lack(dial.pending->status());
       break;
     case PendingDial::Progress::kDone: {
       Fd socket = dial.pending->TakeSocket();
@@ -216,7 +218,7 @@ void Mesh::AdvanceDial(uint64_t key, int64_t now_ns) {
 
 void Mesh::Install(int rank, const Hello& hello, Fd socket) {
   Peer& peer = peers_[rank];
-  peer.trouble = absl::OkStatus();
+  peer.trouble = lack_ = absl::OkStatus();
   peer.let_go = false;
   if (hello.flows == 0) {
     Watch(socket.get(), EPOLLIN, kControlKey | static_cast<uint64_t>(rank));
@@ -451,6 +453,9 @@ void Mesh::GiveUp(int64_t now_ns) {
                                   : absl::StrCat("out of reach of rank ", rank_, " for ", seconds, ": ",
                                                  peer.trouble.message());
     accusations.push_back({view_.members[rank].id, cause});
+  }
+  if (!lack_.ok() && state_ != State::kFormed) {
+    accusations = {{view_.members[rank_].id, absl::StrCat("it has no descriptors left: ", lack_.message())}};
   }
   Cancel();
   accusations_ = std::move(accusations);

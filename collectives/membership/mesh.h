@@ -44,6 +44,9 @@ class Mesh {
   // A connection that a peer made and that said `hello`. Kept for a while when it belongs to a later epoch: peers may hear
   // of that earlier. Others are closed with a log line.
   void Accept(Fd socket, const Frame& hello);
+  // Connections of peers cannot be taken (RESOURCE_EXHAUSTED, from who accepts them). An attempt that fails after that is
+  // this process's own fault, unless a connection could be made since.
+  void Lack(const absl::Status& what) { lack_ = what; }
 
   enum class State { kIdle, kForming, kFormed, kFailed };
   // Goes on as far as it can without waiting.
@@ -55,7 +58,8 @@ class Mesh {
 
   // kFormed: entry r is about rank r. Then idle. Until then a connection that breaks fails the attempt.
   std::vector<PeerLink> TakeLinks();
-  // kFailed: whom this process could not connect with, and why.
+  // kFailed: whom this process could not connect with, and why. Itself alone, when it has no descriptors left: its peers
+  // are not to blame.
   const std::vector<Accusation>& accusations() const { return accusations_; }
 
  private:
@@ -96,6 +100,7 @@ class Mesh {
   bool data_dialled_ = false;
   std::vector<Parked> parked_;
   std::vector<Accusation> accusations_;
+  absl::Status lack_;
 };
 
 }  // namespace shoal

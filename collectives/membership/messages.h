@@ -12,7 +12,7 @@
 namespace shoal {
 
 struct Accusation {
-  uint64_t id = 0;    // Of the accused.
+  uint64_t id = 0;    // Of the accused: of the accuser itself when it can connect with nobody (kFailed).
   std::string cause;  // What the accuser saw: connection closed, silent for 1 s, missing in all_reduce "x" #17.
   bool died = false;  // The kernel of the accuser's host says that the process is dead: a fact, not an opinion.
 };

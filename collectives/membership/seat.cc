@@ -150,6 +150,7 @@ void Seat::Turn(Greeter* greeter) {
     SHOAL_LOG(kError) << "accepting connections of peers: " << event.status().message();
     (void)PollOne(wake_.get(), POLLIN, NowNs() + kUnsentNs);  // Out of descriptors: not in a hot loop.
   }
+  if (greeter->closed()) mesh_->Lack(absl::ResourceExhaustedError(greeter->trouble()));
   TakeRequests();
   TakeDial();
   if (link_ != nullptr && link_->HasUnsent()) (void)link_->Flush();

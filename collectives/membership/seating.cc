@@ -33,12 +33,23 @@ void DropWorst(const Conflicts& conflicts, std::vector<MemberInfo>* list, std::v
   }
 }
 
+void DropUnfit(const Conflicts& conflicts, std::vector<MemberInfo>* list, std::vector<Dropped>* dropped) {
+  std::erase_if(*list, [&](const MemberInfo& member) {
+    const auto conflict = conflicts.find(PairOf(member.id, member.id));
+    if (conflict == conflicts.end()) return false;
+    dropped->push_back({member.id, conflict->second});
+    return true;
+  });
+}
+
 }  // namespace
 
 std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<MemberInfo>* survivors,
                                      std::vector<MemberInfo>* newcomers) {
   std::vector<Dropped> dropped;
   if (conflicts.empty()) return dropped;
+  DropUnfit(conflicts, survivors, &dropped);
+  DropUnfit(conflicts, newcomers, &dropped);
   DropWorst(conflicts, survivors, &dropped);
   std::erase_if(*newcomers, [&](const MemberInfo& newcomer) {
     for (const MemberInfo& survivor : *survivors) {

@@ -14,7 +14,7 @@ namespace shoal {
 using Pair = std::pair<uint64_t, uint64_t>;
 inline Pair PairOf(uint64_t a, uint64_t b) { return a < b ? Pair(a, b) : Pair(b, a); }
 
-// Pairs that cannot work together, with the cause.
+// Pairs that cannot work together, with the cause. A process in conflict with itself can work with nobody now.
 using Conflicts = std::map<Pair, std::string>;
 
 struct Dropped {
@@ -22,9 +22,9 @@ struct Dropped {
   std::string cause;
 };
 
-// Removes from both lists until no two that are left are in conflict, and returns whom. Of survivors the one
-// with most conflicts goes first, then the later one of the list; one always stays. Newcomers give way to
-// survivors.
+// Removes from both lists until no two that are left are in conflict, and returns whom: those in conflict with
+// themselves; then, of survivors, the one with most conflicts first, then the later one of the list. Newcomers give way
+// to survivors.
 std::vector<Dropped> DropConflicting(const Conflicts& conflicts, std::vector<MemberInfo>* survivors,
                                      std::vector<MemberInfo>* newcomers);
 
