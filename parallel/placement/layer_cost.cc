@@ -11,6 +11,13 @@ int64_t Largest(const std::vector<int64_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
+// Rows to their experts, or back.
+int64_t OneWayPs(const LayerRows& rows, const LayerCosts& costs) {
+  const int64_t send = std::max(Largest(rows.rank_in), Largest(rows.rank_out)) * costs.row_send_ps;
+  const int64_t cross = std::max(Largest(rows.host_in), Largest(rows.host_out)) * costs.row_cross_ps;
+  return std::max(send, cross);
+}
+
 }  // namespace
 
 LayerRows RowsOf(const Topology& topology, absl::Span<const std::vector<DispatchShare>> shares) {
@@ -40,9 +47,11 @@ LayerRows RowsOf(const Topology& topology, absl::Span<const std::vector<Dispatch
 }
 
 int64_t ForwardPs(const LayerRows& rows, const LayerCosts& costs) {
-  const int64_t send = std::max(Largest(rows.rank_in), Largest(rows.rank_out)) * costs.row_send_ps;
-  const int64_t cross = std::max(Largest(rows.host_in), Largest(rows.host_out)) * costs.row_cross_ps;
-  return Largest(rows.work) * costs.row_work_ps + 2 * std::max(send, cross);
+  return Largest(rows.work) * costs.row_work_ps + 2 * OneWayPs(rows, costs);
+}
+
+int64_t StepPs(const LayerRows& rows, const LayerCosts& costs) {
+  return 3 * Largest(rows.work) * costs.row_work_ps + 4 * OneWayPs(rows, costs);
 }
 
 int64_t GatherPs(const Topology& topology, const ExpertPlacement& from, const ExpertPlacement& to, const LayerCosts& costs) {

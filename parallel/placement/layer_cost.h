@@ -30,8 +30,11 @@ struct LayerRows {
 
 LayerRows RowsOf(const Topology& topology, absl::Span<const std::vector<DispatchShare>> shares);
 
-// Forward pass of the layer: there, the slowest rank's work, and back. Backward is twice the work and as much to send.
+// Forward pass of the layer: there, the slowest rank's work, and back.
 int64_t ForwardPs(const LayerRows& rows, const LayerCosts& costs);
+
+// Forward and backward pass; backward is twice the work and as much to send.
+int64_t StepPs(const LayerRows& rows, const LayerCosts& costs);
 
 // Bringing the weights of experts to the ranks that hold them in `to` and not in `from`. An expert enters a host once.
 int64_t GatherPs(const Topology& topology, const ExpertPlacement& from, const ExpertPlacement& to, const LayerCosts& costs);

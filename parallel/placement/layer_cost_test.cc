@@ -20,6 +20,7 @@ TEST(LayerCost, CountsRowsWhereTheyAreComputedAndWhatTheyCross) {
   EXPECT_EQ(rows.local, 5 + 3 + 13);
   EXPECT_EQ(ForwardPs(rows, {100, 10, 0}), 2400 + 2 * 110);
   EXPECT_EQ(ForwardPs(rows, {100, 10, 50}), 2400 + 2 * 150);
+  EXPECT_EQ(StepPs(rows, {100, 10, 50}), 3 * 2400 + 4 * 150);
 }
 
 TEST(LayerCost, AnExpertEntersAHostOnce) {

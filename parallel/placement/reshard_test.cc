@@ -1,0 +1,152 @@
+#include "parallel/placement/reshard.h"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "gtest/gtest.h"
+#include "parallel/placement/layer_cost.h"
+#include "parallel/placement/traces.h"
+
+namespace shoal {
+namespace {
+
+using Loads = std::vector<std::vector<int64_t>>;
+
+std::vector<int64_t> Owned(const OwnerMap& owners, int ranks) {
+  std::vector<int64_t> owned(static_cast<size_t>(ranks));
+  for (const std::vector<int>& layer : owners) {
+    for (int owner : layer) ++owned[static_cast<size_t>(owner)];
+  }
+  return owned;
+}
+
+// Load of the fullest rank of each layer, the `overlap` hottest experts left out, summed over layers.
+int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, int ranks, int overlap) {
+  int64_t sum = 0;
+  for (size_t layer = 0; layer < loads.size(); ++layer) {
+    std::vector<int> order(loads[layer].size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+      return loads[layer][static_cast<size_t>(a)] > loads[layer][static_cast<size_t>(b)];
+    });
+    std::vector<int64_t> load(static_cast<size_t>(ranks));
+    for (size_t i = static_cast<size_t>(overlap); i < order.size(); ++i) {
+      const size_t e = static_cast<size_t>(order[i]);
+      load[static_cast<size_t>(owners[layer][e])] += loads[layer][e];
+    }
+    sum += *std::max_element(load.begin(), load.end());
+  }
+  return sum;
+}
+
+OwnerMap Contiguous(int layers, int experts, int ranks) {
+  OwnerMap owners(static_cast<size_t>(layers));
+  for (std::vector<int>& layer : owners) {
+    for (int e = 0; e < experts; ++e) layer.push_back(static_cast<int>(int64_t{e} * ranks / experts));
+  }
+  return owners;
+}
+
+TEST(Reshard, EveryRankOwnsAsManyWhateverTheShape) {
+  for (uint32_t seed = 0; seed < 300; ++seed) {
+    SCOPED_TRACE(seed);
+    std::mt19937 random(seed);
+    const int ranks = 1 + static_cast<int>(random() % 12), experts = 1 + static_cast<int>(random() % 20);
+    const int layers = 1 + static_cast<int>(random() % 5), overlap = static_cast<int>(random() % 8);
+    std::vector<int64_t> labels;
+    for (int rank = 0; rank < ranks; ++rank) labels.push_back(random() % 3);
+    const Topology topology = TopologyOf(labels);
+    Loads loads(static_cast<size_t>(layers));
+    OwnerMap current(static_cast<size_t>(layers));
+    for (size_t layer = 0; layer < loads.size(); ++layer) {
+      for (int e = 0; e < experts; ++e) {
+        loads[layer].push_back(random() % 4 == 0 ? 0 : 1 << random() % 12);
+        current[layer].push_back(static_cast<int>(random() % static_cast<uint32_t>(ranks)));
+      }
+    }
+    const OwnerMap owners = Reshard(loads, topology, current, overlap);
+    const std::vector<int64_t> owned = Owned(owners, ranks);
+    EXPECT_LE(*std::max_element(owned.begin(), owned.end()) - *std::min_element(owned.begin(), owned.end()), 1);
+    EXPECT_EQ(Reshard(loads, topology, current, overlap), owners);
+  }
+}
+
+TEST(Reshard, ColdExpertsAreSpreadOverHostsAndRanks) {
+  // All load in the first half of the experts, which the first host owns.
+  const Topology topology = TopologyOf({0, 0, 1, 1});
+  const Loads loads = {{4, 4, 4, 4, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0, 0, 0}};
+  const OwnerMap owners = Reshard(loads, topology, Contiguous(2, 8, 4), 0);
+  std::vector<int64_t> load(4);
+  for (size_t e = 0; e < 8; ++e) load[static_cast<size_t>(owners[0][e])] += loads[0][e];
+  EXPECT_EQ(load, (std::vector<int64_t>{4, 4, 4, 4}));
+}
+
+TEST(Reshard, HotExpertsOfALayerGetDifferentHostsIfTheyMustMove) {
+  // Rank 0 owns everything; the two hottest experts of each layer are materialised anyway.
+  const Topology topology = TopologyOf({0, 0, 1, 1});
+  const Loads loads = {{100, 90, 1, 1}, {100, 90, 1, 1}};
+  const OwnerMap owners = Reshard(loads, topology, {{0, 0, 0, 0}, {0, 0, 0, 0}}, 2);
+  for (size_t layer = 0; layer < 2; ++layer) {
+    EXPECT_NE(owners[layer][0], owners[layer][1]) << layer;
+    EXPECT_NE(topology.HostOf(owners[layer][2]), topology.HostOf(owners[layer][3])) << layer;
+  }
+}
+
+TEST(Reshard, WhatIsBalancedStays) {
+  const Loads loads = {{5, 5, 5, 5, 5, 5}, {1, 2, 3, 3, 2, 1}};
+  OwnerMap current = Contiguous(2, 6, 3);
+  current[1] = {0, 1, 2, 0, 1, 2};  // 4, 4, 4.
+  EXPECT_EQ(Reshard(loads, Topology::OneHost(3), current, 0), current);
+  EXPECT_EQ(Reshard(Loads{}, Topology::OneHost(3), {}, 2), OwnerMap{});
+}
+
+TEST(Reshard, EvensOutColdLoadAndThenMovesLittle) {
+  const int ranks = 16, experts = 64, layers = 6, overlap = 3;
+  Topology topology;
+  for (int rank = 0; rank < ranks; ++rank) topology.host_of_rank.push_back(rank / 4);
+  TraceOptions options;
+  options.layers = layers;
+  options.ranks = ranks;
+  options.experts = experts;
+  options.choices = 2;
+  options.tokens_per_rank = 1024;
+  for (uint64_t seed = 0; seed < 4; ++seed) {
+    SCOPED_TRACE(seed);
+    options.seed = seed;
+    RoutingTrace trace(options);
+    const auto loads_now = [&] {
+      Loads loads;
+      for (int layer = 0; layer < layers; ++layer) loads.push_back(ColumnSums(trace.Rows(layer), experts));
+      return loads;
+    };
+    const OwnerMap start = Contiguous(layers, experts, ranks);
+    const Loads loads = loads_now();
+    const OwnerMap first = Reshard(loads, topology, start, overlap);
+    int64_t mean = 0;
+    for (const std::vector<int64_t>& layer : loads) {
+      std::vector<int64_t> sorted = layer;
+      std::sort(sorted.rbegin(), sorted.rend());
+      mean += std::max(std::accumulate(sorted.begin() + overlap, sorted.end(), int64_t{0}) / ranks, sorted[overlap]);
+    }
+    EXPECT_LE(ColdMaximum(loads, first, ranks, overlap) * 100, mean * 115);
+    EXPECT_LT(ColdMaximum(loads, first, ranks, overlap) * 100, ColdMaximum(loads, start, ranks, overlap) * 70);
+    EXPECT_EQ(Reshard(loads, topology, first, overlap), first);
+    for (int step = 0; step < 10; ++step) trace.Advance();
+    const Loads later = loads_now();
+    const OwnerMap second = Reshard(later, topology, first, overlap);
+    const size_t moves = MovesBetween(first, second).size();
+    std::printf("cold maximum over bound %.3f; %zu of %d experts move at first, %zu ten steps later\n",
+                static_cast<double>(ColdMaximum(loads, first, ranks, overlap)) / static_cast<double>(mean),
+                MovesBetween(start, first).size(), layers * experts, moves);
+    EXPECT_LT(moves, static_cast<size_t>(layers * experts) * 3 / 4);
+  }
+}
+
+TEST(MovesBetween, ListsWhatChangedInOrder) {
+  EXPECT_EQ(MovesBetween({{0, 1}, {2, 0}}, {{0, 2}, {1, 0}}), (std::vector<OwnerMove>{{0, 1, 1, 2}, {1, 0, 2, 1}}));
+  EXPECT_TRUE(MovesBetween({{0, 1}}, {{0, 1}}).empty());
+}
+
+}  // namespace
+}  // namespace shoal
