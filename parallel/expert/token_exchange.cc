@@ -1,70 +1,126 @@
 #include "parallel/expert/token_exchange.h"
 
 #include <algorithm>
-#include <numeric>
+#include <cstring>
+
+#include "runtime/base/check.h"
 
 namespace shoal {
+namespace {
 
-TokenExchange::TokenExchange(Communicator& group, int experts) : group_(&group), experts_(experts) {}
+using Run = DispatchPlan::Run;
 
-absl::StatusOr<TokenExchange::Plan> TokenExchange::MakePlan(const Tensor& counts) {
-  const int ranks = group_->size();
-  Plan plan;
-  plan.sent = std::accumulate(counts.span<int64_t>().begin(), counts.span<int64_t>().end(), int64_t{0});
-  const Range mine = local_experts();
-  Tensor incoming = counts;
-  if (ranks > 1) {
-    std::vector<int64_t> send_counts, receive_counts(static_cast<size_t>(ranks), mine.count);
-    for (int i = 0; i < ranks; ++i) send_counts.push_back(EvenPart(experts_, ranks, i).count);
-    incoming = Empty({ranks * mine.count}, DType::kI64);
-    SHOAL_RETURN_IF_ERROR(
-        group_->AllToAll(counts, send_counts, incoming, receive_counts, {.label = "expert counts"}).Await(),
-        "exchanging expert counts");
+int64_t RowsOf(const std::vector<Run>& runs) {
+  int64_t rows = 0;
+  for (const Run& run : runs) rows += run.rows;
+  return rows;
+}
+
+// One range from the first run on, in order?
+bool Contiguous(const std::vector<Run>& runs) {
+  for (size_t i = 1; i < runs.size(); ++i) {
+    if (runs[i].begin != runs[i - 1].begin + runs[i - 1].rows) return false;
   }
-  for (int i = 0; i < ranks; ++i) {
-    const Range theirs = EvenPart(experts_, ranks, i);
-    const int64_t* outgoing = counts.data<int64_t>() + theirs.begin;
-    plan.send_rows.push_back(std::accumulate(outgoing, outgoing + theirs.count, int64_t{0}));
-    const int64_t before = plan.arrived;
-    for (int64_t e = 0; e < mine.count; ++e) {
-      const int64_t rows = incoming.data<int64_t>()[i * mine.count + e];
-      if (rows > 0) plan.segments.push_back({static_cast<int>(e), plan.arrived, rows});
-      plan.arrived += rows;
-    }
-    plan.receive_rows.push_back(plan.arrived - before);
+  return true;
+}
+
+Tensor Staging(Tensor* staging, int64_t rows, const Tensor& like) {
+  const int64_t bytes = rows * like.dim(1) * SizeOf(like.dtype());
+  if (staging->bytes() < bytes) *staging = Empty({bytes + bytes / 4}, DType::kU8);
+  return Tensor(staging->raw(), {rows, like.dim(1)}, like.dtype());
+}
+
+void CopyRows(const Tensor& from, int64_t from_row, const Tensor& to, int64_t to_row, int64_t rows) {
+  const int64_t row_bytes = from.dim(1) * SizeOf(from.dtype());
+  std::memcpy(static_cast<char*>(to.raw()) + to_row * row_bytes, static_cast<const char*>(from.raw()) + from_row * row_bytes,
+              static_cast<size_t>(rows * row_bytes));
+}
+
+std::vector<int64_t> CountsOf(const std::vector<Run>& runs, const std::vector<int>& members, int64_t width) {
+  std::vector<int64_t> counts(members.size(), 0);
+  for (const Run& run : runs) {
+    const auto member = std::lower_bound(members.begin(), members.end(), run.peer);
+    SHOAL_CHECK(member != members.end() && *member == run.peer) << "rank " << run.peer << " is not on this lane";
+    counts[static_cast<size_t>(member - members.begin())] += run.rows * width;
   }
-  return plan;
+  return counts;
+}
+
+}  // namespace
+
+TokenExchange::TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank)
+    : any_(inter != nullptr ? inter : intra) {
+  lanes_[0] = {intra, topology.RanksOf(topology.HostOf(rank)), {}, {}};
+  lanes_[1].group = inter;
+  for (int peer = 0; peer < topology.ranks(); ++peer) lanes_[1].members.push_back(peer);
 }
 
 absl::StatusOr<Tensor> TokenExchange::SendBuffer(Use use, int64_t rows, int64_t width, DType dtype) {
-  if (group_->size() == 1) return Empty({rows, width}, dtype);
+  if (any_ == nullptr) return Empty({rows, width}, dtype);
   Tensor& buffer = buffers_[static_cast<size_t>(use)];
   const int64_t bytes = rows * width * SizeOf(dtype);
   if (buffer.bytes() < bytes) {
     buffer = Tensor();
-    SHOAL_ASSIGN_OR_RETURN(buffer, group_->Allocate({bytes + bytes / 4}, DType::kU8), "buffer for expert rows");
+    SHOAL_ASSIGN_OR_RETURN(buffer, any_->Allocate({bytes + bytes / 4}, DType::kU8), "buffer for expert rows");
   }
   return Tensor(buffer.raw(), {rows, width}, dtype);
 }
 
-absl::StatusOr<Tensor> TokenExchange::Dispatch(const Plan& plan, const Tensor& rows) {
-  return Exchange(rows, plan.send_rows, plan.receive_rows, plan.arrived, "dispatch");
+Tensor TokenExchange::Collect(LaneState* lane, const std::vector<Run>& runs, const Tensor& rows) {
+  if (runs.empty()) return rows.Rows(0, 0);
+  if (Contiguous(runs)) return rows.Rows(runs.front().begin, RowsOf(runs));
+  const Tensor staged = Staging(&lane->staged_out, RowsOf(runs), rows);
+  int64_t at = 0;
+  for (const Run& run : runs) {
+    CopyRows(rows, run.begin, staged, at, run.rows);
+    at += run.rows;
+  }
+  return staged;
 }
 
-absl::StatusOr<Tensor> TokenExchange::Return(const Plan& plan, const Tensor& rows) {
-  return Exchange(rows, plan.receive_rows, plan.send_rows, plan.sent, "combine");
+absl::StatusOr<int64_t> TokenExchange::Travel(const DispatchPlan& plan, const Chunk& chunk, Lane lane, const Tensor& from,
+                                              const Tensor& to) {
+  LaneState& state = lanes_[lane == Lane::kInter ? 1 : 0];
+  if (state.group == nullptr || plan.all_stay()) return 0;
+  const auto route = lane == Lane::kInter ? DispatchPlan::Route::kInter : DispatchPlan::Route::kIntra;
+  const bool there = chunk.way == Way::kThere;
+  const std::vector<Run> out = plan.Runs(chunk.direction, chunk.index, route, /*sends=*/there);
+  const std::vector<Run> in = plan.Runs(chunk.direction, chunk.index, route, /*sends=*/!there);
+  const int64_t width = from.dim(1);
+  const bool in_place = Contiguous(in);
+  const Tensor sent = Collect(&state, out, from);
+  const Tensor received = in_place ? to.Rows(in.empty() ? 0 : in.front().begin, RowsOf(in))
+                                   : Staging(&state.staged_in, RowsOf(in), to);
+  SHOAL_RETURN_IF_ERROR(
+      state.group
+          ->AllToAll(sent, CountsOf(out, state.members, width), received, CountsOf(in, state.members, width),
+                     {.label = there ? "dispatch" : "combine"})
+          .Await(),
+      there ? "dispatching rows" : "returning rows");
+  int64_t at = 0;
+  for (const Run& run : in) {
+    if (!in_place) CopyRows(received, at, to, run.begin, run.rows);
+    at += run.rows;
+  }
+  return std::max(sent.bytes(), received.bytes());
 }
 
-absl::StatusOr<Tensor> TokenExchange::Exchange(const Tensor& rows, const std::vector<int64_t>& send,
-                                               const std::vector<int64_t>& receive, int64_t arriving, const char* label) {
-  if (group_->size() == 1) return rows;
-  const int64_t width = rows.dim(1);
-  std::vector<int64_t> send_counts, receive_counts;
-  for (int64_t count : send) send_counts.push_back(count * width);
-  for (int64_t count : receive) receive_counts.push_back(count * width);
-  Tensor out = Empty({arriving, width}, rows.dtype());
-  SHOAL_RETURN_IF_ERROR(group_->AllToAll(rows, send_counts, out, receive_counts, {.label = label}).Await(), label);
-  return out;
+int64_t TokenExchange::Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to) const {
+  if (plan.all_stay()) return 0;
+  const bool there = chunk.way == Way::kThere;
+  const std::vector<Run> out = plan.Runs(chunk.direction, chunk.index, DispatchPlan::Route::kStay, /*sends=*/there);
+  const std::vector<Run> in = plan.Runs(chunk.direction, chunk.index, DispatchPlan::Route::kStay, /*sends=*/!there);
+  // The same rows on both sides, cut differently where chunks differ.
+  size_t i = 0, j = 0;
+  int64_t done_out = 0, done_in = 0, rows = 0;
+  while (i < out.size() && j < in.size()) {
+    const int64_t count = std::min(out[i].rows - done_out, in[j].rows - done_in);
+    CopyRows(from, out[i].begin + done_out, to, in[j].begin + done_in, count);
+    rows += count;
+    if ((done_out += count) == out[i].rows) ++i, done_out = 0;
+    if ((done_in += count) == in[j].rows) ++j, done_in = 0;
+  }
+  return rows * from.dim(1) * SizeOf(from.dtype());
 }
 
 }  // namespace shoal

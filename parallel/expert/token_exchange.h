@@ -1,51 +1,53 @@
-// Expert parallelism's all-to-all: rows of tokens travel to the ranks that hold their experts, and results come back
-// (Lepikhin et al., 2020, "GShard", arXiv 2006.16668). With one rank everything stays where it is.
+// Rows of tokens on their way to the ranks of their experts and back: the all-to-all of expert parallelism (Lepikhin et al., 2020,
+// "GShard", arXiv 2006.16668), chunk by chunk, with a lane for the ranks of this host and one for all others. Where and how many
+// rows there are says a DispatchPlan. S rows of this rank's tokens, R rows of its experts.
 //
-// S rows of this rank, sorted by expert; R rows that arrive here, sorted by (source rank, expert). Calls are collective over
-// the expert group and block. Not thread-safe.
+// Calls block; those of one lane are made by all ranks in the same order, from one thread per lane. ABORTED: the group is over.
 #pragma once
 
-#include <memory>
+#include <array>
 #include <vector>
 
 #include "collectives/communicator.h"
-#include "parallel/placement/placement.h"
-#include "runtime/kernels/matmul.h"
+#include "parallel/expert/dispatch_plan.h"
+#include "parallel/schedule/graph.h"
 
 namespace shoal {
 
 class TokenExchange {
  public:
-  // Borrows `group` for life: the expert group, in which this rank holds `experts_of(i)` of `experts` on index i.
-  TokenExchange(Communicator& group, int experts);
+  // Borrows both for life. `inter` has all ranks; null on one host. `intra` has those of this host in ascending order, on one host
+  // all; null where a host has only one.
+  TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank);
 
-  // Who sends how many rows, agreed for one batch of routed tokens.
-  struct Plan {
-    std::vector<int64_t> send_rows, receive_rows;  // Per rank of the group.
-    std::vector<kernels::Segment> segments;        // Of the R rows; experts count from this rank's first.
-    int64_t sent = 0, arrived = 0;                 // S and R.
-  };
-  // counts_E (i64): this rank's rows per expert. ABORTED: the epoch is over.
-  absl::StatusOr<Plan> MakePlan(const Tensor& counts);
-
-  // A buffer for rows about to be given to Dispatch or Return: peers read it in place. Valid until the next call of this
-  // function with the same `use`; with one rank it is fresh memory.
+  // A buffer for rows about to travel: peers read it in place. Valid until the next call with the same `use`; on one rank it is
+  // fresh memory.
   enum class Use : uint8_t { kDispatch = 0, kReturn = 1 };
   absl::StatusOr<Tensor> SendBuffer(Use use, int64_t rows, int64_t width, DType dtype);
 
-  // [S, D] -> [R, D], and back. With one rank the tensor itself.
-  absl::StatusOr<Tensor> Dispatch(const Plan& plan, const Tensor& rows);
-  absl::StatusOr<Tensor> Return(const Plan& plan, const Tensor& rows);
-
-  Range local_experts() const { return EvenPart(experts_, group_->size(), group_->index()); }
+  enum class Way : uint8_t { kThere, kBack };  // [S, D] -> [R, D], or [R, D] -> [S, D].
+  struct Chunk {
+    DispatchPlan::Direction direction = DispatchPlan::Direction::kForward;
+    int index = 0;
+    Way way = Way::kThere;
+  };
+  // Moves a chunk's rows that travel on `lane` (kIntra or kInter). Returns the bytes sent or received, the larger.
+  absl::StatusOr<int64_t> Travel(const DispatchPlan& plan, const Chunk& chunk, Lane lane, const Tensor& from, const Tensor& to);
+  // Copies those that stay on this rank. Returns their bytes. Local.
+  int64_t Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to) const;
 
  private:
-  absl::StatusOr<Tensor> Exchange(const Tensor& rows, const std::vector<int64_t>& send, const std::vector<int64_t>& receive,
-                                  int64_t arriving, const char* label);
+  struct LaneState {
+    Communicator* group = nullptr;
+    std::vector<int> members;  // Ranks by index in the group.
+    Tensor staged_out, staged_in;  // Rows of chunks that are not contiguous.
+  };
+  // Rows of `runs` in the order of members, contiguous: a view of `rows`, or a copy in `staging`.
+  Tensor Collect(LaneState* lane, const std::vector<DispatchPlan::Run>& runs, const Tensor& rows);
 
-  Communicator* group_;
-  int experts_;
-  Tensor buffers_[2];  // Raw bytes in communicator memory, one for each Use.
+  Communicator* any_ = nullptr;  // For memory; null on one rank.
+  std::array<LaneState, 2> lanes_;  // kIntra, kInter.
+  std::array<Tensor, 2> buffers_;   // Raw bytes in communicator memory, one for each Use.
 };
 
 }  // namespace shoal

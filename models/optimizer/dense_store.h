@@ -1,0 +1,116 @@
+// Everything but the experts: norm vectors, embedding, the dense matrices of each layer, head. Each of these is a bucket (BucketIndex
+// of parallel/schedule/step_graph.h): a flat buffer of blocks in which every rank owns consecutive blocks of nearly equal size,
+// so that gathers and reductions of a bucket load all links alike. Replicated (ZeRO stage 1) or, for layers, sharded (stage 3):
+// then weights and gradients of a layer exist only between Gather and Release, in a few buffers that layers take in turn.
+//
+// Calls marked "collective" block, are made by all ranks in the same order and fail with the communicator's ABORTED. One thread may
+// make collective calls while another computes with other buckets.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "collectives/communicator.h"
+#include "models/blocks.h"
+#include "models/optimizer/owned_part.h"
+#include "parallel/schedule/step_graph.h"
+#include "runtime/base/mutex.h"
+#include "runtime/device/stream.h"
+#include "runtime/kernels/matmul.h"
+#include "runtime/kernels/optimizer.h"
+
+namespace shoal {
+
+class DenseStore {
+ public:
+  struct Options {
+    DType compute = DType::kF32;
+    bool training = true;
+    DensePolicy policy = DensePolicy::kReplicated;
+    int prefetch = 1;  // Layers ahead that are gathered.
+  };
+  // Borrows all but `options` for life. RESOURCE_EXHAUSTED: too little shared memory.
+  static absl::StatusOr<std::unique_ptr<DenseStore>> Create(const std::vector<ParameterSpec>& parameters,
+                                                            const std::vector<Block>& blocks, int layers,
+                                                            Communicator& group, const Options& options);
+
+  bool Has(const std::string& name) const { return places_.contains(name); }
+  // The parameter as a tensor of `shape`, which may span parameters that lie side by side. CHECKs that it is here. Cheap; valid
+  // until the bucket's Release.
+  Tensor Weight(const std::string& name, Shape shape) const;
+  Tensor Gradient(const std::string& name, Shape shape);
+
+  int buckets() const { return static_cast<int>(buckets_.size()); }
+  int64_t elements(int bucket) const { return at(bucket).elements; }
+  int64_t bytes(int bucket) const { return at(bucket).elements * SizeOf(at(bucket).dtype); }
+  bool sharded(int bucket) const { return at(bucket).sharded; }
+  // How gradients of part `part` of the batch enter a layer's bucket.
+  kernels::Accumulate AccumulateOf(int layer, int part) const;
+  void ZeroVectorGradients();
+
+  // Collective. Does nothing where the weights are up to date.
+  absl::Status Gather(int bucket);
+  void Release(int bucket);
+  // Collective. Sums a range of a bucket's gradients into its owners. A sharded bucket adds to the parts before.
+  absl::Status Reduce(int bucket, int64_t begin, int64_t count, int part);
+  // AdamW on what this rank owns, from gradients that are reduced; `decay` of vectors is 0.
+  void Update(int bucket, kernels::AdamWStep step, Stream& stream);
+  // Brings own copies up to date with master weights; those of other ranks are gathered with the next Gather.
+  void Refresh(Stream& stream);
+
+  // Adds the sum of squares of each owned block's gradient at its index in `sums`; returns the elements.
+  int64_t SumSquares(double* sums, Stream& stream) const;
+  void AppendOwned(std::vector<OwnedPart>* owned) const;
+
+  struct Memory {
+    int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0;
+  };
+  Memory memory() const;
+
+ private:
+  struct Buffer {
+    Tensor weights, gradients;  // Raw bytes, f32.
+    int bucket = -1;            // Who has it.
+  };
+  struct Bucket {
+    std::vector<int> blocks;
+    std::vector<int64_t> counts;  // Elements that each rank owns.
+    int64_t elements = 0, own_begin = 0, own_count = 0;
+    DType dtype = DType::kF32;
+    bool decay = true, sharded = false;
+    bool fresh = false;           // Weights of other ranks are up to date.
+    Tensor weights, gradients;    // Whole; empty while a sharded bucket is not here.
+    Tensor own_weights, own_gradients;
+    Tensor master, exp_avg, exp_avg_sq;
+    int64_t reduced = 0;          // Elements, of the part at hand.
+  };
+  struct Place {
+    int bucket = 0;
+    int64_t offset = 0;
+  };
+
+  DenseStore(const std::vector<ParameterSpec>& parameters, const std::vector<Block>& blocks, Communicator& group,
+             const Options& options)
+      : parameters_(&parameters), blocks_(&blocks), group_(&group), options_(options) {}
+  const Bucket& at(int bucket) const { return buckets_[static_cast<size_t>(bucket)]; }
+  Bucket& at(int bucket) { return buckets_[static_cast<size_t>(bucket)]; }
+  void AddBlock(int index, int bucket);
+  absl::Status Allocate(Bucket* bucket);
+  absl::Status AllocateBuffers(int layers);
+  Tensor TakeWeights(int bucket);
+  void TakeGradients(int bucket);
+  const Place& Find(const std::string& name) const;
+
+  const std::vector<ParameterSpec>* parameters_;
+  const std::vector<Block>* blocks_;
+  Communicator* group_;
+  const Options options_;
+  std::vector<Bucket> buckets_;
+  absl::flat_hash_map<std::string, Place> places_;
+  Mutex mutex_;  // Who has which buffer.
+  std::vector<Buffer> weight_buffers_, gradient_buffers_;
+};
+
+}  // namespace shoal

@@ -1,0 +1,115 @@
+// The experts of one rank: those that it owns (weights, gradients, optimizer state) and copies of others that are materialised here
+// (weights and gradients alone). A layer's ExpertPlacement says which; Materialise brings the owners' weights to the holders,
+// ReduceGradients brings their gradients back (sparse all-gather and reduce-scatter of Hecate, arXiv 2502.02581).
+//
+// Copies are kept from the forward to the backward pass, in room for `copies` experts per layer; or only while a layer is computed,
+// in prefetch + 1 such rooms that layers take in turn (ExpertPolicy). Threads and "collective" as in dense_store.h.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "collectives/communicator.h"
+#include "models/blocks.h"
+#include "models/optimizer/owned_part.h"
+#include "parallel/placement/expert_placement.h"
+#include "parallel/schedule/step_graph.h"
+#include "runtime/base/mutex.h"
+#include "runtime/device/stream.h"
+#include "runtime/kernels/matmul.h"
+#include "runtime/kernels/optimizer.h"
+
+namespace shoal {
+
+class ExpertStore {
+ public:
+  struct Options {
+    DType compute = DType::kF32;
+    bool training = true;
+    ExpertPolicy policy = ExpertPolicy::kKeep;
+    int prefetch = 1;
+    int copies = -1;  // Room for copies of a layer; -1: as many as the first placement needs.
+  };
+  // `placement` is by layer, empty for layers without experts. Borrows all but `placement` and `options` for life.
+  // RESOURCE_EXHAUSTED: too little shared memory.
+  static absl::StatusOr<std::unique_ptr<ExpertStore>> Create(const std::vector<ParameterSpec>& parameters,
+                                                             const std::vector<Block>& blocks,
+                                                             std::vector<ExpertPlacement> placement, Communicator& group,
+                                                             const Options& options);
+
+  const std::vector<ExpertPlacement>& placement() const { return placement_; }
+  int copies() const { return copies_; }
+  int64_t expert_elements() const { return elements_; }
+  // Other holders, the same owners, for the next passes. Copies are empty until materialised. Between steps only.
+  void SetHolders(std::vector<ExpertPlacement> placement);
+  // Collective, between steps: experts, with their optimizer state, to new owners. Layers with moved experts then have no holders.
+  // Needs memory for what arrives here once more.
+  absl::Status SetOwners(const OwnerMap& owners);
+
+  // Experts of a layer that are here, ascending: of them an index counts in the calls below.
+  const std::vector<int>& Local(int layer) const { return at(layer).local; }
+  // Flat [elements of an expert]: its parts in the order of its block (w1, w3, w2). Valid while the layer's copies are.
+  Tensor Weights(int layer, int expert) const;
+  Tensor Gradients(int layer, int expert) const;
+
+  // Collective. Does nothing where no expert has holders, or where all copies are up to date. Returns the bytes that this rank
+  // sends or receives, the larger.
+  absl::StatusOr<int64_t> Materialise(int layer);
+  void Release(int layer);
+  // Before gradients of a part are written: which mode they are written in.
+  kernels::Accumulate BeginGradients(int layer, int part);
+  // Collective. Sums gradients into owners. With kRematerialise also ends the use of the layer's copies.
+  absl::StatusOr<int64_t> ReduceGradients(int layer);
+
+  // AdamW on the owned experts of a layer. Returns their elements.
+  int64_t Update(int layer, const kernels::AdamWStep& step, Stream& stream);
+  void Refresh(Stream& stream);
+  int64_t SumSquares(double* sums, Stream& stream) const;
+  void AppendOwned(std::vector<OwnedPart>* owned) const;
+  struct Memory {
+    int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0, copies_bytes = 0;
+  };
+  Memory memory() const;
+
+ private:
+  struct Layer {
+    std::vector<int> blocks;     // By expert; empty: no experts.
+    std::vector<int> slot;       // By expert: of those owned here, its row in the tensors below; else -1.
+    std::vector<int> local;      // Experts here.
+    std::vector<int> copy;       // By expert: of those copied here, its row in a room; else -1.
+    std::vector<SparseMove> moves;
+    int64_t moved = 0;           // Experts that this rank sends or receives, the larger.
+    int room = -1;               // Where copies are now; -1: nowhere.
+    bool fresh = false;          // Copies are up to date.
+  };
+  struct Room {
+    Tensor weights, gradients;  // [copies, elements]
+    int layer = -1;
+  };
+
+  ExpertStore(const std::vector<ParameterSpec>& parameters, const std::vector<Block>& blocks, Communicator& group,
+              const Options& options)
+      : parameters_(&parameters), blocks_(&blocks), group_(&group), options_(options) {}
+  const Layer& at(int layer) const { return layers_[static_cast<size_t>(layer)]; }
+  Layer& at(int layer) { return layers_[static_cast<size_t>(layer)]; }
+  absl::Status Allocate();
+  void Arrange(int layer);  // From placement_: local, copy, moves.
+  void TakeRoom(int layer);
+  int TakeSlot();
+
+  const std::vector<ParameterSpec>* parameters_;
+  const std::vector<Block>* blocks_;
+  Communicator* group_;
+  const Options options_;
+  std::vector<ExpertPlacement> placement_;
+  int64_t elements_ = 0;
+  int slots_ = 0, copies_ = 0;
+  std::vector<Layer> layers_;
+  std::vector<int> free_slots_;  // Descending.
+  Tensor weights_, gradients_, master_, exp_avg_, exp_avg_sq_;  // [slots, elements] of owned experts.
+  mutable Mutex mutex_;  // Who has which room.
+  std::vector<Room> rooms_;
+};
+
+}  // namespace shoal

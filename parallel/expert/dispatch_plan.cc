@@ -1,0 +1,181 @@
+#include "parallel/expert/dispatch_plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "parallel/placement/placement.h"
+#include "runtime/base/check.h"
+
+namespace shoal {
+namespace {
+
+// Ranks of other hosts, the other ranks of this host, this rank.
+std::vector<int> PeerOrder(const Topology& topology, int self) {
+  std::vector<int> remote, here;
+  for (int rank = 0; rank < topology.ranks(); ++rank) {
+    if (rank == self) continue;
+    (topology.HostOf(rank) == topology.HostOf(self) ? here : remote).push_back(rank);
+  }
+  remote.insert(remote.end(), here.begin(), here.end());
+  remote.push_back(self);
+  return remote;
+}
+
+}  // namespace
+
+int PiecesFor(int forward_chunks, int backward_chunks) { return std::lcm(forward_chunks, backward_chunks); }
+
+DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement& placement, absl::Span<const int> local,
+                                absl::Span<const int64_t> rows, const DispatchOptions& options) {
+  DispatchPlan plan;
+  plan.topology_ = topology;
+  plan.options_ = options;
+  plan.pieces_ = PiecesFor(options.forward_chunks, options.backward_chunks);
+  const size_t ranks = static_cast<size_t>(topology.ranks()), experts = placement.size();
+  const size_t pieces = static_cast<size_t>(plan.pieces_);
+  SHOAL_CHECK_EQ(rows.size(), ranks * pieces * experts);
+  std::vector<int> index_of(experts, -1);
+  for (size_t i = 0; i < local.size(); ++i) index_of[static_cast<size_t>(local[i])] = static_cast<int>(i);
+
+  // By piece and peer, before they are put in order.
+  std::vector<std::vector<Piece>> sends(pieces, std::vector<Piece>(ranks)), receives = sends;
+  std::vector<int64_t> of_piece(ranks * experts);
+  for (size_t piece = 0; piece < pieces; ++piece) {
+    for (size_t rank = 0; rank < ranks; ++rank) {
+      std::copy_n(rows.begin() + static_cast<ptrdiff_t>((rank * pieces + piece) * experts), experts,
+                  of_piece.begin() + static_cast<ptrdiff_t>(rank * experts));
+    }
+    const auto shares = SplitTokens(options.rule, topology, placement, of_piece);
+    for (size_t source = 0; source < ranks; ++source) {
+      for (DispatchShare share : shares[source]) {
+        plan.all_stay_ = plan.all_stay_ && share.rank == static_cast<int>(source);
+        if (static_cast<int>(source) == options.rank) {
+          Piece& to = sends[piece][static_cast<size_t>(share.rank)];
+          to.rows += share.rows;
+          to.shares.push_back(share);
+        }
+        if (share.rank != options.rank) continue;
+        Piece& from = receives[piece][source];
+        from.rows += share.rows;
+        share.expert = index_of[static_cast<size_t>(share.expert)];
+        SHOAL_CHECK_GE(share.expert, 0) << "rows for an expert that is not here";
+        from.shares.push_back(share);
+      }
+    }
+  }
+  const std::vector<int> peers = PeerOrder(topology, options.rank);
+  const int pieces_of_chunk = plan.pieces_ / options.forward_chunks;
+  for (int chunk = 0; chunk < options.forward_chunks; ++chunk) {
+    for (int peer : peers) {
+      for (int piece = chunk * pieces_of_chunk; piece < (chunk + 1) * pieces_of_chunk; ++piece) {
+        const auto place = [&](std::vector<std::vector<Piece>>& from, int64_t* total, std::vector<Piece>* to) {
+          Piece& rows_of_peer = from[static_cast<size_t>(piece)][static_cast<size_t>(peer)];
+          rows_of_peer.peer = peer;
+          rows_of_peer.piece = piece;
+          rows_of_peer.begin = *total;
+          *total += rows_of_peer.rows;
+          to->push_back(std::move(rows_of_peer));
+        };
+        place(sends, &plan.sent_, &plan.sends_);
+        place(receives, &plan.arrived_, &plan.receives_);
+      }
+    }
+  }
+  return plan;
+}
+
+void DispatchPlan::OrderRows(const Tensor& offset, const Tensor& expert, const Tensor& slot, const Tensor& token) const {
+  SHOAL_CHECK(expert.elements() == sent_ && slot.elements() == sent_ && token.elements() == sent_);
+  struct Place {
+    int64_t next = 0, end = 0;
+  };
+  const int64_t tokens = offset.elements() - 1;
+  const int32_t* first = offset.data<int32_t>();
+  const int32_t* experts = expert.data<int32_t>();
+  const int experts_count = expert.empty() ? 0 : *std::max_element(experts, experts + sent_) + 1;
+  std::vector<std::vector<Place>> places;
+  for (int piece = 0; piece < pieces_; ++piece) {
+    places.assign(static_cast<size_t>(experts_count), {});
+    for (const Piece& to : sends_) {
+      if (to.piece != piece) continue;
+      int64_t at = to.begin;
+      for (const DispatchShare& share : to.shares) {
+        places[static_cast<size_t>(share.expert)].push_back({at, at + share.rows});
+        at += share.rows;
+      }
+    }
+    std::vector<size_t> current(static_cast<size_t>(experts_count), 0);
+    const Range range = EvenPart(tokens, pieces_, piece);
+    for (int64_t t = range.begin; t < range.begin + range.count; ++t) {
+      for (int32_t pair = first[t]; pair < first[t + 1]; ++pair) {
+        const size_t e = static_cast<size_t>(experts[pair]);
+        while (places[e][current[e]].next == places[e][current[e]].end) ++current[e];
+        const int64_t row = places[e][current[e]].next++;
+        slot.data<int32_t>()[pair] = static_cast<int32_t>(row);
+        token.data<int32_t>()[row] = static_cast<int32_t>(t);
+      }
+    }
+  }
+}
+
+DispatchPlan::Route DispatchPlan::RouteTo(int peer) const {
+  if (peer == options_.rank) return Route::kStay;
+  return topology_.HostOf(peer) == topology_.HostOf(options_.rank) ? Route::kIntra : Route::kInter;
+}
+
+// In the order of peers, then of rows.
+std::vector<const DispatchPlan::Piece*> DispatchPlan::Chunk(Direction direction, int chunk, bool sends) const {
+  const int chunks = direction == Direction::kForward ? options_.forward_chunks : options_.backward_chunks;
+  const int size = pieces_ / chunks;
+  std::vector<const Piece*> found;
+  for (int peer : PeerOrder(topology_, options_.rank)) {
+    for (const Piece& piece : sends ? sends_ : receives_) {
+      if (piece.peer == peer && piece.piece / size == chunk) found.push_back(&piece);
+    }
+  }
+  return found;
+}
+
+std::vector<DispatchPlan::Run> DispatchPlan::Runs(Direction direction, int chunk, Route route, bool sends) const {
+  std::vector<Run> runs;
+  for (const Piece* piece : Chunk(direction, chunk, sends)) {
+    if (RouteTo(piece->peer) != route || piece->rows == 0) continue;
+    if (!runs.empty() && runs.back().peer == piece->peer && runs.back().begin + runs.back().rows == piece->begin) {
+      runs.back().rows += piece->rows;
+    } else {
+      runs.push_back({piece->peer, piece->begin, piece->rows});
+    }
+  }
+  return runs;
+}
+
+std::vector<DispatchPlan::Run> DispatchPlan::Rows(Direction direction, int chunk, bool sends) const {
+  std::vector<Run> runs;
+  std::vector<const Piece*> pieces = Chunk(direction, chunk, sends);
+  std::sort(pieces.begin(), pieces.end(), [](const Piece* a, const Piece* b) {
+    return a->begin != b->begin ? a->begin < b->begin : a->rows < b->rows;
+  });
+  for (const Piece* piece : pieces) {
+    if (piece->rows == 0) continue;
+    if (!runs.empty() && runs.back().begin + runs.back().rows == piece->begin) {
+      runs.back().rows += piece->rows;
+    } else {
+      runs.push_back({-1, piece->begin, piece->rows});
+    }
+  }
+  return runs;
+}
+
+std::vector<kernels::Segment> DispatchPlan::Segments(Direction direction, int chunk) const {
+  std::vector<kernels::Segment> segments;
+  for (const Piece* piece : Chunk(direction, chunk, /*sends=*/false)) {
+    int64_t at = piece->begin;
+    for (const DispatchShare& share : piece->shares) {
+      segments.push_back({share.expert, at, share.rows});
+      at += share.rows;
+    }
+  }
+  return segments;
+}
+
+}  // namespace shoal
