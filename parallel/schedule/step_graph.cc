@@ -36,10 +36,12 @@ class Emitter {
         world_lane_(shape.inter ? Lane::kInter : Lane::kIntra),
         gathered_(static_cast<size_t>(buckets_.count()), kNone),
         here_(static_cast<size_t>(buckets_.count())),
+        released_(static_cast<size_t>(buckets_.count()), kNone),
         complete_(static_cast<size_t>(buckets_.count()), kNone),
         reduced_(static_cast<size_t>(buckets_.count()), kNone),
         materialised_(shape.layers.size(), kNone),
         experts_here_(shape.layers.size()),
+        experts_released_(shape.layers.size(), kNone),
         experts_reduced_(shape.layers.size(), kNone) {
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
   }
@@ -96,12 +98,15 @@ class Emitter {
     }
     if (here_[at]) return;
     here_[at] = true;
-    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {dense_buffers_.Take(schedule_.prefetch + 1)});
+    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket,
+                        {dense_buffers_.Take(schedule_.prefetch + 1), released_[at]});
   }
   void Release(int bucket, Phase phase) {
     if (!sharded(bucket)) return;
-    here_[static_cast<size_t>(bucket)] = false;
-    dense_buffers_.Free(Compute(Op::kRelease, phase, kNone, bucket, {}));
+    const size_t at = static_cast<size_t>(bucket);
+    here_[at] = false;
+    released_[at] = Compute(Op::kRelease, phase, kNone, bucket, {});
+    dense_buffers_.Free(released_[at]);
   }
 
   void Materialise(int layer, Phase phase) {
@@ -114,12 +119,18 @@ class Emitter {
     }
     if (experts_here_[at]) return;
     experts_here_[at] = true;
-    materialised_[at] = Add(Op::kMaterialise, phase, world_lane_, layer, kNone, {expert_buffers_.Take(schedule_.prefetch + 1)});
+    materialised_[at] = Add(Op::kMaterialise, phase, world_lane_, layer, kNone,
+                            {expert_buffers_.Take(schedule_.prefetch + 1), experts_released_[at]});
   }
   void ReleaseExperts(int layer) {
     if (!shape_.materialise || !rematerialise() || !layer_shape(layer).moe) return;
-    experts_here_[static_cast<size_t>(layer)] = false;
-    expert_buffers_.Free(Compute(Op::kRelease, Phase::kForward, layer, kNone, {}));
+    FreeExperts(layer, Compute(Op::kRelease, Phase::kForward, layer, kNone, {}));
+  }
+  void FreeExperts(int layer, int task) {
+    const size_t at = static_cast<size_t>(layer);
+    experts_here_[at] = false;
+    experts_released_[at] = task;
+    expert_buffers_.Free(task);
   }
   void GatherLayer(int layer, Phase phase) {
     if (layer < 0 || layer >= layers()) return;
@@ -274,10 +285,7 @@ class Emitter {
     if (shape_.materialise && (last_part() || rematerialise())) {
       const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
       experts_reduced_[static_cast<size_t>(layer)] = reduced;
-      if (rematerialise()) {
-        experts_here_[static_cast<size_t>(layer)] = false;
-        expert_buffers_.Free(reduced);
-      }
+      if (rematerialise()) FreeExperts(layer, reduced);
     }
     const int route = Compute(Op::kRoute, phase, layer, kNone, {balanced_});
     for (const std::vector<int>& before : returned) {
@@ -321,12 +329,13 @@ class Emitter {
   Graph graph_;
   int part_ = 0;
   int x_ = kNone, routed_ = kNone, balanced_ = kNone, last_compute_ = kNone, gradient_buffer_ = kNone;
-  std::vector<int> gathered_;  // By bucket, as the next three.
-  std::vector<bool> here_;     // Only of sharded buckets.
-  std::vector<int> complete_, reduced_;
-  std::vector<int> materialised_;  // By layer, as the next two.
+  // By bucket. Of those that are sharded, too: is it here, and the task that released it. It has one place at a time.
+  std::vector<int> gathered_;
+  std::vector<bool> here_;
+  std::vector<int> released_, complete_, reduced_;
+  std::vector<int> materialised_;  // By layer; the next two as here_ and released_.
   std::vector<bool> experts_here_;
-  std::vector<int> experts_reduced_;
+  std::vector<int> experts_released_, experts_reduced_;
   std::vector<int> recomputed_;  // What brings the rows of a layer that is computed again.
   Buffers dense_buffers_, expert_buffers_;
 };

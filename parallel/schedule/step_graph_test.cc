@@ -387,13 +387,16 @@ TEST_F(StepGraph, GradientBuffersOfLayersAreSentBeforeTheyAreTakenAgain) {
 TEST_F(StepGraph, ExpertsAreThereWhenTheyAreNeededAndTheirGradientsAreReturned) {
   ForEachCase([](const Case& one, const Graph& graph) {
     const Order order(graph);
-    std::vector<int> here(one.shape.layers.size(), -1);
+    std::vector<int> here(one.shape.layers.size(), -1), used(one.shape.layers.size(), -1);
     std::vector<int> materialised(one.shape.layers.size(), 0), returned(one.shape.layers.size(), 0);
     for (size_t i = 0; i < graph.tasks.size(); ++i) {
       const Task& task = graph.tasks[i];
       if (task.layer < 0) continue;
       const size_t layer = static_cast<size_t>(task.layer);
       if (task.op == Op::kMaterialise) {
+        if (used[layer] >= 0) {
+          EXPECT_TRUE(order.Before(static_cast<size_t>(used[layer]), i)) << Name(task);
+        }
         here[layer] = static_cast<int>(i);
         ++materialised[layer];
       }
@@ -401,6 +404,7 @@ TEST_F(StepGraph, ExpertsAreThereWhenTheyAreNeededAndTheirGradientsAreReturned) 
       if (task.op == Op::kExperts && one.shape.materialise) {
         ASSERT_GE(here[layer], 0) << Name(task);
         EXPECT_TRUE(order.Before(static_cast<size_t>(here[layer]), i)) << Name(task);
+        used[layer] = static_cast<int>(i);
       }
       if (task.op == Op::kExpertsWeight) {
         for (size_t j = i + 1; j < graph.tasks.size(); ++j) {
