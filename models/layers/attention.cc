@@ -11,22 +11,14 @@ using kernels::Transpose;
 
 AttentionLayer::AttentionLayer(const ModelConfig& config, int layer, const ParameterStore& store,
                                const kernels::RopeTable& rope)
-    : rope_(&rope), epsilon_(static_cast<float>(config.rms_norm_eps)) {
+    : store_(&store), rope_(&rope), width_(config.hidden_size), epsilon_(static_cast<float>(config.rms_norm_eps)) {
   shape_.heads = config.num_attention_heads;
   shape_.kv_heads = config.num_key_value_heads;
   shape_.dim = static_cast<int>(config.head_dim);
   const std::string prefix = absl::StrCat("model.layers.", layer, ".");
-  const std::string norm = prefix + "input_layernorm.weight";
-  const std::string q = prefix + "self_attn.q_proj.weight";
-  const std::string o = prefix + "self_attn.o_proj.weight";
-  const int64_t width = config.hidden_size;
-  norm_ = store.Weight(norm, {width});
-  qkv_ = store.Weight(q, {shape_.qkv_width(), width});
-  out_ = store.Weight(o, {width, shape_.q_width()});
-  if (!store.training()) return;
-  norm_gradient_ = store.Gradient(norm, {width});
-  qkv_gradient_ = store.Gradient(q, {shape_.qkv_width(), width});
-  out_gradient_ = store.Gradient(o, {width, shape_.q_width()});
+  norm_ = prefix + "input_layernorm.weight";
+  qkv_ = prefix + "self_attn.q_proj.weight";
+  out_ = prefix + "self_attn.o_proj.weight";
 }
 
 kernels::AttentionShape AttentionLayer::ShapeFor(int64_t rows, int64_t tokens) const {
@@ -38,39 +30,46 @@ kernels::AttentionShape AttentionLayer::ShapeFor(int64_t rows, int64_t tokens) c
 
 Tensor AttentionLayer::Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream) const {
   const int64_t tokens = x.dim(0);
-  const DType act = qkv_.dtype();
+  const Tensor norm = store_->Weight(norm_, {width_}), qkv = store_->Weight(qkv_, {shape_.qkv_width(), width_});
+  const Tensor out = store_->Weight(out_, {width_, shape_.q_width()});
+  const DType act = qkv.dtype();
   saved->normed = Empty(x.shape(), act);
   saved->rstd = Empty({tokens}, DType::kF32);
-  kernels::RmsNorm(x, Tensor(), norm_, epsilon_, Tensor(), saved->normed, saved->rstd, stream);
+  kernels::RmsNorm(x, Tensor(), norm, epsilon_, Tensor(), saved->normed, saved->rstd, stream);
   saved->qkv = Empty({tokens, shape_.qkv_width()}, act);
-  MatMul(saved->normed, Transpose::kNo, qkv_, Transpose::kYes, Accumulate::kOverwrite, saved->qkv, stream);
+  MatMul(saved->normed, Transpose::kNo, qkv, Transpose::kYes, Accumulate::kOverwrite, saved->qkv, stream);
   kernels::Rope(saved->qkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kForward, stream);
   saved->out = Empty({tokens, shape_.q_width()}, act);
   saved->lse = Empty({tokens, shape_.heads}, DType::kF32);
   kernels::Attention(ShapeFor(rows, tokens), saved->qkv, saved->out, saved->lse, stream);
   const Tensor delta = Empty(x.shape(), act);
-  MatMul(saved->out, Transpose::kNo, out_, Transpose::kYes, Accumulate::kOverwrite, delta, stream);
+  MatMul(saved->out, Transpose::kNo, out, Transpose::kYes, Accumulate::kOverwrite, delta, stream);
   return delta;
 }
 
 void AttentionLayer::Backward(const Tensor& x, int64_t rows, const Saved& saved, Accumulate accumulate,
                               const Tensor& gradient, Stream& stream) const {
-  const DType act = qkv_.dtype();
+  const Shape qkv_shape = {shape_.qkv_width(), width_}, out_shape = {width_, shape_.q_width()};
+  const Tensor norm = store_->Weight(norm_, {width_}), qkv = store_->Weight(qkv_, qkv_shape);
+  const Tensor out = store_->Weight(out_, out_shape);
+  const DType act = qkv.dtype();
   Tensor ddelta = gradient;
   if (act != DType::kF32) {
     ddelta = Empty(gradient.shape(), act);
     kernels::Convert(gradient, ddelta, stream);
   }
   const Tensor dout = Empty(saved.out.shape(), act);
-  MatMul(ddelta, Transpose::kNo, out_, Transpose::kNo, Accumulate::kOverwrite, dout, stream);
-  MatMul(ddelta, Transpose::kYes, saved.out, Transpose::kNo, accumulate, out_gradient_, stream);
+  MatMul(ddelta, Transpose::kNo, out, Transpose::kNo, Accumulate::kOverwrite, dout, stream);
+  MatMul(ddelta, Transpose::kYes, saved.out, Transpose::kNo, accumulate, store_->Gradient(out_, out_shape),
+         stream);
   const Tensor dqkv = Empty(saved.qkv.shape(), act);
   kernels::AttentionBackward(ShapeFor(rows, x.dim(0)), saved.qkv, saved.out, saved.lse, dout, dqkv, stream);
   kernels::Rope(dqkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kBackward, stream);
   const Tensor dnormed = Empty(x.shape(), act);
-  MatMul(dqkv, Transpose::kNo, qkv_, Transpose::kNo, Accumulate::kOverwrite, dnormed, stream);
-  MatMul(dqkv, Transpose::kYes, saved.normed, Transpose::kNo, accumulate, qkv_gradient_, stream);
-  kernels::RmsNormBackward(dnormed, x, norm_, saved.rstd, gradient, norm_gradient_, stream);
+  MatMul(dqkv, Transpose::kNo, qkv, Transpose::kNo, Accumulate::kOverwrite, dnormed, stream);
+  MatMul(dqkv, Transpose::kYes, saved.normed, Transpose::kNo, accumulate, store_->Gradient(qkv_, qkv_shape),
+         stream);
+  kernels::RmsNormBackward(dnormed, x, norm, saved.rstd, gradient, store_->Gradient(norm_, {width_}), stream);
 }
 
 }  // namespace shoal

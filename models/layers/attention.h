@@ -12,7 +12,7 @@ namespace shoal {
 
 class AttentionLayer {
  public:
-  // Borrows `rope` for life. Views of the store's tensors are taken here.
+  // Borrows `store` and `rope` for life. Weights must be here while the calls below run.
   AttentionLayer(const ModelConfig& config, int layer, const ParameterStore& store, const kernels::RopeTable& rope);
 
   // What the backward pass needs.
@@ -29,11 +29,12 @@ class AttentionLayer {
  private:
   kernels::AttentionShape ShapeFor(int64_t rows, int64_t tokens) const;
 
+  const ParameterStore* store_;
   const kernels::RopeTable* rope_;
   kernels::AttentionShape shape_;
+  int64_t width_;
   float epsilon_;
-  Tensor norm_, qkv_, out_;
-  Tensor norm_gradient_, qkv_gradient_, out_gradient_;
+  std::string norm_, qkv_, out_;  // Names; q stands for q, k and v, which lie side by side.
 };
 
 }  // namespace shoal

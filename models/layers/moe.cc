@@ -1,175 +1,268 @@
-#include "models/layers/feed_forward.h"
+#include "models/layers/moe.h"
+
+#include <numeric>
+
+#include "parallel/placement/placement.h"
 #include "runtime/kernels/elementwise.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/permute.h"
-#include "runtime/kernels/router.h"
 #include "runtime/kernels/swiglu.h"
 
 namespace shoal {
 namespace {
 
 using kernels::Accumulate;
-using kernels::MatMul;
-using kernels::Renormalize;
-using kernels::Transpose;
+using Direction = DispatchPlan::Direction;
+using Use = TokenExchange::Use;
 
-// S rows of this rank (token, choice), sorted by expert; R rows that arrived here for its experts.
-struct MoeSaved : FeedForward::Saved {
-  Tensor normed, rstd;
-  Tensor probs, chosen, weights, logz;  // The router's.
-  Tensor slot, token;                   // Where each choice went, and the token of each slot.
-  TokenExchange::Plan plan;
-  Tensor arrived, gate_up;  // [R, D], [R, 2F]
-  Tensor y;                 // [S, D]: the experts' results, back home.
+// The pairs of the tokens of one chunk, with offsets that begin at 0.
+struct PairsOfChunk {
+  Range tokens;
+  Tensor offset, slot, weight, dweight;
 };
 
-class MoeFeedForward : public FeedForward {
- public:
-  MoeFeedForward(const ModelConfig& config, int layer, const ParameterStore& store, TokenExchange& exchange)
-      : exchange_(&exchange),
-        width_(config.hidden_size),
-        inner_(config.intermediate_size),
-        experts_(config.num_local_experts),
-        choices_(config.num_experts_per_tok),
-        renormalize_(config.norm_topk_prob ? Renormalize::kYes : Renormalize::kNo),
-        epsilon_(static_cast<float>(config.rms_norm_eps)) {
-    const std::string prefix = absl::StrCat("model.layers.", layer, ".");
-    const std::string norm = prefix + "post_attention_layernorm.weight";
-    const std::string gate = prefix + "block_sparse_moe.gate.weight";
-    norm_ = store.Weight(norm, {width_});
-    gate_ = store.Weight(gate, {experts_, width_});
-    if (store.training()) {
-      norm_gradient_ = store.Gradient(norm, {width_});
-      gate_gradient_ = store.Gradient(gate, {experts_, width_});
-    }
-    const Range mine = exchange.local_experts();
-    for (int64_t e = mine.begin; e < mine.begin + mine.count; ++e) {
-      const std::string expert = absl::StrCat(prefix, "block_sparse_moe.experts.", e);
-      gate_up_.push_back(store.Weight(expert + ".w1.weight", {2 * inner_, width_}));
-      down_.push_back(store.Weight(expert + ".w2.weight", {width_, inner_}));
-      if (!store.training()) continue;
-      gate_up_gradient_.push_back(store.Gradient(expert + ".w1.weight", {2 * inner_, width_}));
-      down_gradient_.push_back(store.Gradient(expert + ".w2.weight", {width_, inner_}));
-    }
-  }
+PairsOfChunk PairsOf(const MoeLayer::Saved& saved, int chunks, int chunk, const Tensor& dweight = Tensor()) {
+  const int64_t tokens = saved.routed.offset.elements() - 1;
+  if (chunks == 1) return {{0, tokens}, saved.routed.offset, saved.slot, saved.routed.weight, dweight};
+  const int pieces = saved.plan->pieces(), each = pieces / chunks;
+  const Range first = EvenPart(tokens, pieces, chunk * each), last = EvenPart(tokens, pieces, (chunk + 1) * each - 1);
+  PairsOfChunk pairs{{first.begin, last.begin + last.count - first.begin}, {}, {}, {}, {}};
+  const int32_t* offset = saved.routed.offset.data<int32_t>() + pairs.tokens.begin;
+  pairs.offset = Empty({pairs.tokens.count + 1}, DType::kI32);
+  for (int64_t t = 0; t <= pairs.tokens.count; ++t) pairs.offset.data<int32_t>()[t] = offset[t] - offset[0];
+  const int64_t count = offset[pairs.tokens.count] - offset[0];
+  pairs.slot = saved.slot.Rows(offset[0], count);
+  pairs.weight = saved.routed.weight.Rows(offset[0], count);
+  if (dweight.elements() > 0) pairs.dweight = dweight.Rows(offset[0], count);
+  return pairs;
+}
 
-  absl::StatusOr<Tensor> Forward(const Tensor& x, const Tensor& delta, std::unique_ptr<Saved>* saved, RoutingSums* sums,
-                                 Stream& stream) override {
-    auto kept = std::make_unique<MoeSaved>();
-    kept->x = Empty(x.shape(), DType::kF32);
-    kept->normed = Empty(x.shape(), gate_.dtype());
-    kept->rstd = Empty({x.dim(0)}, DType::kF32);
-    kernels::RmsNorm(x, delta, norm_, epsilon_, kept->x, kept->normed, kept->rstd, stream);
-    const Tensor counts = Route(kept.get(), sums, stream);
-    SHOAL_ASSIGN_OR_RETURN(kept->plan, exchange_->MakePlan(counts));
-    SHOAL_RETURN_IF_ERROR(RunExperts(kept.get(), stream));
-    const Tensor out = Empty(x.shape(), DType::kF32);
-    kernels::CombineSlots(kept->x, kept->y, kept->slot, kept->weights, out, stream);
-    *saved = std::move(kept);
-    return out;
-  }
-
-  absl::Status Backward(std::unique_ptr<Saved> saved, const RoutingGradient& routing, Accumulate accumulate,
-                        const Tensor& gradient, Stream& stream) override {
-    MoeSaved& kept = static_cast<MoeSaved&>(*saved);
-    const Tensor dweights = Empty(kept.weights.shape(), DType::kF32);
-    SHOAL_ASSIGN_OR_RETURN(const Tensor dslots, ExpertsBackward(kept, gradient, dweights, accumulate, stream));
-    const Tensor dnormed = Empty(gradient.shape(), DType::kF32);
-    kernels::SumSlots(dslots, kept.slot, dnormed, stream);
-    RouterBackward(kept, routing, dweights, accumulate, dnormed, stream);
-    kernels::RmsNormBackward(dnormed, kept.x, norm_, kept.rstd, gradient, norm_gradient_, stream);
-    return absl::OkStatus();
-  }
-
- private:
-  // Returns counts_E of this rank's slots.
-  Tensor Route(MoeSaved* kept, RoutingSums* sums, Stream& stream) const {
-    const int64_t tokens = kept->x.dim(0);
-    const Tensor logits = Empty({tokens, experts_}, DType::kF32);
-    MatMul(kept->normed, Transpose::kNo, gate_, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
-    kept->probs = Empty({tokens, experts_}, DType::kF32);
-    kept->chosen = Empty({tokens, choices_}, DType::kI32);
-    kept->weights = Empty({tokens, choices_}, DType::kF32);
-    kept->logz = Empty({tokens}, DType::kF32);
-    kernels::TopKSoftmax(logits, renormalize_, kept->probs, kept->chosen, kept->weights, kept->logz, stream);
-    const Tensor counts = Empty({experts_}, DType::kI64);
-    kept->slot = Empty({tokens, choices_}, DType::kI32);
-    kept->token = Empty({tokens * choices_}, DType::kI32);
-    kernels::SortByExpert(kept->chosen, counts, kept->slot, kept->token, stream);
-    if (sums != nullptr) {
-      sums->counts = counts;
-      sums->prob_sums = Zeros({experts_}, DType::kF64);
-      kernels::SumOverTokens(kept->probs, sums->prob_sums, stream);
-      for (float logz : kept->logz.span<float>()) sums->z_sum += static_cast<double>(logz) * logz;
-    }
-    return counts;
-  }
-
-  absl::Status RunExperts(MoeSaved* kept, Stream& stream) {
-    const TokenExchange::Plan& plan = kept->plan;
-    const DType act = gate_.dtype();
-    SHOAL_ASSIGN_OR_RETURN(const Tensor slots,
-                           exchange_->SendBuffer(TokenExchange::Use::kDispatch, plan.sent, width_, act));
-    kernels::GatherRows(kept->normed, kept->token, slots, stream);
-    SHOAL_ASSIGN_OR_RETURN(kept->arrived, exchange_->Dispatch(plan, slots));
-    kept->gate_up = Empty({plan.arrived, 2 * inner_}, act);
-    kernels::GroupedMatMul(kept->arrived, gate_up_, plan.segments, kept->gate_up, stream);
-    const Tensor h = Empty({plan.arrived, inner_}, act);
-    kernels::SwiGlu(kept->gate_up, h, stream);
-    SHOAL_ASSIGN_OR_RETURN(const Tensor results,
-                           exchange_->SendBuffer(TokenExchange::Use::kReturn, plan.arrived, width_, act));
-    kernels::GroupedMatMul(h, down_, plan.segments, results, stream);
-    SHOAL_ASSIGN_OR_RETURN(kept->y, exchange_->Return(plan, results));
-    return absl::OkStatus();
-  }
-
-  // Gradients by the slots [S, D] and by the combine weights (into dweights).
-  absl::StatusOr<Tensor> ExpertsBackward(MoeSaved& kept, const Tensor& gradient, const Tensor& dweights,
-                                         Accumulate accumulate, Stream& stream) {
-    const TokenExchange::Plan& plan = kept.plan;
-    const DType act = gate_.dtype();
-    SHOAL_ASSIGN_OR_RETURN(const Tensor dy_home,
-                           exchange_->SendBuffer(TokenExchange::Use::kDispatch, plan.sent, width_, act));
-    kernels::CombineSlotsBackward(gradient, kept.y, kept.slot, kept.weights, dy_home, dweights, stream);
-    SHOAL_ASSIGN_OR_RETURN(const Tensor dy, exchange_->Dispatch(plan, dy_home));
-    const Tensor dh = Empty({plan.arrived, inner_}, act);
-    kernels::GroupedMatMulGradInput(dy, down_, plan.segments, dh, stream);
-    kernels::SwiGluBackward(dh, kept.gate_up, kept.gate_up, dh, stream);  // gate_up: its gradient; dh: h.
-    kernels::GroupedMatMulGradWeight(dy, dh, plan.segments, accumulate, down_gradient_, stream);
-    SHOAL_ASSIGN_OR_RETURN(const Tensor dslots,
-                           exchange_->SendBuffer(TokenExchange::Use::kReturn, plan.arrived, width_, act));
-    kernels::GroupedMatMulGradInput(kept.gate_up, gate_up_, plan.segments, dslots, stream);
-    kernels::GroupedMatMulGradWeight(kept.gate_up, kept.arrived, plan.segments, accumulate, gate_up_gradient_, stream);
-    return exchange_->Return(plan, dslots);
-  }
-
-  void RouterBackward(const MoeSaved& kept, const RoutingGradient& routing, const Tensor& dweights,
-                      Accumulate accumulate, const Tensor& dnormed, Stream& stream) const {
-    Tensor dlogits = Empty(kept.probs.shape(), DType::kF32);
-    kernels::TopKSoftmaxBackward(kept.probs, kept.chosen, kept.weights, kept.logz, renormalize_, dweights, routing.dprob,
-                                 routing.z_scale, dlogits, stream);
-    if (gate_.dtype() != DType::kF32) {
-      const Tensor narrow = Empty(dlogits.shape(), gate_.dtype());
-      kernels::Convert(dlogits, narrow, stream);
-      dlogits = narrow;
-    }
-    MatMul(dlogits, Transpose::kNo, gate_, Transpose::kNo, Accumulate::kAdd, dnormed, stream);
-    MatMul(dlogits, Transpose::kYes, kept.normed, Transpose::kNo, accumulate, gate_gradient_, stream);
-  }
-
-  TokenExchange* exchange_;
-  int64_t width_, inner_, experts_, choices_;
-  Renormalize renormalize_;
-  float epsilon_;
-  Tensor norm_, gate_, norm_gradient_, gate_gradient_;
-  std::vector<Tensor> gate_up_, down_, gate_up_gradient_, down_gradient_;
-};
+// All experts on one rank that knows of no other.
+ExpertPlacement Alone(int experts) { return ExpertPlacement(static_cast<size_t>(experts)); }
 
 }  // namespace
 
-std::unique_ptr<FeedForward> MakeMoeFeedForward(const ModelConfig& config, int layer, const ParameterStore& store,
-                                                TokenExchange& exchange) {
-  return std::make_unique<MoeFeedForward>(config, layer, store, exchange);
+MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, const ExpertContext& context)
+    : config_(config),
+      layer_(layer),
+      store_(&store),
+      context_(&context),
+      epsilon_(static_cast<float>(config.rms_norm_eps)),
+      norm_(absl::StrCat("model.layers.", layer, ".post_attention_layernorm.weight")),
+      router_(MakeRouter(config, layer, store)) {
+  if (config.shared_intermediate_size > 0) {
+    shared_.emplace(absl::StrCat("model.layers.", layer, ".mlp.shared_experts."), config.hidden_size,
+                    config.shared_intermediate_size, store);
+  }
+}
+
+// ---- Forward.
+
+void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved,
+                     RoutingSums* sums, Stream& stream) {
+  batch_ = std::move(batch);
+  chunks_ = chunks;
+  batch_.pieces = PiecesFor(chunks.forward, chunks.backward);
+  if (context_->control == nullptr) {
+    batch_.tokens_of_rank = {x.dim(0)};
+    batch_.rank = 0;
+  }
+  saved->x = Empty(x.shape(), DType::kF32);
+  saved->normed = Empty(x.shape(), delta.dtype());
+  saved->rstd = Empty({x.dim(0)}, DType::kF32);
+  kernels::RmsNorm(x, delta, store_->Weight(norm_, {config_.hidden_size}), epsilon_, saved->x, saved->normed, saved->rstd,
+                   stream);
+  saved->summary = Empty({router_->SummaryElements(x.dim(0), batch_.pieces)}, router_->SummaryType());
+  saved->routing = router_->Score(saved->normed, batch_, saved->summary, sums, stream);
+}
+
+absl::StatusOr<int64_t> MoeLayer::Exchange(Saved* saved) {
+  if (context_->control == nullptr) return 0;
+  std::vector<int64_t> counts;
+  for (int64_t tokens : batch_.tokens_of_rank) counts.push_back(router_->SummaryElements(tokens, batch_.pieces));
+  saved->summaries = Empty({std::accumulate(counts.begin(), counts.end(), int64_t{0})}, router_->SummaryType());
+  SHOAL_RETURN_IF_ERROR(
+      context_->control->AllGather(saved->summary, counts, saved->summaries, {.label = "routing"}).Await(),
+      "exchanging routing summaries");
+  return saved->summaries.bytes();
+}
+
+absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved) {
+  if (saved.plan->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype());
+  return context_->exchange->SendBuffer(use, rows, config_.hidden_size, saved.normed.dtype());
+}
+
+absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) {
+  const bool alone = context_->control == nullptr;
+  // Computing the layer again, its ranks need not ask each other again.
+  const Tensor& summaries = alone ? saved->summary : saved->summaries;
+  saved->routed = router_->Choose(summaries, batch_, *saved->routing, sums, stream);
+  saved->plan = DispatchPlan::Make(
+      alone ? Topology::OneHost(1) : context_->topology,
+      alone ? Alone(config_.num_local_experts) : store_->experts().placement()[static_cast<size_t>(layer_)],
+      store_->experts().Local(layer_), saved->routed.rows,
+      {.rank = alone ? 0 : context_->rank,
+       .forward_chunks = chunks_.forward,
+       .backward_chunks = chunks_.backward,
+       .rule = context_->rule});
+  const DispatchPlan& plan = *saved->plan;
+  saved->slot = Empty({plan.sent()}, DType::kI32);
+  saved->token = Empty({plan.sent()}, DType::kI32);
+  plan.OrderRows(saved->routed.offset, saved->routed.expert, saved->slot, saved->token);
+  const DType act = saved->normed.dtype();
+  SHOAL_ASSIGN_OR_RETURN(saved->sent, Rows(Use::kDispatch, plan.sent(), *saved));
+  SHOAL_ASSIGN_OR_RETURN(saved->results, Rows(Use::kReturn, plan.arrived(), *saved));
+  saved->arrived = plan.all_stay() ? saved->sent : Empty({plan.arrived(), config_.hidden_size}, act);
+  saved->y = plan.all_stay() ? saved->results : Empty({plan.sent(), config_.hidden_size}, act);
+  saved->gate_up = Empty({plan.arrived(), 2 * config_.intermediate_size}, act);
+  return stream.status();
+}
+
+int64_t MoeLayer::Pack(int chunk, Saved* saved, Stream& stream) {
+  int64_t rows = 0;
+  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kForward, chunk, /*sends=*/true)) {
+    kernels::GatherRows(saved->normed, saved->token.Rows(run.begin, run.rows), saved->sent.Rows(run.begin, run.rows), stream);
+    rows += run.rows;
+  }
+  return rows;
+}
+
+std::vector<Tensor> MoeLayer::LocalWeights(bool down) const {
+  const int64_t width = config_.hidden_size, inner = config_.intermediate_size;
+  std::vector<Tensor> weights;
+  for (int expert : store_->experts().Local(layer_)) {
+    const Tensor flat = store_->experts().Weights(layer_, expert);
+    weights.push_back(down ? flat.Elements(2 * inner * width, {width, inner}) : flat.Elements(0, {2 * inner, width}));
+  }
+  return weights;
+}
+
+std::vector<Tensor> MoeLayer::LocalGradients(bool down) const {
+  const int64_t width = config_.hidden_size, inner = config_.intermediate_size;
+  std::vector<Tensor> gradients;
+  for (int expert : store_->experts().Local(layer_)) {
+    const Tensor flat = store_->experts().Gradients(layer_, expert);
+    gradients.push_back(down ? flat.Elements(2 * inner * width, {width, inner}) : flat.Elements(0, {2 * inner, width}));
+  }
+  return gradients;
+}
+
+int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
+  int64_t rows = 0;
+  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kForward, chunk, /*sends=*/false)) {
+    std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kForward, chunk);
+    for (kernels::Segment& segment : segments) segment.begin -= run.begin;
+    const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
+    kernels::GroupedMatMul(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream);
+    const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype());
+    kernels::SwiGlu(gate_up, h, stream);
+    kernels::GroupedMatMul(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream);
+    rows += run.rows;  // A forward chunk is one run.
+  }
+  return rows;
+}
+
+void MoeLayer::Shared(Saved* saved, Stream& stream) {
+  saved->out = Empty(saved->x.shape(), DType::kF32);
+  kernels::Convert(saved->x, saved->out, stream);
+  shared_->Forward(saved->normed, &saved->shared_gate_up, saved->out, stream);
+}
+
+int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
+  if (saved->out.rank() == 1) saved->out = Empty(saved->x.shape(), DType::kF32);
+  const PairsOfChunk pairs = PairsOf(*saved, chunks_.forward, chunk);
+  const Range tokens = pairs.tokens;
+  const Tensor out = saved->out.Rows(tokens.begin, tokens.count);
+  kernels::CombineSlots(shared_.has_value() ? out : saved->x.Rows(tokens.begin, tokens.count), saved->y, pairs.offset,
+                        pairs.slot, pairs.weight, out, stream);
+  return pairs.slot.elements();
+}
+
+// ---- Backward.
+
+absl::StatusOr<int64_t> MoeLayer::PackBackward(int chunk, const Tensor& gradient, Saved* saved, Stream& stream) {
+  const DispatchPlan& plan = *saved->plan;
+  const DType act = saved->normed.dtype();
+  if (chunk == 0) {
+    saved->sent = Tensor();
+    saved->dweight = Empty({plan.sent()}, DType::kF32);
+    SHOAL_ASSIGN_OR_RETURN(saved->dy_home, Rows(Use::kDispatch, plan.sent(), *saved));
+    SHOAL_ASSIGN_OR_RETURN(saved->dx, Rows(Use::kReturn, plan.arrived(), *saved));
+    saved->dy = plan.all_stay() ? saved->dy_home : Empty({plan.arrived(), config_.hidden_size}, act);
+    saved->dx_home = plan.all_stay() ? saved->dx : Empty({plan.sent(), config_.hidden_size}, act);
+    saved->dh = Empty({plan.arrived(), config_.intermediate_size}, act);
+  }
+  const PairsOfChunk pairs = PairsOf(*saved, plan.backward_chunks(), chunk, saved->dweight);
+  kernels::CombineSlotsBackward(gradient.Rows(pairs.tokens.begin, pairs.tokens.count), saved->y, pairs.offset, pairs.slot,
+                                pairs.weight, saved->dy_home, pairs.dweight, stream);
+  if (chunk + 1 == plan.backward_chunks()) saved->y = saved->results = Tensor();
+  return pairs.slot.elements();
+}
+
+int64_t MoeLayer::ExpertsBackward(int chunk, Saved* saved, Stream& stream) {
+  const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
+  kernels::GroupedMatMulGradInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream);
+  int64_t rows = 0;
+  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kBackward, chunk, /*sends=*/false)) {
+    const Tensor dh = saved->dh.Rows(run.begin, run.rows), gate_up = saved->gate_up.Rows(run.begin, run.rows);
+    kernels::SwiGluBackward(dh, gate_up, gate_up, dh, stream);  // gate_up: its gradient; dh: h.
+    rows += run.rows;
+  }
+  kernels::GroupedMatMulGradInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream);
+  return rows;
+}
+
+int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& stream) {
+  const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
+  const Accumulate accumulate = chunk == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
+  kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
+  kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
+  int64_t rows = 0;
+  for (const kernels::Segment& segment : segments) rows += segment.count;
+  if (chunk + 1 == saved->plan->backward_chunks()) saved->dy = saved->dh = saved->arrived = saved->gate_up = Tensor();
+  return rows;
+}
+
+void MoeLayer::SharedBackward(const Tensor& gradient, Accumulate accumulate, Saved* saved, Stream& stream) {
+  Tensor dy = gradient;
+  if (saved->normed.dtype() != DType::kF32) {
+    dy = Empty(gradient.shape(), saved->normed.dtype());
+    kernels::Convert(gradient, dy, stream);
+  }
+  shared_->Backward(dy, saved->normed, saved->shared_gate_up, accumulate, stream);
+}
+
+void MoeLayer::RouteBackward(const RoutingGradient& routing, Accumulate accumulate, const Tensor& gradient, Saved* saved,
+                             Stream& stream) {
+  const Tensor dnormed = Empty(gradient.shape(), DType::kF32);
+  kernels::SumSlots(saved->dx_home, saved->routed.offset, saved->slot, dnormed, stream);
+  if (shared_.has_value()) shared_->BackwardInput(saved->shared_gate_up, Accumulate::kAdd, dnormed, stream);
+  router_->Backward(*saved->routing, saved->dweight, routing, accumulate, dnormed, stream);
+  const Shape shape = {config_.hidden_size};
+  kernels::RmsNormBackward(dnormed, saved->x, store_->Weight(norm_, shape), saved->rstd, gradient,
+                           store_->Gradient(norm_, shape), stream);
+}
+
+// ---- Rows on their way.
+
+MoeLayer::Ends MoeLayer::EndsOf(Phase phase, TokenExchange::Way way, const Saved& saved) {
+  const bool there = way == TokenExchange::Way::kThere;
+  if (phase == Phase::kBackward) return there ? Ends{saved.dy_home, saved.dy} : Ends{saved.dx, saved.dx_home};
+  return there ? Ends{saved.sent, saved.arrived} : Ends{saved.results, saved.y};
+}
+
+absl::StatusOr<int64_t> MoeLayer::Travel(const Task& task, Saved* saved) {
+  const auto way = task.op == Op::kDispatch ? TokenExchange::Way::kThere : TokenExchange::Way::kBack;
+  const Direction direction = task.phase == Phase::kBackward ? Direction::kBackward : Direction::kForward;
+  const Ends ends = EndsOf(task.phase, way, *saved);
+  return context_->exchange->Travel(*saved->plan, {direction, task.chunk, way}, task.lane, ends.from, ends.to);
+}
+
+int64_t MoeLayer::Stay(const Task& task, Saved* saved) {
+  const auto way = task.back ? TokenExchange::Way::kBack : TokenExchange::Way::kThere;
+  const Direction direction = task.phase == Phase::kBackward ? Direction::kBackward : Direction::kForward;
+  const Ends ends = EndsOf(task.phase, way, *saved);
+  return context_->exchange->Stay(*saved->plan, {direction, task.chunk, way}, ends.from, ends.to);
 }
 
 }  // namespace shoal

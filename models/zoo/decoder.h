@@ -1,73 +1,101 @@
 // A decoder-only transformer whose layers are mixtures of experts or dense: Mixtral (Jiang et al., 2024, arXiv 2401.04088)
-// and its relatives. States what is computed for the sequences that a rank was given; where they and the experts live is the
-// placement's. Not thread-safe.
+// and its relatives. States what is computed for the sequences that a rank was given, as bodies of the tasks of a step graph
+// (parallel/schedule/step_graph.h); which tasks there are, in which order and where experts live, is the placement's and the
+// schedule's. Not thread-safe but for what the graph runs at the same time.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "models/layers/attention.h"
-#include "models/layers/feed_forward.h"
+#include "models/layers/dense.h"
+#include "models/layers/moe.h"
 
 namespace shoal {
 
 class Decoder {
  public:
   struct Options {
-    int64_t seq = 0;           // Longest sequence.
-    bool recompute = false;    // Keep only each layer's input for the backward pass.
+    int64_t seq = 0;            // Longest sequence.
+    bool recompute = false;     // Keep only each layer's input for the backward pass.
     int64_t loss_chunk = 1024;  // Tokens whose logits exist at one time.
   };
-  // Borrows `store` and `exchange` for life.
-  Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, TokenExchange& exchange);
+  // Borrows `store` for life, and what `experts` points to.
+  Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts);
 
-  // Sums over the tokens given to a forward pass.
-  struct Sums {
-    double cross_entropy = 0;
-    std::vector<RoutingSums> routing;  // Per MoE layer.
+  // One part of the batch, or one batch to evaluate.
+  struct Pass {
+    enum class Mode : uint8_t { kTrain, kEvaluate, kNextLogits };
+    Mode mode = Mode::kTrain;
+    Tensor tokens;  // [rows, n + 1] (i32): position t predicts t + 1; with kNextLogits [1, n]. rows may be 0.
+    std::vector<int64_t> tokens_of_rank;  // n * rows of every rank.
+    float loss_scale = 0;   // kTrain: the loss is this times the sum of cross-entropies.
+    int part = 0;           // kTrain: the first part overwrites gradients, later ones add.
+    const Schedule* schedule = nullptr;  // Borrowed until the next pass. The graph must have been emitted from it.
   };
+  // Before the pass's kEmbed. Drops what is left of the pass before.
+  void Begin(Pass pass);
 
-  // The forward pass of tokens [rows, n + 1] (i32; position t predicts t + 1), and the backward pass of the head, whose
-  // loss is loss_scale * (sum of cross-entropies). Keeps what Backward needs. rows may be 0. Collective over the
-  // expert group when experts are spread: ABORTED when the epoch is over.
-  absl::StatusOr<Sums> Forward(const Tensor& tokens, float loss_scale, kernels::Accumulate accumulate, Stream& stream);
-  // The rest of the backward pass. `routing` has one entry per MoE layer. Collective like Forward.
-  absl::Status Backward(const std::vector<RoutingGradient>& routing, Stream& stream);
+  // The body of a task of the model: from kEmbed to kHead, forward and backward, with the rows on their way. Returns the units
+  // done. ABORTED when the group is over. Kernels run on `stream`, which only tasks of the compute lane use.
+  absl::StatusOr<double> Run(const Task& task, Stream& stream);
 
-  // The sum of cross-entropies alone; keeps nothing. Collective like Forward.
-  absl::StatusOr<double> Evaluate(const Tensor& tokens, Stream& stream);
-  // Logits [V] (f32) of the token after `ids` [n] (i32), n >= 1.
-  absl::StatusOr<Tensor> NextLogits(const Tensor& ids, Stream& stream);
+  // Sums over this rank's tokens, when the forward tasks are done.
+  double cross_entropy() const { return cross_entropy_; }
+  const std::vector<RoutingSums>& routing() const { return routing_; }  // Per MoE layer.
+  const Tensor& next_logits() const { return next_logits_; }            // kNextLogits: [V] (f32), of the token after the last.
+  // How auxiliary losses enter the backward pass, one per MoE layer; before the first backward task.
+  void SetRoutingGradients(std::vector<RoutingGradient> gradients) { routing_gradients_ = std::move(gradients); }
+
+  int layers() const { return static_cast<int>(layers_.size()); }
+  // Routers of MoE layers, in order.
+  std::vector<Router*> routers();
 
  private:
-  struct LayerSaved {
-    Tensor x;
+  struct Layer {
+    AttentionLayer attention;
+    std::optional<DenseLayer> dense;
+    std::unique_ptr<MoeLayer> moe;
+    int moe_index = -1;
+  };
+  struct LayerState {
+    Tensor x, delta;
     AttentionLayer::Saved attention;
-    std::unique_ptr<FeedForward::Saved> feed_forward;
+    DenseLayer::Saved dense;
+    MoeLayer::Saved moe;
   };
 
-  absl::StatusOr<Tensor> RunLayer(size_t layer, const Tensor& x, int64_t rows, LayerSaved* saved, RoutingSums* sums,
-                                  Stream& stream);
-  absl::StatusOr<Tensor> RunLayers(const Tensor& x, int64_t rows, bool keep, std::vector<RoutingSums>* sums,
-                                   Stream& stream);
+  bool training() const { return pass_.mode == Pass::Mode::kTrain; }
+  int64_t tokens() const { return ids_.elements(); }
+  kernels::Accumulate AccumulateOf(int layer) const { return store_->dense().AccumulateOf(layer, pass_.part); }
+  void Embed(Stream& stream);
+  void EmbedBackward(Stream& stream);
+  absl::StatusOr<double> RunForward(const Task& task, Stream& stream);
+  absl::StatusOr<double> RunBackward(const Task& task, Stream& stream);
+  void Route(const Task& task, Stream& stream);
+  // The output of a layer is the input of the next; what the backward pass does not need goes.
+  void FinishLayer(size_t layer, Tensor out);
+  void Head(Stream& stream);
+  void HeadBackward(Stream& stream);
   // Sum of cross-entropies; with a positive scale also gradients of the head and of the final norm's output.
-  double RunHead(const Tensor& normed, const Tensor& targets, float scale, kernels::Accumulate accumulate,
-                 const Tensor& dnormed, Stream& stream);
+  double Loss(const Tensor& normed, const Tensor& targets, float scale, const Tensor& dnormed, Stream& stream);
 
-  ModelConfig config_;
-  Options options_;
+  const ModelConfig config_;
+  const Options options_;
   ParameterStore* store_;
-  kernels::RopeTable rope_;
-  std::vector<AttentionLayer> attention_;
-  std::vector<std::unique_ptr<FeedForward>> feed_forward_;
-  Tensor embedding_, norm_, head_;
-  Tensor embedding_gradient_, norm_gradient_, head_gradient_;
+  const kernels::RopeTable rope_;
+  const std::string head_name_;
+  std::vector<Layer> layers_;
+  size_t moe_layers_ = 0;
 
-  // Of the pass between Forward and Backward.
-  int64_t rows_ = 0;
-  kernels::Accumulate accumulate_ = kernels::Accumulate::kOverwrite;
-  std::vector<LayerSaved> saved_;
-  Tensor ids_, final_x_, final_rstd_, final_gradient_;
+  Pass pass_;
+  int64_t seq_ = 0, rows_ = 0;
+  Tensor ids_, targets_, x_, gradient_, final_rstd_, final_gradient_, next_logits_;
+  std::vector<LayerState> states_;
+  double cross_entropy_ = 0;
+  std::vector<RoutingSums> routing_;
+  std::vector<RoutingGradient> routing_gradients_;
 };
 
 }  // namespace shoal

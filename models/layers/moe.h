@@ -1,0 +1,97 @@
+// The feed-forward half of a layer of experts: x + shared(norm(x)) + sum over chosen experts of weight * expert(norm(x)). Each call
+// is the body of one kind of task (parallel/schedule/graph.h); the graph says in which order and on which lane they run. T tokens, D
+// width, F inner width, S rows of this rank's (token, expert) pairs, R rows of the experts that are here.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "models/layers/gated_mlp.h"
+#include "models/model_config.h"
+#include "models/routers/router.h"
+#include "parallel/expert/token_exchange.h"
+
+namespace shoal {
+
+// What layers of experts share.
+struct ExpertContext {
+  Communicator* control = nullptr;  // All ranks, for routing summaries; null: choices need no other rank and no row travels.
+  TokenExchange* exchange = nullptr;
+  Topology topology;
+  int rank = 0;
+  DispatchRule rule = DispatchRule::kNearest;
+};
+
+class MoeLayer {
+ public:
+  // What one pass leaves for the next task and for the backward pass.
+  struct Saved {
+    Tensor x, normed, rstd;  // x: the sum that was normalised.
+    std::unique_ptr<Router::Saved> routing;
+    Tensor summary, summaries;  // Of this rank and of all.
+    RoutedTokens routed;
+    std::optional<DispatchPlan> plan;
+    Tensor slot, token;
+    Tensor sent, arrived, gate_up;  // [S, D] (a buffer: until the rows are gone), [R, D], [R, 2F]
+    Tensor results, y;              // [R, D] (a buffer), [S, D]: the experts' results here and back home.
+    Tensor shared_gate_up, out;     // [T, 2F'], [T, D]
+    // Of the backward pass.
+    Tensor dweight, dy_home, dy, dh, dx, dx_home;
+  };
+  struct Chunks {
+    int forward = 1, backward = 1;
+  };
+
+  // Borrows `store` and `context` for life.
+  MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, const ExpertContext& context);
+
+  Router& router() { return *router_; }
+  bool has_shared_expert() const { return shared_.has_value(); }
+
+  // ---- Forward. `batch` without pieces.
+  void Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved, RoutingSums* sums,
+             Stream& stream);
+  absl::StatusOr<int64_t> Exchange(Saved* saved);  // Bytes.
+  absl::Status Arrange(Saved* saved, RoutingSums* sums, Stream& stream);
+  int64_t Pack(int chunk, Saved* saved, Stream& stream);     // Rows.
+  int64_t Experts(int chunk, Saved* saved, Stream& stream);  // Rows.
+  void Shared(Saved* saved, Stream& stream);
+  int64_t Combine(int chunk, Saved* saved, Stream& stream);  // Rows. The last chunk completes saved->out.
+
+  // ---- Backward, from gradient_TD (f32) by the output.
+  absl::StatusOr<int64_t> PackBackward(int chunk, const Tensor& gradient, Saved* saved, Stream& stream);
+  int64_t ExpertsBackward(int chunk, Saved* saved, Stream& stream);
+  int64_t ExpertsWeight(int chunk, int part, Saved* saved, Stream& stream);
+  void SharedBackward(const Tensor& gradient, kernels::Accumulate accumulate, Saved* saved, Stream& stream);
+  // gradient becomes the one by x + delta.
+  void RouteBackward(const RoutingGradient& routing, kernels::Accumulate accumulate, const Tensor& gradient, Saved* saved,
+                     Stream& stream);
+
+  // Rows of a chunk on their way; `phase` says of which pass. Bytes.
+  absl::StatusOr<int64_t> Travel(const Task& task, Saved* saved);
+  int64_t Stay(const Task& task, Saved* saved);
+
+ private:
+  struct Ends {
+    Tensor from, to;
+  };
+  static Ends EndsOf(Phase phase, TokenExchange::Way way, const Saved& saved);
+  std::vector<Tensor> LocalWeights(bool down) const;
+  std::vector<Tensor> LocalGradients(bool down) const;
+  absl::StatusOr<Tensor> Rows(TokenExchange::Use use, int64_t rows, const Saved& saved);
+
+  const ModelConfig config_;
+  const int layer_;
+  ParameterStore* store_;
+  const ExpertContext* context_;
+  const float epsilon_;
+  const std::string norm_;
+  std::unique_ptr<Router> router_;
+  std::optional<GatedMlp> shared_;
+  Router::Batch batch_;  // Of the pass at hand.
+  Chunks chunks_;
+};
+
+}  // namespace shoal
