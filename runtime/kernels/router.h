@@ -38,7 +38,11 @@ void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tenso
 // sums_QE (f64) = sum over the tokens of each sequence of their shares, in order.
 void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream);
 
-// y_RN = x_RN over the Euclidean norm_R of its rows, at least kNormMin; all f32.
+// Each expert's C best of T tokens by scores_TE (f32), of equal ones the earlier: score_E (f32) and token_E (i64) of the worst that it
+// takes. With C = 0 infinity and -1. T is below 2^32.
+void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream& stream);
+
+// y_RN = x_RN over the Euclidean norm_R of its rows, at least kNormMin; all f32. y may be x.
 constexpr float kNormMin = 1e-12f;
 void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream& stream);
 // dx_RN (f32, overwritten); may be dy_RN.
@@ -56,6 +60,7 @@ void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Te
 void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
                          const Tensor& dshare, const Tensor& dlogits, Stream& stream);
 void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream);
+void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream& stream);
 void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream& stream);
 void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream& stream);
 void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& probs, const Tensor& chosen,

@@ -277,6 +277,30 @@ TEST(SoftmaxBackward, ReferenceMatchesFiniteDifferences) {
   CheckGradient(logits, dlogits, loss, "dlogits");
 }
 
+TEST(TopTokens, MatchesReference) {
+  Stream stream;
+  for (auto [T, E] : {std::pair<int, int>{0, 3}, {1, 1}, {9, 4}, {700, 5}, {5000, 3}}) {
+    const Tensor scores = Random({T, E}, DType::kF32, 1);
+    for (float& value : scores.span<float>()) value = std::round(value * 8) / 8;  // Many ties.
+    for (int64_t C : {0, 1, T / 3, T}) {
+      if (C > T) continue;
+      SCOPED_TRACE(ShapeString({T, E, C}));
+      const Tensor score = Empty({E}, DType::kF32), token = Empty({E}, DType::kI64);
+      ref::TopTokens(scores, C, score, token, stream);
+      SweepLevels(
+          [&, E = E]() -> std::vector<Tensor> {
+            const Tensor got_score = Empty({E}, DType::kF32), got_token = Empty({E}, DType::kI64);
+            TopTokens(scores, C, got_score, got_token, stream);
+            return {got_score, got_token};
+          },
+          [&](const std::vector<Tensor>& got) {
+            ExpectSameBits(got[0], score, "score");
+            ExpectSameBits(got[1], token, "token");
+          });
+    }
+  }
+}
+
 TEST(NormalizeRows, MatchesReference) {
   Stream stream;
   for (auto [R, N] : {std::pair<int, int>{0, 8}, {1, 1}, {5, 12}, {7, 33}, {3001, 16}}) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
+#include <limits>
 #include <vector>
 
 #include "runtime/kernels/cpu/dispatch.h"
@@ -229,6 +231,30 @@ void SumShares(const Tensor& scores, const Tensor& sums, Stream&) {
         for (int64_t e = 0; e < E; ++e) sum += static_cast<double>(score[e]);
         for (int64_t e = 0; e < E; ++e) own[e] += static_cast<double>(score[e]) / sum;
       }
+    }
+  });
+}
+
+void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream&) {
+  const int64_t T = scores.dim(0), E = scores.dim(1);
+  SHOAL_CHECK(C >= 0 && C <= T && T <= UINT32_MAX) << C << " of " << T << " tokens";
+  CheckTensor(scores, DType::kF32, {T, E}, "scores");
+  CheckTensor(score, DType::kF32, {E}, "score");
+  CheckTensor(token, DType::kI64, {E}, "token");
+  std::fill_n(score.data<float>(), E, std::numeric_limits<float>::infinity());
+  std::fill_n(token.data<int64_t>(), E, int64_t{-1});
+  if (C == 0) return;
+  ParallelFor(E, GrainOfRows(8 * T), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> keys(static_cast<size_t>(T));  // Greater is better: the score, then the earlier token.
+    for (int64_t e = begin; e < end; ++e) {
+      for (int64_t t = 0; t < T; ++t) {
+        const uint32_t order = static_cast<uint32_t>(OrderOf(scores.data<float>()[t * E + e])) ^ 0x80000000u;
+        keys[static_cast<size_t>(t)] = uint64_t{order} << 32 | (UINT32_MAX - static_cast<uint32_t>(t));
+      }
+      std::nth_element(keys.begin(), keys.begin() + (C - 1), keys.end(), std::greater<>());
+      const int64_t worst = UINT32_MAX - static_cast<uint32_t>(keys[static_cast<size_t>(C - 1)]);
+      token.data<int64_t>()[e] = worst;
+      score.data<float>()[e] = scores.data<float>()[worst * E + e];
     }
   });
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -147,6 +148,18 @@ void SumShares(const Tensor& scores, const Tensor& sums, Stream&) {
     double sum = 0;
     for (int64_t e = 0; e < E; ++e) sum += Get(scores, t * E + e);
     for (int64_t e = 0; e < E; ++e) AddAt(sums, t / (T / Q) * E + e, Get(scores, t * E + e) / sum);
+  }
+}
+
+void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream&) {
+  const int64_t T = scores.dim(0), E = scores.dim(1);
+  for (int64_t e = 0; e < E; ++e) {
+    std::vector<int64_t> order(static_cast<size_t>(T));
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return Get(scores, a * E + e) > Get(scores, b * E + e); });
+    Set(token, e, C == 0 ? -1.0 : static_cast<double>(order[static_cast<size_t>(C - 1)]));
+    Set(score, e, C == 0 ? std::numeric_limits<double>::infinity() : Get(scores, order[static_cast<size_t>(C - 1)] * E + e));
   }
 }
 
