@@ -42,6 +42,10 @@ BalanceLoss ComputeBalanceLoss(const ModelConfig& config, const RoutingTotals& t
   if (config.aux_loss == AuxLoss::kHf) PooledLoss(config, totals, &loss);
   if (config.aux_loss == AuxLoss::kSwitch) PerLayerLoss(config, totals, &loss);
   for (double z_sum : totals.z_sums) loss.z += z_sum / static_cast<double>(totals.tokens);
+  if (totals.sequences > 0) {
+    for (double sum : totals.seq_aux_sums) loss.seq_aux += sum / static_cast<double>(totals.sequences);
+    loss.seq_aux_scale = static_cast<float>(config.seq_aux_loss_coef / static_cast<double>(totals.sequences));
+  }
   loss.z_scale = static_cast<float>(config.router_z_loss_coef / static_cast<double>(totals.tokens));
   return loss;
 }

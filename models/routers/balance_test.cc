@@ -34,6 +34,19 @@ TEST(BalanceLoss, BalancedValuesAreTheChoicesAndTheLayers) {
   EXPECT_DOUBLE_EQ(ComputeBalanceLoss(ConfigWith(AuxLoss::kNone), Balanced(3, 64)).aux, 0.0);
 }
 
+TEST(BalanceLoss, SequencesAreAveragedAndLayersAdded) {
+  ModelConfig config = ConfigWith(AuxLoss::kNone);
+  config.seq_aux_loss_coef = 0.02;
+  RoutingTotals totals = Balanced(3, 64);
+  totals.prob_sums.clear();
+  totals.sequences = 8;
+  totals.seq_aux_sums = {8, 12, 16};
+  const BalanceLoss loss = ComputeBalanceLoss(config, totals);
+  EXPECT_DOUBLE_EQ(loss.seq_aux, 1 + 1.5 + 2);
+  EXPECT_FLOAT_EQ(loss.seq_aux_scale, 0.02f / 8);
+  EXPECT_TRUE(loss.dprob.empty());
+}
+
 TEST(BalanceLoss, GradientIsThatOfTheLoss) {
   const unsigned seed = 7;
   RecordProperty("seed", static_cast<int>(seed));

@@ -1,0 +1,106 @@
+#include "models/routers/choices.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "parallel/placement/placement.h"
+
+namespace shoal {
+
+void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const Tensor& summary) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1);
+  SHOAL_CHECK_EQ(summary.elements(), pieces * K * experts);
+  int32_t* counts = summary.data<int32_t>();
+  std::fill_n(counts, summary.elements(), 0);
+  const int32_t* choice = chosen.data<int32_t>();
+  for (int piece = 0; piece < pieces; ++piece, counts += K * experts) {
+    const Range tokens = EvenPart(T, pieces, piece);
+    for (int64_t t = 0; t < tokens.count; ++t) {
+      for (int64_t k = 0; k < K; ++k) ++counts[k * experts + *choice++];
+    }
+  }
+}
+
+void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& summary) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1);
+  SHOAL_CHECK_EQ(summary.elements(), int64_t{pieces} * experts);
+  int32_t* counts = summary.data<int32_t>();
+  std::fill_n(counts, summary.elements(), 0);
+  const int32_t* choice = chosen.data<int32_t>();
+  for (int piece = 0; piece < pieces; ++piece, counts += experts) {
+    const int64_t pairs = EvenPart(T, pieces, piece).count * K;
+    for (int64_t i = 0; i < pairs; ++i) ++counts[*choice++];
+  }
+}
+
+Tensor CountChoices(const Tensor& chosen, int experts) {
+  const Tensor counts = Zeros({experts}, DType::kI64);
+  for (int32_t expert : chosen.span<int32_t>()) ++counts.data<int64_t>()[expert];
+  return counts;
+}
+
+RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1);
+  RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32),
+                      .expert = chosen.Reshape({T * K}),
+                      .weight = weights.Reshape({T * K}),
+                      .rows = {}};
+  for (int64_t t = 0; t <= T; ++t) routed.offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
+  const absl::Span<const int32_t> counts = summaries.span<int32_t>();
+  routed.rows.assign(counts.begin(), counts.end());
+  return routed;
+}
+
+int64_t ExpertCapacity(double factor, int64_t tokens, int experts) {
+  const double room = std::ceil(factor * static_cast<double>(tokens) / experts);
+  return room < static_cast<double>(tokens) ? static_cast<int64_t>(room) : tokens;
+}
+
+Admission Admit(absl::Span<const int32_t> summaries, int choices, int experts, int64_t capacity, const Router::Batch& batch) {
+  const size_t K = static_cast<size_t>(choices), E = static_cast<size_t>(experts);
+  const size_t ranks = batch.tokens_of_rank.size(), pieces = static_cast<size_t>(batch.pieces);
+  SHOAL_CHECK_EQ(summaries.size(), ranks * pieces * K * E);
+  Admission admission{.rows = std::vector<int64_t>(ranks * pieces * E), .own = std::vector<int64_t>(K * E)};
+  std::vector<int64_t> room(E, capacity);
+  for (size_t k = 0; k < K; ++k) {
+    for (size_t part = 0; part < ranks * pieces; ++part) {
+      const bool own = part / pieces == static_cast<size_t>(batch.rank);
+      for (size_t e = 0; e < E; ++e) {
+        const int64_t taken = std::min<int64_t>(summaries[(part * K + k) * E + e], room[e]);
+        room[e] -= taken;
+        admission.rows[part * E + e] += taken;
+        if (own) admission.own[k * E + e] += taken;
+      }
+    }
+  }
+  return admission;
+}
+
+RoutedTokens KeepAdmitted(const Tensor& chosen, const Tensor& weights, Admission admission, int experts, const Tensor& pair) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1);
+  int64_t pairs = 0;
+  for (int64_t count : admission.own) pairs += count;
+  RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32),
+                      .expert = Empty({pairs}, DType::kI32),
+                      .weight = Empty({pairs}, DType::kF32),
+                      .rows = std::move(admission.rows)};
+  std::vector<int64_t>& room = admission.own;
+  int32_t next = 0;
+  for (int64_t t = 0, i = 0; t < T; ++t) {
+    routed.offset.data<int32_t>()[t] = next;
+    for (int64_t k = 0; k < K; ++k, ++i) {
+      const int32_t expert = chosen.data<int32_t>()[i];
+      const bool stays = room[static_cast<size_t>(k * experts + expert)]-- > 0;
+      pair.data<int32_t>()[i] = stays ? next : -1;
+      if (!stays) continue;
+      routed.expert.data<int32_t>()[next] = expert;
+      routed.weight.data<float>()[next++] = weights.data<float>()[i];
+    }
+  }
+  routed.offset.data<int32_t>()[T] = next;
+  SHOAL_CHECK_EQ(next, pairs);
+  return routed;
+}
+
+}  // namespace shoal

@@ -1,0 +1,38 @@
+// From choices to the list of pairs that stay, for the routers of this folder. Pure, in integers: every rank computes the same
+// from the counts of all.
+//
+// A rank's summary is its counts of choices, [pieces, E] or, where the choices' order decides who finds room, [pieces, K, E] (i32).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "models/routers/router.h"
+
+namespace shoal {
+
+// Counts chosen_TK (i32) by piece and expert into `summary`, [pieces, E] flat.
+void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
+// The same by piece, choice and expert, [pieces, K, E] flat.
+void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
+// [E] i64: the choices of all tokens.
+Tensor CountChoices(const Tensor& chosen, int experts);
+
+// The list in which every choice stays. `summaries` by CountByPiece.
+RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
+
+// Tokens that an expert takes of a whole part of the batch: ceil(factor * tokens / experts), at most all.
+int64_t ExpertCapacity(double factor, int64_t tokens, int experts);
+
+// Which choices find room at an expert that takes `capacity` of them: they enter by choice (all first choices, of all ranks,
+// before any second), then by token in the batch's order.
+struct Admission {
+  std::vector<int64_t> rows;  // [ranks, pieces, E]: choices that stay.
+  std::vector<int64_t> own;   // [K, E]: of `rank`'s tokens; the first so many of them.
+};
+Admission Admit(absl::Span<const int32_t> summaries, int choices, int experts, int64_t capacity, const Router::Batch& batch);
+
+// The list of the choices that `admission` admits. pair_TK (i32): the pair of each choice, -1 for those that were refused.
+RoutedTokens KeepAdmitted(const Tensor& chosen, const Tensor& weights, Admission admission, int experts, const Tensor& pair);
+
+}  // namespace shoal

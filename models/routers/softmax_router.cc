@@ -1,0 +1,112 @@
+#include <algorithm>
+#include <utility>
+
+#include "models/routers/choices.h"
+#include "models/routers/kinds.h"
+#include "runtime/kernels/router.h"
+
+namespace shoal {
+namespace {
+
+using kernels::Renormalize;
+
+struct SoftmaxSaved : Router::Saved {
+  Tensor normed, probs, chosen, weights, logz;
+  Tensor pair;  // [T, K] i32: where a choice stands in the list, -1 for refused ones. Empty: at its own place.
+  std::unique_ptr<RouterLogits::Saved> logits;
+};
+
+class SoftmaxRouter : public Router {
+ public:
+  SoftmaxRouter(const ModelConfig& config, int layer, RouterParameters parameters)
+      : config_(config), logits_(MakeRouterLogits(config, layer, std::move(parameters))) {}
+
+  int64_t SummaryElements(int64_t, int pieces) const override {
+    return int64_t{pieces} * experts() * (config_.has_capacity() ? choices() : 1);
+  }
+  DType SummaryType() const override { return DType::kI32; }
+
+  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
+                               Stream& stream) override {
+    auto kept = std::make_unique<SoftmaxSaved>();
+    const int64_t tokens = normed.dim(0);
+    kept->normed = normed;
+    const Tensor logits = logits_->Forward(normed, &kept->logits, stream);
+    kept->probs = Empty({tokens, experts()}, DType::kF32);
+    kept->chosen = Empty({tokens, choices()}, DType::kI32);
+    kept->weights = Empty({tokens, choices()}, DType::kF32);
+    kept->logz = Empty({tokens}, DType::kF32);
+    kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream);
+    const auto count = config_.has_capacity() ? CountByPieceAndChoice : CountByPiece;
+    count(kept->chosen, batch.pieces, experts(), summary);
+    if (sums == nullptr) return kept;
+    sums->counts = CountChoices(kept->chosen, experts());
+    if (config_.aux_loss != AuxLoss::kNone) {
+      sums->prob_sums = Empty({experts()}, DType::kF64);
+      kernels::SumOverTokens(kept->probs, sums->prob_sums, stream);
+    }
+    for (float logz : kept->logz.span<float>()) sums->z_sum += static_cast<double>(logz) * static_cast<double>(logz);
+    return kept;
+  }
+
+  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream&) override {
+    SoftmaxSaved& kept = static_cast<SoftmaxSaved&>(saved);
+    if (!config_.has_capacity()) return KeepEveryChoice(kept.chosen, kept.weights, summaries);
+    int64_t tokens = 0;
+    for (int64_t count : batch.tokens_of_rank) tokens += count;
+    const int64_t capacity = ExpertCapacity(config_.capacity_factor, tokens, experts());
+    kept.pair = Empty(kept.chosen.shape(), DType::kI32);
+    RoutedTokens routed = KeepAdmitted(kept.chosen, kept.weights,
+                                       Admit(summaries.span<int32_t>(), choices(), experts(), capacity, batch), experts(), kept.pair);
+    if (sums != nullptr) CountRefused(kept, routed, sums);
+    return routed;
+  }
+
+  void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing, kernels::Accumulate accumulate,
+                const Tensor& dnormed, Stream& stream) override {
+    const SoftmaxSaved& kept = static_cast<const SoftmaxSaved&>(saved);
+    const Tensor dlogits = Empty(kept.probs.shape(), DType::kF32);
+    kernels::TopKSoftmaxBackward(kept.probs, kept.chosen, kept.weights, kept.logz, renormalize(), ByChoice(kept, dweight),
+                                 routing.dprob, routing.z_scale, dlogits, stream);
+    logits_->Backward(kept.logits.get(), kept.normed, dlogits, accumulate, dnormed, stream);
+  }
+
+ private:
+  int experts() const { return config_.num_local_experts; }
+  int choices() const { return config_.num_experts_per_tok; }
+  Renormalize renormalize() const {
+    const bool raw = config_.router == RouterKind::kSwitch || !config_.norm_topk_prob;
+    return raw ? Renormalize::kNo : Renormalize::kYes;
+  }
+
+  void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, RoutingSums* sums) const {
+    sums->dropped = Zeros({experts()}, DType::kI64);
+    for (int64_t i = 0; i < kept.pair.elements(); ++i) {
+      if (kept.pair.data<int32_t>()[i] < 0) ++sums->dropped.data<int64_t>()[kept.chosen.data<int32_t>()[i]];
+    }
+    const int32_t* offset = routed.offset.data<int32_t>();
+    for (int64_t t = 0; t < kept.chosen.dim(0); ++t) sums->unrouted += offset[t] == offset[t + 1] ? 1 : 0;
+  }
+
+  // [T, K]: gradients by the choices' weights, 0 for those that were refused.
+  static Tensor ByChoice(const SoftmaxSaved& kept, const Tensor& dweight) {
+    if (kept.pair.empty()) return dweight.Reshape(kept.chosen.shape());
+    const Tensor by_choice = Empty(kept.chosen.shape(), DType::kF32);
+    for (int64_t i = 0; i < by_choice.elements(); ++i) {
+      const int32_t pair = kept.pair.data<int32_t>()[i];
+      by_choice.data<float>()[i] = pair < 0 ? 0.0f : dweight.data<float>()[pair];
+    }
+    return by_choice;
+  }
+
+  ModelConfig config_;
+  std::unique_ptr<RouterLogits> logits_;
+};
+
+}  // namespace
+
+std::unique_ptr<Router> MakeSoftmaxRouter(const ModelConfig& config, int layer, RouterParameters parameters) {
+  return std::make_unique<SoftmaxRouter>(config, layer, std::move(parameters));
+}
+
+}  // namespace shoal
