@@ -132,7 +132,7 @@ absl::Status BenchRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   SetThreads(ThreadsPerRank(config, environment));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment, config)));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
-                         RankModel::Create(config, ModelConfigOf(config), *world, /*training=*/true));
+                         RankModel::Create(config, ModelConfigOf(config), *world, {.host = environment.node_rank}));
   SHOAL_RETURN_IF_ERROR(LoadWeights({.seed = config.run().seed()}, *model));
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   // The peak before and after, on all ranks at once: the better one counts.

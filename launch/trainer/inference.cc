@@ -26,7 +26,8 @@ absl::StatusOr<Source> OpenSource(const std::string& path) {
   SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(source.weights.checkpoint));
   SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*reader));
   source.model = ModelConfigOf(source.config);
-  source.config.mutable_parallel()->set_expert(1);
+  source.config.clear_parallel();  // One rank.
+  source.config.clear_schedule();
   return source;
 }
 
@@ -41,7 +42,7 @@ absl::StatusOr<std::string> GenerateText(const std::string& path, SampleOptions 
   }
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld({}));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
-                         RankModel::Create(source.config, source.model, *world, /*training=*/false));
+                         RankModel::Create(source.config, source.model, *world, {.training = false}));
   SHOAL_RETURN_IF_ERROR(LoadWeights(source.weights, *model), path);
   sample.context = source.config.train().seq_length();
   return SampleText(sample, *model, *world);

@@ -23,21 +23,13 @@ namespace {
 
 constexpr uint64_t kSampling = 2;  // The op number of sampled tokens in random keys.
 
-void ZeroMoments(const ParameterStore& store) {
-  for (const OwnedPart& part : store.owned()) {
-    for (const Tensor& moment : {part.exp_avg, part.exp_avg_sq}) {
-      if (!moment.empty()) std::memset(moment.raw(), 0, static_cast<size_t>(moment.bytes()));
-    }
-  }
-}
-
 absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
   SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
   SHOAL_RETURN_IF_ERROR(folder.Check(model.model()));
   for (const OwnedPart& part : model.store().owned()) {
     SHOAL_RETURN_IF_ERROR(folder.Read(part.name, part.row_begin, part.master));
   }
-  ZeroMoments(model.store());
+  model.store().ZeroMoments();
   return absl::OkStatus();
 }
 
@@ -161,7 +153,7 @@ absl::StatusOr<std::string> SampleText(const SampleOptions& options, RankModel& 
   for (int64_t i = 0; i < options.length; ++i) {
     const int64_t used = std::min<int64_t>(static_cast<int64_t>(ids.size()), options.context);
     const Tensor context(ids.data() + (static_cast<int64_t>(ids.size()) - used), {used}, DType::kI32);
-    SHOAL_ASSIGN_OR_RETURN(const Tensor logits, model.decoder().NextLogits(context, model.stream()), "sampling");
+    SHOAL_ASSIGN_OR_RETURN(const Tensor logits, model.NextLogits(context), "sampling");
     const kernels::RandomKey key{options.seed, kernels::MakeStream(0, 0, 0, kSampling)};
     const double uniform = static_cast<double>(kernels::RandomBits(key, static_cast<uint64_t>(i)) >> 11) * 0x1p-53;
     const Tensor next = Empty({1}, DType::kI32);

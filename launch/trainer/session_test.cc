@@ -18,7 +18,7 @@ struct Fixture {
     config.mutable_train()->set_seq_length(8);
     ResolveConfig(&config);
     world = *ConnectWorld({});
-    model = *RankModel::Create(config, ModelConfigOf(config), *world, /*training=*/false);
+    model = *RankModel::Create(config, ModelConfigOf(config), *world, {.training = false});
     EXPECT_TRUE(LoadWeights({.seed = 4}, *model).ok());
   }
   Config config;

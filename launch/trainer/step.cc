@@ -1,188 +1,376 @@
 #include "launch/trainer/step.h"
 
-#include <chrono>
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 
 #include "launch/status/measured_communicator.h"
-#include "models/routers/balance.h"
 
 namespace shoal {
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// One integer of every rank, in rank order.
+absl::StatusOr<std::vector<int64_t>> AllGatherInteger(Communicator& world, int64_t value, std::string_view label) {
+  const Tensor own = Empty({1}, DType::kI64), all = Empty({world.size()}, DType::kI64);
+  own.data<int64_t>()[0] = value;
+  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
+  SHOAL_RETURN_IF_ERROR(world.AllGather(own, counts, all, {.label = label}).Await());
+  return std::vector<int64_t>(all.span<int64_t>().begin(), all.span<int64_t>().end());
+}
 
-// Seconds since `*mark`, which becomes now.
-double Lap(Clock::time_point* mark) {
-  const Clock::time_point now = Clock::now();
-  const double seconds = std::chrono::duration<double>(now - *mark).count();
-  *mark = now;
-  return seconds;
+// What a routing sum of one layer holds in a packed vector, in this order.
+struct Packing {
+  int64_t experts = 0;
+  int64_t stride() const { return 3 + 3 * experts; }
+  enum : int64_t { kZ = 0, kSeqAux = 1, kUnrouted = 2, kCounts = 3 };
+  int64_t probs() const { return kCounts + experts; }
+  int64_t dropped() const { return kCounts + 2 * experts; }
+};
+
+// Counts are exact in f64.
+Tensor Pack(const std::vector<RoutingSums>& routing, const Packing& packing) {
+  const Tensor packed = Zeros({static_cast<int64_t>(routing.size()) * packing.stride()}, DType::kF64);
+  double* to = packed.data<double>();
+  for (const RoutingSums& sums : routing) {
+    to[Packing::kZ] = sums.z_sum;
+    to[Packing::kSeqAux] = sums.seq_aux_sum;
+    to[Packing::kUnrouted] = static_cast<double>(sums.unrouted);
+    for (int64_t e = 0; e < packing.experts; ++e) {
+      to[Packing::kCounts + e] = static_cast<double>(sums.counts.data<int64_t>()[e]);
+      if (!sums.prob_sums.empty()) to[packing.probs() + e] = sums.prob_sums.data<double>()[e];
+      if (!sums.dropped.empty()) to[packing.dropped() + e] = static_cast<double>(sums.dropped.data<int64_t>()[e]);
+    }
+    to += packing.stride();
+  }
+  return packed;
+}
+
+void AddRounded(const double* from, int64_t count, std::vector<int64_t>* to) {
+  to->resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) (*to)[static_cast<size_t>(i)] += std::llround(from[i]);
 }
 
 }  // namespace
 
-Layout LayoutFor(const Config& config, const ModelConfig& model, int ranks) {
-  // Without experts there is nothing to spread: every rank is a group of its own.
-  const int wanted = config.parallel().expert() < 0 ? ranks : config.parallel().expert();
-  const int expert = NumMoeLayers(model) == 0 ? 1 : wanted;
-  return {ranks, expert, model.num_local_experts};
-}
-
-ModelConfig ModelConfigOf(const Config& config) {
-  const Model& from = config.model();
-  ModelConfig model;
-  model.vocab_size = from.vocab_size();
-  model.hidden_size = from.hidden_size();
-  model.intermediate_size = from.intermediate_size();
-  model.dense_intermediate_size = from.dense_intermediate_size();
-  model.num_hidden_layers = from.num_hidden_layers();
-  model.num_attention_heads = from.num_attention_heads();
-  model.num_key_value_heads = from.num_key_value_heads();
-  model.head_dim = from.head_dim();
-  model.num_local_experts = from.num_local_experts();
-  model.num_experts_per_tok = from.num_experts_per_tok();
-  model.dense_layers.assign(static_cast<size_t>(from.num_hidden_layers()), false);
-  for (int layer : from.dense_layers()) model.dense_layers[static_cast<size_t>(layer)] = true;
-  model.norm_topk_prob = from.norm_topk_prob();
-  model.rms_norm_eps = from.rms_norm_eps();
-  model.rope_theta = from.rope_theta();
-  model.tie_word_embeddings = from.tie_word_embeddings();
-  model.initializer_range = from.initializer_range();
-  model.aux_loss = from.aux_loss() == "hf"       ? AuxLoss::kHf
-                   : from.aux_loss() == "switch" ? AuxLoss::kSwitch
-                                                 : AuxLoss::kNone;
-  model.router_aux_loss_coef = from.router_aux_loss_coef();
-  model.router_z_loss_coef = from.router_z_loss_coef();
-  return model;
-}
+// ---- Setting up.
 
 absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& config, const ModelConfig& model,
-                                                             Communicator& world, bool training) {
-  const std::vector<ParameterSpec> parameters = ParameterSpecs(model);
-  const Rank rank{world.index()};
-  SHOAL_ASSIGN_OR_RETURN(Placement placement, Placement::Make(ShapesOf(MakeBlocks(parameters)),
-                                                              LayoutFor(config, model, world.size())),
-                         "parallel.expert");
-  std::unique_ptr<RankModel> rank_model(new RankModel(config, model, std::move(placement), world));
-  const Placement& placed = rank_model->placement_;
-  SHOAL_ASSIGN_OR_RETURN(rank_model->replicas_, SplitAs(world, placed.ReplicaGroup(rank), "dp"), "replica group");
-  SHOAL_ASSIGN_OR_RETURN(rank_model->experts_, SplitAs(world, placed.ExpertGroup(rank), "ep"), "expert group");
+                                                             Communicator& world, const Options& options) {
+  std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
+  SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
+  SHOAL_RETURN_IF_ERROR(rank_model->Connect(options.host), "communicators");
+  const StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   SHOAL_ASSIGN_OR_RETURN(rank_model->store_,
-                         ParameterStore::Create(parameters, placed, world, *rank_model->replicas_,
-                                                {.compute = compute, .training = training}));
-  rank_model->exchange_ = std::make_unique<TokenExchange>(*rank_model->experts_, model.num_local_experts);
-  const Decoder::Options options{.seq = config.train().seq_length(),
-                                 .recompute = config.train().recompute(),
-                                 .loss_chunk = config.train().loss_chunk()};
-  rank_model->decoder_ =
-      std::make_unique<Decoder>(model, options, *rank_model->store_, *rank_model->exchange_);
+                         ParameterStore::Create(ParameterSpecs(model), std::move(placement), *rank_model->bulk_,
+                                                {.compute = compute,
+                                                 .training = options.training,
+                                                 .dense = shape.dense,
+                                                 .experts = shape.experts,
+                                                 .prefetch = config.schedule().prefetch()}));
+  const bool several = rank_model->topology_.hosts() > 1;
+  rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
+                                                          several ? rank_model->intra_.get() : rank_model->bulk_.get(),
+                                                          rank_model->topology_, world.index());
+  rank_model->experts_ = {.control = shape.exchange && world.size() > 1 ? rank_model->control_.get() : nullptr,
+                          .exchange = rank_model->exchange_.get(),
+                          .topology = rank_model->topology_,
+                          .rank = world.index(),
+                          .rule = DispatchRuleFor(config)};
+  rank_model->decoder_ = std::make_unique<Decoder>(model,
+                                                   Decoder::Options{.seq = config.train().seq_length(),
+                                                                    .recompute = config.train().recompute(),
+                                                                    .loss_chunk = config.train().loss_chunk()},
+                                                   *rank_model->store_, rank_model->experts_);
+  if (options.training) {
+    const Schedule schedule = rank_model->InitialSchedule(shape);
+    rank_model->train_ = {shape, schedule, EmitStep(shape, schedule)};
+  }
+  StepShape forward = shape;
+  forward.mode = StepShape::Mode::kForward;
+  forward.parts = 1;
+  const Schedule schedule = rank_model->InitialSchedule(forward);
+  rank_model->forward_ = {forward, schedule, EmitStep(forward, schedule)};
   return rank_model;
 }
 
-absl::StatusOr<RankModel::PartTotals> RankModel::SumOverRanks(const Decoder::Sums& sums, int64_t tokens) {
-  const int64_t layers = static_cast<int64_t>(sums.routing.size()), experts = model_.num_local_experts;
-  // Cross-entropy, then per layer: z, counts, probabilities. Counts are exact in f64.
-  const int64_t stride = 1 + 2 * experts;
-  const Tensor packed = Empty({1 + layers * stride}, DType::kF64);
-  double* values = packed.data<double>();
-  values[0] = sums.cross_entropy;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const RoutingSums& routing = sums.routing[static_cast<size_t>(layer)];
-    double* own = values + 1 + layer * stride;
-    own[0] = routing.z_sum;
-    for (int64_t e = 0; e < experts; ++e) {
-      own[1 + e] = static_cast<double>(routing.counts.data<int64_t>()[e]);
-      own[1 + experts + e] = routing.prob_sums.data<double>()[e];
-    }
+absl::Status RankModel::Connect(int64_t host) {
+  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> hosts, AllGatherInteger(*world_, host, "hosts"));
+  topology_ = TopologyOf(hosts);
+  std::vector<int> all(static_cast<size_t>(world_->size()));
+  std::iota(all.begin(), all.end(), 0);
+  SHOAL_ASSIGN_OR_RETURN(control_, SplitAs(*world_, all, "control"));
+  SHOAL_ASSIGN_OR_RETURN(bulk_, SplitAs(*world_, all, "bulk"));
+  const std::vector<int> here = topology_.RanksOf(topology_.HostOf(world_->index()));
+  if (topology_.hosts() > 1 && here.size() > 1) {
+    SHOAL_ASSIGN_OR_RETURN(intra_, SplitAs(*world_, here, "intra"));
   }
-  if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(world_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "loss"}).Await(), "summing the loss");
-  }
-  PartTotals totals{.cross_entropy = values[0], .routing = {.tokens = tokens, .counts = {}, .prob_sums = {}, .z_sums = {}}};
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const double* own = values + 1 + layer * stride;
-    totals.routing.z_sums.push_back(own[0]);
-    totals.routing.counts.emplace_back(own + 1, own + 1 + experts);
-    totals.routing.prob_sums.emplace_back(own + 1 + experts, own + stride);
-  }
-  return totals;
+  return absl::OkStatus();
 }
 
-absl::Status RankModel::TrainPart(const Tensor& tokens, int part, StepResult* result) {
-  Clock::time_point mark = Clock::now();
-  const int64_t parts = config_.train().gradient_accumulation_steps(), seq = config_.train().seq_length();
-  const int64_t batch_tokens = config_.train().global_batch_size() * seq, part_tokens = batch_tokens / parts;
-  const float scale = static_cast<float>(1.0 / static_cast<double>(batch_tokens));
-  const auto accumulate = part == 0 ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd;
-  SHOAL_ASSIGN_OR_RETURN(const Decoder::Sums sums, decoder_->Forward(tokens, scale, accumulate, stream_), "forward pass");
-  SHOAL_ASSIGN_OR_RETURN(const PartTotals totals, SumOverRanks(sums, part_tokens));
-  const BalanceLoss balance = ComputeBalanceLoss(model_, totals.routing);
-  result->forward_seconds += Lap(&mark);
+Schedule RankModel::InitialSchedule(const StepShape& shape) const {
+  std::vector<int64_t> elements;
+  for (int bucket = 0; bucket < store_->dense().buckets(); ++bucket) elements.push_back(store_->dense().elements(bucket));
+  Schedule schedule = PlainSchedule(shape, elements);
+  schedule.prefetch = config_.schedule().prefetch();
+  for (LayerSchedule& layer : schedule.layers) {
+    layer.forward_chunks = std::max(1, config_.schedule().chunks_forward());
+    layer.backward_chunks = std::max(1, config_.schedule().chunks_backward());
+  }
+  return schedule;
+}
 
+// ---- Running.
+
+absl::Status RankModel::Execute(const Program& program, const Executor::Body& body) {
+  const auto abort = [this](const absl::Status& status) { world_->Abort(status); };
+  SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, body, abort, &record_));
+  return stream_.status();
+}
+
+std::vector<int64_t> RankModel::TokensOfRanks(int64_t all_rows, int64_t seq) const {
+  std::vector<int64_t> tokens;
+  for (int rank = 0; rank < topology_.ranks(); ++rank) {
+    tokens.push_back(EvenPart(all_rows, topology_.ranks(), rank).count * seq);
+  }
+  return tokens;
+}
+
+absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, double learning_rate, int64_t update,
+                                            const OnGradients& on_gradients) {
+  StepState step{.parts = &parts, .learning_rate = learning_rate, .update = update, .on_gradients = &on_gradients};
+  SHOAL_CHECK_EQ(parts.size(), static_cast<size_t>(train_.shape.parts));
+  SHOAL_RETURN_IF_ERROR(Execute(train_, [&](const Task& task) { return RunTrainTask(task, &step); }));
+  const std::vector<Router*> routers = decoder_->routers();
+  for (size_t layer = 0; layer < routers.size(); ++layer) {
+    if (step.result.finite) routers[layer]->EndStep(step.result.expert_counts[layer]);
+    step.result.router_state.push_back(routers[layer]->state());
+  }
+  SetTimes(train_.graph, &step.result);
+  return std::move(step.result);
+}
+
+absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step) {
+  switch (task.op) {
+    case Op::kEmbed:
+      if (task.phase == Phase::kForward) BeginPart(task.part, step);
+      return decoder_->Run(task, stream_);
+    case Op::kTotals:
+      return SumRouting(step);
+    case Op::kBalance:
+      Balance(step);
+      return 0;
+    case Op::kNorm:
+      if (*step->on_gradients) (*step->on_gradients)(*store_);
+      step->squares = store_->SquaresByBlock(stream_);
+      if (world_->size() == 1) FinishNorm(step);
+      return static_cast<double>(step->squares.elements());
+    case Op::kNormSum:
+      return SumNorm(step);
+    case Op::kUpdate:
+      return step->result.finite ? Update(task, *step) : 0;
+    case Op::kHead: {
+      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, stream_));
+      if (task.phase == Phase::kForward) step->cross_entropy += decoder_->cross_entropy();
+      return units;
+    }
+    default:
+      return RunStoreTask(task);
+  }
+}
+
+absl::StatusOr<double> RankModel::RunStoreTask(const Task& task) {
+  DenseStore& dense = store_->dense();
+  switch (task.op) {
+    case Op::kGather:
+      SHOAL_RETURN_IF_ERROR(dense.Gather(task.chunk));
+      return static_cast<double>(dense.bytes(task.chunk));
+    case Op::kRelease:
+      if (task.layer >= 0) {
+        store_->experts().Release(task.layer);
+      } else {
+        dense.Release(task.chunk);
+      }
+      return 0;
+    case Op::kReduce: {
+      const GradientSlice& slice = train_.schedule.gradients[static_cast<size_t>(task.slice)];
+      SHOAL_RETURN_IF_ERROR(dense.Reduce(slice.bucket, slice.begin, slice.count, task.part));
+      return static_cast<double>(slice.count * SizeOf(DType::kF32));
+    }
+    case Op::kMaterialise: {
+      SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, store_->experts().Materialise(task.layer));
+      return static_cast<double>(bytes);
+    }
+    case Op::kReduceExperts: {
+      SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, store_->experts().ReduceGradients(task.layer));
+      return static_cast<double>(bytes);
+    }
+    default:
+      return decoder_->Run(task, stream_);
+  }
+}
+
+void RankModel::BeginPart(int part, StepState* step) {
+  const int64_t parts = train_.shape.parts, seq = config_.train().seq_length();
+  const int64_t batch_rows = config_.train().global_batch_size();
+  decoder_->Begin({.mode = Decoder::Pass::Mode::kTrain,
+                   .tokens = (*step->parts)[static_cast<size_t>(part)],
+                   .tokens_of_rank = TokensOfRanks(batch_rows / parts, seq),
+                   .loss_scale = static_cast<float>(1.0 / static_cast<double>(batch_rows * seq)),
+                   .part = part,
+                   .schedule = &train_.schedule});
+}
+
+// ---- Auxiliary losses.
+
+absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
+  const Packing packing{model_.num_local_experts};
+  const Tensor packed = Pack(decoder_->routing(), packing);
+  if (world_->size() > 1) {
+    SHOAL_RETURN_IF_ERROR(control_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "routing sums"}).Await(),
+                          "summing what routers did");
+  }
+  RoutingTotals totals;
+  const int64_t layers = static_cast<int64_t>(decoder_->routing().size());
+  step->result.expert_counts.resize(static_cast<size_t>(layers));
+  step->result.unrouted.resize(static_cast<size_t>(layers));
+  if (model_.has_capacity()) step->result.dropped.resize(static_cast<size_t>(layers));
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const double* from = packed.data<double>() + layer * packing.stride();
+    const size_t at = static_cast<size_t>(layer);
+    totals.z_sums.push_back(from[Packing::kZ]);
+    totals.seq_aux_sums.push_back(from[Packing::kSeqAux]);
+    totals.counts.emplace_back(from + Packing::kCounts, from + packing.probs());
+    totals.prob_sums.emplace_back(from + packing.probs(), from + packing.dropped());
+    step->result.unrouted[at] += std::llround(from[Packing::kUnrouted]);
+    AddRounded(from + Packing::kCounts, packing.experts, &step->result.expert_counts[at]);
+    if (model_.has_capacity()) AddRounded(from + packing.dropped(), packing.experts, &step->result.dropped[at]);
+  }
+  step->totals = std::move(totals);
+  return static_cast<double>(packed.bytes());
+}
+
+void RankModel::Balance(StepState* step) {
+  if (world_->size() == 1) SumRouting(step).IgnoreError();  // Nobody to fail.
+  const int64_t parts = train_.shape.parts, batch = config_.train().global_batch_size();
+  step->totals.sequences = batch / parts;
+  step->totals.tokens = step->totals.sequences * config_.train().seq_length();
+  const BalanceLoss balance = ComputeBalanceLoss(model_, step->totals);
   const double share = 1.0 / static_cast<double>(parts);
-  std::vector<RoutingGradient> gradients(totals.routing.counts.size());
+  std::vector<RoutingGradient> gradients(step->totals.counts.size());
   for (size_t layer = 0; layer < gradients.size(); ++layer) {
     gradients[layer].z_scale = balance.z_scale * static_cast<float>(share);
+    gradients[layer].seq_aux_scale = balance.seq_aux_scale * static_cast<float>(share);
     if (balance.dprob.empty()) continue;
     gradients[layer].dprob = Empty({model_.num_local_experts}, DType::kF32);
     for (int e = 0; e < model_.num_local_experts; ++e) {
       gradients[layer].dprob.data<float>()[e] = balance.dprob[layer][static_cast<size_t>(e)] * static_cast<float>(share);
     }
   }
-  SHOAL_RETURN_IF_ERROR(decoder_->Backward(gradients, stream_), "backward pass");
-  result->backward_seconds += Lap(&mark);
-
-  result->cross_entropy += totals.cross_entropy / static_cast<double>(batch_tokens);
-  result->aux += balance.aux * share;
-  result->z += balance.z * share;
-  result->expert_counts.resize(totals.routing.counts.size());
-  for (size_t layer = 0; layer < totals.routing.counts.size(); ++layer) {
-    std::vector<int64_t>& counts = result->expert_counts[layer];
-    counts.resize(static_cast<size_t>(model_.num_local_experts));
-    for (size_t e = 0; e < counts.size(); ++e) counts[e] += static_cast<int64_t>(totals.routing.counts[layer][e]);
-  }
-  return absl::OkStatus();
+  decoder_->SetRoutingGradients(std::move(gradients));
+  step->result.aux += balance.aux * share;
+  step->result.z += balance.z * share;
+  step->result.seq_aux += balance.seq_aux * share;
 }
 
-absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, double learning_rate, int64_t update,
-                                            const OnGradients& on_gradients) {
-  StepResult result;
-  for (size_t part = 0; part < parts.size(); ++part) {
-    SHOAL_RETURN_IF_ERROR(TrainPart(parts[part], static_cast<int>(part), &result));
-  }
-  result.loss = result.cross_entropy + model_.router_aux_loss_coef * result.aux + model_.router_z_loss_coef * result.z;
+// ---- Norm, loss and update.
 
-  Clock::time_point mark = Clock::now();
-  SHOAL_RETURN_IF_ERROR(store_->ReduceGradients());
-  result.reduce_seconds = Lap(&mark);
-  if (on_gradients) on_gradients(*store_);
-  SHOAL_ASSIGN_OR_RETURN(result.grad_norm, store_->GradientNorm(stream_));
+absl::StatusOr<double> RankModel::SumNorm(StepState* step) {
+  const int64_t blocks = step->squares.elements();
+  const Tensor sums = Empty({blocks + 1}, DType::kF64);
+  std::memcpy(sums.raw(), step->squares.raw(), static_cast<size_t>(step->squares.bytes()));
+  sums.data<double>()[blocks] = step->cross_entropy;
+  SHOAL_RETURN_IF_ERROR(control_->AllReduce(sums, sums, ReduceOp::kSum, {.label = "gradient norm"}).Await(), "gradient norm");
+  step->squares = sums.Rows(0, blocks);
+  step->cross_entropy = sums.data<double>()[blocks];
+  FinishNorm(step);
+  return static_cast<double>(sums.bytes());
+}
+
+void RankModel::FinishNorm(StepState* step) {
+  StepResult& result = step->result;
+  double total = 0;
+  for (double square : step->squares.span<double>()) total += square;
+  result.grad_norm = std::sqrt(total);
+  result.cross_entropy = step->cross_entropy /
+                         static_cast<double>(config_.train().global_batch_size() * config_.train().seq_length());
+  result.loss = result.cross_entropy + model_.router_aux_loss_coef * result.aux + model_.router_z_loss_coef * result.z +
+                model_.seq_aux_loss_coef * result.seq_aux;
   result.finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
-  if (result.finite) {
-    const Optimizer& optimizer = config_.optimizer();
-    const double clip = optimizer.clip_grad();
-    kernels::AdamWStep step{.learning_rate = learning_rate,
-                            .beta1 = optimizer.beta1(),
-                            .beta2 = optimizer.beta2(),
-                            .epsilon = optimizer.eps(),
-                            .weight_decay = optimizer.weight_decay(),
-                            .update = update};
-    if (clip > 0 && result.grad_norm > clip) step.grad_scale = static_cast<float>(clip / (result.grad_norm + 1e-6));
-    SHOAL_RETURN_IF_ERROR(store_->Update(step, stream_));
-  }
-  result.update_seconds = Lap(&mark);
-  SHOAL_RETURN_IF_ERROR(stream_.status());
-  return result;
 }
 
-absl::StatusOr<double> RankModel::Evaluate(const Tensor& rows) {
-  SHOAL_ASSIGN_OR_RETURN(const double own, decoder_->Evaluate(rows, stream_), "evaluation");
-  if (world_->size() == 1) return own;
+absl::StatusOr<double> RankModel::Update(const Task& task, const StepState& step) {
+  const Optimizer& optimizer = config_.optimizer();
+  kernels::AdamWStep adamw{.learning_rate = step.learning_rate,
+                           .beta1 = optimizer.beta1(),
+                           .beta2 = optimizer.beta2(),
+                           .epsilon = optimizer.eps(),
+                           .weight_decay = optimizer.weight_decay(),
+                           .update = step.update};
+  const double clip = optimizer.clip_grad(), norm = step.result.grad_norm;
+  if (clip > 0 && norm > clip) adamw.grad_scale = static_cast<float>(clip / (norm + 1e-6));
+  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, stream_));
+  store_->dense().Update(task.chunk, adamw, stream_);
+  return static_cast<double>(store_->dense().elements(task.chunk));
+}
+
+// From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.
+void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
+  int64_t forward = record_.begin_ns, backward = record_.begin_ns, reduced = record_.end_ns;
+  result->forward_seconds = result->backward_seconds = 0;
+  int64_t mark = record_.begin_ns;
+  for (size_t i = 0; i < graph.tasks.size(); ++i) {
+    const Task& task = graph.tasks[i];
+    if (task.lane != Lane::kCompute) continue;
+    if (task.op == Op::kBalance) {
+      forward = record_.tasks[i].end_ns;
+      result->forward_seconds += static_cast<double>(forward - mark) * 1e-9;
+      mark = forward;
+    } else if (task.op == Op::kEmbed && task.phase == Phase::kBackward) {
+      backward = record_.tasks[i].end_ns;
+      result->backward_seconds += static_cast<double>(backward - mark) * 1e-9;
+      mark = backward;
+    } else if (task.op == Op::kNorm) {
+      reduced = record_.tasks[i].begin_ns;
+    }
+  }
+  result->reduce_seconds = static_cast<double>(reduced - backward) * 1e-9;
+  result->update_seconds = static_cast<double>(record_.end_ns - reduced) * 1e-9;
+}
+
+// ---- Without gradients.
+
+absl::Status RankModel::RunForward(Decoder::Pass pass) {
+  pass.schedule = &forward_.schedule;
+  return Execute(forward_, [&](const Task& task) -> absl::StatusOr<double> {
+    if (task.op == Op::kEmbed) decoder_->Begin(pass);
+    return task.op == Op::kHead ? decoder_->Run(task, stream_) : RunStoreTask(task);
+  });
+}
+
+absl::StatusOr<double> RankModel::Evaluate(const Tensor& rows, int64_t all_rows) {
+  const int64_t seq = rows.dim(1) - 1;
+  SHOAL_RETURN_IF_ERROR(RunForward({.mode = Decoder::Pass::Mode::kEvaluate,
+                                    .tokens = rows,
+                                    .tokens_of_rank = TokensOfRanks(all_rows, seq)}),
+                        "evaluation");
   const Tensor sum = Empty({1}, DType::kF64);
-  sum.data<double>()[0] = own;
-  SHOAL_RETURN_IF_ERROR(world_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss"}).Await(), "summing the loss");
+  sum.data<double>()[0] = decoder_->cross_entropy();
+  if (world_->size() > 1) {
+    SHOAL_RETURN_IF_ERROR(control_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss"}).Await(),
+                          "summing the loss");
+  }
   return sum.data<double>()[0];
+}
+
+absl::StatusOr<Tensor> RankModel::NextLogits(const Tensor& ids) {
+  // Every rank computes the same sequence.
+  const std::vector<int64_t> tokens(static_cast<size_t>(world_->size()), ids.elements());
+  SHOAL_RETURN_IF_ERROR(RunForward({.mode = Decoder::Pass::Mode::kNextLogits,
+                                    .tokens = ids.Reshape({1, ids.elements()}),
+                                    .tokens_of_rank = tokens}));
+  return decoder_->next_logits();
 }
 
 }  // namespace shoal

@@ -1,5 +1,5 @@
-// One optimizer step of one rank: forward, backward, reduction, clipping, AdamW. Reads like the paper; where things live is
-// the placement's.
+// One optimizer step of one rank: forward, backward, reduction, clipping, AdamW, run as a step graph (parallel/schedule). Where
+// things live is the placement's, what is computed the decoder's; here the two meet.
 #pragma once
 
 #include <functional>
@@ -8,17 +8,22 @@
 
 #include "collectives/communicator.h"
 #include "launch/config/config.pb.h"
+#include "launch/trainer/layout.h"
 #include "models/routers/balance.h"
 #include "models/zoo/decoder.h"
+#include "parallel/schedule/executor.h"
 
 namespace shoal {
 
 struct StepResult {
-  double loss = 0;  // cross_entropy + coefficients * (aux, z), over the global batch; the same on every rank.
-  double cross_entropy = 0, aux = 0, z = 0;
+  double loss = 0;  // cross_entropy + coefficients * (aux, z, seq_aux), over the global batch; the same on every rank.
+  double cross_entropy = 0, aux = 0, z = 0, seq_aux = 0;
   double grad_norm = 0;                            // Before clipping.
-  std::vector<std::vector<int64_t>> expert_counts;  // Per MoE layer, over the global batch.
-  bool finite = true;                              // False: the update was skipped.
+  std::vector<std::vector<int64_t>> expert_counts;  // Per MoE layer, choices over the global batch.
+  std::vector<std::vector<int64_t>> dropped;        // Of these, refused for capacity; empty: the router never drops.
+  std::vector<int64_t> unrouted;                    // Per MoE layer, tokens without any expert.
+  std::vector<Tensor> router_state;                 // Per MoE layer, after the step: Router::state.
+  bool finite = true;                               // False: the update was skipped.
   double forward_seconds = 0, backward_seconds = 0, reduce_seconds = 0, update_seconds = 0;
 };
 
@@ -28,53 +33,86 @@ using OnGradients = std::function<void(const ParameterStore&)>;
 // The model of one rank, ready to train or to evaluate. Not thread-safe; its collective calls are made by all ranks alike.
 class RankModel {
  public:
-  // Borrows `world` for life. `precision` fp32 or bf16 is the configuration's. Parameters are uninitialised.
+  struct Options {
+    bool training = true;
+    int64_t host = 0;  // Equal on ranks of one host.
+  };
+  // Collective. Borrows `world` for life. `precision` fp32 or bf16 is the configuration's. Parameters are uninitialised.
   // INVALID_ARGUMENT: the parallel layout does not fit; RESOURCE_EXHAUSTED: too little shared memory.
   static absl::StatusOr<std::unique_ptr<RankModel>> Create(const Config& config, const ModelConfig& model,
-                                                           Communicator& world, bool training);
+                                                           Communicator& world, const Options& options);
 
   // Collective. One step on this rank's rows of each part of the global batch: batch_of(part) is [rows, seq + 1] (i32).
   absl::StatusOr<StepResult> Train(const std::vector<Tensor>& parts, double learning_rate, int64_t update,
                                    const OnGradients& on_gradients = nullptr);
-  // Collective. Sum of cross-entropies over all ranks' rows.
-  absl::StatusOr<double> Evaluate(const Tensor& rows);
+  // Collective. Sum of cross-entropies over all ranks' rows; this rank has RowsOf(all_rows) of them.
+  absl::StatusOr<double> Evaluate(const Tensor& rows, int64_t all_rows);
+  // Collective. Logits [V] (f32) of the token after `ids` [n] (i32), n >= 1, the same on every rank.
+  absl::StatusOr<Tensor> NextLogits(const Tensor& ids);
 
   // This rank's share of a part of the batch with `rows` sequences.
-  Range RowsOf(int64_t rows) const { return placement_.RowsOf(Rank{world_->index()}, rows); }
+  Range RowsOf(int64_t rows) const { return EvenPart(rows, topology_.ranks(), world_->index()); }
 
   ParameterStore& store() { return *store_; }
   const ParameterStore& store() const { return *store_; }
   Decoder& decoder() { return *decoder_; }
   Stream& stream() { return stream_; }
-  const Placement& placement() const { return placement_; }
+  const Topology& topology() const { return topology_; }
   const ModelConfig& model() const { return model_; }
+  // The graph of a training step, and when its tasks ran last.
+  const Graph& graph() const { return train_.graph; }
+  const StepRecord& record() const { return record_; }
 
  private:
-  RankModel(const Config& config, const ModelConfig& model, Placement placement, Communicator& world)
-      : config_(config), model_(model), placement_(std::move(placement)), world_(&world) {}
-
-  // Sums of a part over all ranks, from one reduction.
-  struct PartTotals {
-    double cross_entropy = 0;
-    RoutingTotals routing;
+  // A graph with the schedule it was emitted from.
+  struct Program {
+    StepShape shape;
+    Schedule schedule;
+    Graph graph;
   };
-  absl::StatusOr<PartTotals> SumOverRanks(const Decoder::Sums& sums, int64_t tokens);
-  absl::Status TrainPart(const Tensor& tokens, int part, StepResult* result);
+  // What the tasks of one step share.
+  struct StepState {
+    const std::vector<Tensor>* parts = nullptr;
+    double learning_rate = 0;
+    int64_t update = 0;
+    const OnGradients* on_gradients = nullptr;
+    RoutingTotals totals;            // Of the part at hand, over all ranks.
+    double cross_entropy = 0;        // Of this rank's tokens, all parts; after kNormSum of all ranks'.
+    Tensor squares;                  // By block, and the cross-entropy.
+    StepResult result;
+  };
 
-  Config config_;
-  ModelConfig model_;
-  Placement placement_;
+  RankModel(const Config& config, const ModelConfig& model, Communicator& world)
+      : config_(config), model_(model), world_(&world) {}
+  absl::Status Connect(int64_t host);
+  Schedule InitialSchedule(const StepShape& shape) const;
+  absl::Status Execute(const Program& program, const Executor::Body& body);
+  std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
+  absl::Status RunForward(Decoder::Pass pass);
+
+  absl::StatusOr<double> RunTrainTask(const Task& task, StepState* step);
+  absl::StatusOr<double> RunStoreTask(const Task& task);
+  void BeginPart(int part, StepState* step);
+  absl::StatusOr<double> SumRouting(StepState* step);  // kTotals
+  void Balance(StepState* step);
+  absl::StatusOr<double> SumNorm(StepState* step);
+  void FinishNorm(StepState* step);
+  absl::StatusOr<double> Update(const Task& task, const StepState& step);
+  void SetTimes(const Graph& graph, StepResult* result) const;
+
+  const Config config_;
+  const ModelConfig model_;
   Communicator* world_;
-  std::unique_ptr<Communicator> replicas_, experts_;
+  Topology topology_;
+  std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several.
   std::unique_ptr<ParameterStore> store_;
   std::unique_ptr<TokenExchange> exchange_;
+  ExpertContext experts_;
   std::unique_ptr<Decoder> decoder_;
+  Executor executor_;
+  Program train_, forward_;
+  StepRecord record_;
   Stream stream_;
 };
-
-// The placement's layout of a resolved configuration on `ranks` ranks.
-Layout LayoutFor(const Config& config, const ModelConfig& model, int ranks);
-// The model's shape, as the lower floors know it, from a resolved configuration.
-ModelConfig ModelConfigOf(const Config& config);
 
 }  // namespace shoal

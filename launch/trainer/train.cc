@@ -74,7 +74,7 @@ class TrainingRun {
                       .model = ModelText(),
                       .precision = config_.train().precision(),
                       .config_hash = absl::StrFormat("%016x", ConfigHash(config_)),
-                      .layout = LayoutText()});
+                      .layout = LayoutText(config_, model_config_, environment_.world_size)});
     const int expert = LayoutFor(config_, model_config_, environment_.world_size).expert;
     metrics_->SetRank({.rank = environment_.rank,
                        .local_rank = environment_.local_rank,
@@ -89,7 +89,7 @@ class TrainingRun {
       SHOAL_ASSIGN_OR_RETURN(lock_, FolderLock::Take(run_dir_));
     }
     SHOAL_RETURN_IF_ERROR(OpenData());
-    SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, /*training=*/true), "setting up");
+    SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, {.host = environment_.node_rank}), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
     SHOAL_RETURN_IF_ERROR(StartReporter());
     if (is_rank0()) SHOAL_RETURN_IF_ERROR(first_step_ == 0 ? PutOldCheckpointsAside() : PutLaterCheckpointsAside());
@@ -245,13 +245,6 @@ class TrainingRun {
                            m.num_local_experts, m.num_experts_per_tok);
   }
 
-  std::string LayoutText() const {
-    const Layout layout = LayoutFor(config_, model_config_, environment_.world_size);
-    if (layout.ranks == 1) return "one rank";
-    if (layout.expert == 1) return "data parallel, optimizer sharded";
-    return absl::StrFormat("experts over %d of %d ranks, optimizer sharded", layout.expert, layout.ranks);
-  }
-
   std::string DataText() const {
     if (data_.train_tokens == 0) return config_.data().kind();
     return absl::StrFormat("%s, %.2f M tokens to train on, %.2f M held out",
@@ -282,7 +275,7 @@ class TrainingRun {
     options.world_size = environment_.world_size;
     options.threads_per_rank = Threads();
     options.model = ModelText();
-    options.layout = LayoutText();
+    options.layout = LayoutText(config_, model_config_, environment_.world_size);
     options.precision = config_.train().precision();
     options.data = DataText();
     for (int layer = 0; layer < model_config_.num_hidden_layers; ++layer) {
@@ -369,14 +362,15 @@ class TrainingRun {
     const int64_t part_rows = batch / config_.train().gradient_accumulation_steps();
     double sum = 0;
     for (int64_t first = 0; first < rows; first += part_rows) {
-      const Range mine = model_->RowsOf(std::min(part_rows, rows - first));
+      const int64_t count = std::min(part_rows, rows - first);
+      const Range mine = model_->RowsOf(count);
       const Tensor tokens = Empty({mine.count, seq + 1}, DType::kI32);
       for (int64_t i = 0; i < mine.count; ++i) {
         // A part of the split is spread over all of it: neighbouring windows are alike.
         const int64_t row = (first + mine.begin + i) * data_.ValidationRows() / rows;
         SHOAL_RETURN_IF_ERROR(data_.validation->ReadRows(0, row, tokens.Rows(i, 1)));
       }
-      SHOAL_ASSIGN_OR_RETURN(const double part, model_->Evaluate(tokens));
+      SHOAL_ASSIGN_OR_RETURN(const double part, model_->Evaluate(tokens, count));
       sum += part;
     }
     const int64_t tokens = rows * seq;

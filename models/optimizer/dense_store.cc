@@ -246,7 +246,7 @@ void DenseStore::AppendOwned(std::vector<OwnedPart>* owned) const {
         Shape shape = spec.shape;
         shape[0] = part.rows;
         int64_t at_element = begin + part.offset;
-        OwnedPart piece{spec.name, spec.shape, part.row_begin, part.parameter, {}, {}, {}};
+        OwnedPart piece{spec.name, spec.shape, part.row_begin, part.parameter, {}, {}, {}, {}};
         if (owned->size() > first && owned->back().parameter == part.parameter) {  // The rows before these.
           shape[0] += owned->back().master.dim(0);
           piece.row_begin = owned->back().row_begin;
@@ -255,6 +255,7 @@ void DenseStore::AppendOwned(std::vector<OwnedPart>* owned) const {
         }
         const auto view = [&](const Tensor& flat) { return flat.empty() ? Tensor() : flat.Elements(at_element, shape); };
         piece.master = view(bucket.master);
+        piece.gradient = view(bucket.own_gradients);
         piece.exp_avg = view(bucket.exp_avg);
         piece.exp_avg_sq = view(bucket.exp_avg_sq);
         owned->push_back(std::move(piece));

@@ -289,7 +289,8 @@ void ExpertStore::AppendOwned(std::vector<OwnedPart>* owned) const {
         const auto view = [&](const Tensor& rows) {
           return rows.empty() ? Tensor() : Row(rows, layer.slot[e]).Elements(part.offset, spec.shape);
         };
-        owned->push_back({spec.name, spec.shape, 0, part.parameter, view(master_), view(exp_avg_), view(exp_avg_sq_)});
+        owned->push_back({spec.name, spec.shape, 0, part.parameter, view(master_), view(gradients_), view(exp_avg_),
+                          view(exp_avg_sq_)});
       }
     }
   }

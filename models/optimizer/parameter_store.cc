@@ -43,7 +43,8 @@ std::vector<OwnedPart> ParameterStore::owned() const {
 void ParameterStore::InitializeOwned(uint64_t seed, double stddev, Stream& stream) {
   for (const OwnedPart& part : owned()) {
     if (part.full_shape.size() == 1) {
-      std::fill(part.master.span<float>().begin(), part.master.span<float>().end(), 1.0f);
+      const double initial = parameters_[static_cast<size_t>(part.parameter)].initial;
+      std::fill(part.master.span<float>().begin(), part.master.span<float>().end(), static_cast<float>(initial));
       continue;
     }
     const kernels::RandomKey key{seed, kernels::MakeStream(0, 0, static_cast<uint64_t>(part.parameter), kInitialWeights)};

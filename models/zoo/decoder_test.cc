@@ -2,6 +2,7 @@
 #include "models/zoo/decoder.h"
 
 #include <cmath>
+#include <map>
 #include <random>
 
 #include "collectives/communicator.h"
@@ -26,38 +27,72 @@ ModelConfig SmallConfig() {
   return config;
 }
 
-// One decoder with all that it stands on.
+// One decoder with all that it stands on, whose tasks run in the order of the graph.
 class Fixture {
  public:
-  explicit Fixture(const ModelConfig& config, DType compute = DType::kF32, Decoder::Options options = {.seq = 12})
-      : config_(config) {
+  explicit Fixture(const ModelConfig& config, DType compute = DType::kF32, Decoder::Options options = {.seq = 12},
+                   int chunks_forward = 1, int chunks_backward = 1)
+      : config_(config), recompute_(options.recompute) {
     world_ = *ConnectWorld({});
-    const std::vector<ParameterSpec> parameters = ParameterSpecs(config);
-    const auto placement =
-        Placement::Make(ShapesOf(MakeBlocks(parameters)), {.ranks = 1, .expert = 1, .experts = config.num_local_experts});
-    store = *ParameterStore::Create(parameters, *placement, *world_, *world_, {.compute = compute});
+    std::vector<ExpertPlacement> placement;
+    for (int layer = 0; layer < config.num_hidden_layers; ++layer) {
+      placement.push_back(config.is_dense(layer) ? ExpertPlacement() : GroupedPlacement(1, config.num_local_experts, 1, 1)[0]);
+    }
+    store = *ParameterStore::Create(ParameterSpecs(config), placement, *world_, {.compute = compute});
     store->InitializeOwned(3, 0.1, stream);
     EXPECT_TRUE(store->GatherWeights(stream).ok());
-    exchange_ = std::make_unique<TokenExchange>(*world_, config.num_local_experts);
-    decoder = std::make_unique<Decoder>(config, options, *store, *exchange_);
+    experts_.topology = Topology::OneHost(1);
+    decoder = std::make_unique<Decoder>(config, options, *store, experts_);
+    schedule_.layers.assign(static_cast<size_t>(config.num_hidden_layers), {chunks_forward, chunks_backward});
+    for (const OwnedPart& part : store->owned()) parts_[part.name] = part;
   }
 
   // The summed cross-entropy; leaves gradients of it.
-  double Run(const Tensor& tokens, kernels::Accumulate accumulate = kernels::Accumulate::kOverwrite) {
-    const auto sums = decoder->Forward(tokens, 1.0f, accumulate, stream);
-    EXPECT_TRUE(sums.ok()) << sums.status();
-    EXPECT_TRUE(decoder->Backward(std::vector<RoutingGradient>(sums->routing.size()), stream).ok());
-    return sums->cross_entropy;
+  double Run(const Tensor& tokens, int part = 0) {
+    return Pass({.tokens = tokens, .loss_scale = 1.0f, .part = part}, StepShape::Mode::kTrain);
   }
+  double Evaluate(const Tensor& tokens) {
+    return Pass({.mode = Decoder::Pass::Mode::kEvaluate, .tokens = tokens}, StepShape::Mode::kForward);
+  }
+  Tensor NextLogits(const Tensor& ids) {
+    Pass({.mode = Decoder::Pass::Mode::kNextLogits, .tokens = ids.Reshape({1, ids.elements()})}, StepShape::Mode::kForward);
+    return decoder->next_logits();
+  }
+  Tensor Weight(const std::string& name) const { return parts_.at(name).master; }
+  Tensor Gradient(const std::string& name) const { return parts_.at(name).gradient; }
 
   Stream stream;
   std::unique_ptr<ParameterStore> store;
   std::unique_ptr<Decoder> decoder;
 
  private:
+  double Pass(Decoder::Pass pass, StepShape::Mode mode) {
+    StepShape shape;
+    shape.mode = mode;
+    shape.recompute = recompute_;
+    shape.tied_head = config_.tie_word_embeddings;
+    for (int layer = 0; layer < config_.num_hidden_layers; ++layer) {
+      shape.layers.push_back({!config_.is_dense(layer), config_.shared_intermediate_size > 0});
+    }
+    pass.schedule = &schedule_;
+    decoder->Begin(std::move(pass));
+    for (const Task& task : EmitStep(shape, schedule_).tasks) {
+      if (task.op == Op::kBalance) {
+        decoder->SetRoutingGradients(std::vector<RoutingGradient>(decoder->routing().size()));
+      } else if (task.phase != Phase::kUpdate) {
+        const auto units = decoder->Run(task, stream);
+        EXPECT_TRUE(units.ok()) << Name(task) << ": " << units.status();
+      }
+    }
+    return decoder->cross_entropy();
+  }
+
   ModelConfig config_;
+  bool recompute_;
   std::unique_ptr<Communicator> world_;
-  std::unique_ptr<TokenExchange> exchange_;
+  ExpertContext experts_;
+  Schedule schedule_;
+  std::map<std::string, OwnedPart> parts_;
 };
 
 Tensor Tokens(int64_t rows, int64_t seq) {
@@ -84,15 +119,15 @@ TEST(Decoder, DenseLayerIsALayerWithOneExpert) {
     return name;
   };
   for (const ParameterSpec& spec : b.store->parameters()) {
-    const std::vector<float> weights = Copy(a.store->Weight(name_in_a(spec.name), spec.shape));
-    std::copy(weights.begin(), weights.end(), b.store->Weight(spec.name, spec.shape).data<float>());
+    const std::vector<float> weights = Copy(a.Weight(name_in_a(spec.name)));
+    std::copy(weights.begin(), weights.end(), b.Weight(spec.name).data<float>());
   }
   const Tensor tokens = Tokens(3, 12);
   const double loss_a = a.Run(tokens), loss_b = b.Run(tokens);
   EXPECT_NEAR(loss_a, loss_b, 1e-6 * loss_a);
   for (const ParameterSpec& spec : b.store->parameters()) {
-    const std::vector<float> want = Copy(a.store->Gradient(name_in_a(spec.name), spec.shape));
-    const std::vector<float> got = Copy(b.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> want = Copy(a.Gradient(name_in_a(spec.name)));
+    const std::vector<float> got = Copy(b.Gradient(spec.name));
     double difference = 0, norm = 0;
     for (size_t i = 0; i < got.size(); ++i) {
       difference += std::pow(got[i] - want[i], 2);
@@ -114,18 +149,18 @@ TEST(Decoder, GradientIsTheSlopeOfTheLoss) {
   std::mt19937 random(11);
   for (const ParameterSpec& spec : fixture.store->parameters()) {
     // Along the gradient itself: the slope there is its squared norm.
-    const std::vector<float> gradient = Copy(fixture.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> gradient = Copy(fixture.Gradient(spec.name));
     double squared = 0;
     for (float g : gradient) squared += static_cast<double>(g) * g;
     if (squared == 0) continue;
     const double step = 2e-3 / std::sqrt(squared);
-    const Tensor weights = fixture.store->Weight(spec.name, spec.shape);
+    const Tensor weights = fixture.Weight(spec.name);
     const std::vector<float> saved = Copy(weights);
     const auto loss_at = [&](double distance) {
       for (size_t i = 0; i < saved.size(); ++i) {
         weights.data<float>()[i] = static_cast<float>(saved[i] + distance * gradient[i]);
       }
-      return *fixture.decoder->Evaluate(tokens, fixture.stream);
+      return fixture.Evaluate(tokens);
     };
     const double slope = (loss_at(step) - loss_at(-step)) / (2 * step);
     std::copy(saved.begin(), saved.end(), weights.data<float>());
@@ -133,24 +168,27 @@ TEST(Decoder, GradientIsTheSlopeOfTheLoss) {
   }
 }
 
-TEST(Decoder, RecomputationAndPartsGiveTheSameGradients) {
+TEST(Decoder, RecomputationPartsAndChunksGiveTheSameGradients) {
   ModelConfig config = SmallConfig();
   config.num_local_experts = 4;
   config.num_experts_per_tok = 2;
   Fixture plain(config), recomputed(config, DType::kF32, {.seq = 12, .recompute = true, .loss_chunk = 7}), parts(config);
+  Fixture chunks(config, DType::kF32, {.seq = 12}, 3, 2);
   const Tensor tokens = Tokens(4, 12);
   const double loss = plain.Run(tokens);
+  EXPECT_NEAR(chunks.Run(tokens), loss, 1e-6 * loss);
   EXPECT_NEAR(recomputed.Run(tokens), loss, 1e-6 * loss);
-  EXPECT_NEAR(parts.Run(tokens.Rows(0, 3)) + parts.Run(tokens.Rows(3, 1), kernels::Accumulate::kAdd), loss, 1e-6 * loss);
+  EXPECT_NEAR(parts.Run(tokens.Rows(0, 3)) + parts.Run(tokens.Rows(3, 1), /*part=*/1), loss, 1e-6 * loss);
   for (const ParameterSpec& spec : plain.store->parameters()) {
-    const std::vector<float> want = Copy(plain.store->Gradient(spec.name, spec.shape));
-    const std::vector<float> first = Copy(recomputed.store->Gradient(spec.name, spec.shape));
-    const std::vector<float> second = Copy(parts.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> want = Copy(plain.Gradient(spec.name));
+    const std::vector<float> first = Copy(recomputed.Gradient(spec.name));
+    const std::vector<float> second = Copy(parts.Gradient(spec.name)), third = Copy(chunks.Gradient(spec.name));
     double norm = 0;
     for (float g : want) norm = std::max(norm, std::abs(static_cast<double>(g)));
     for (size_t i = 0; i < want.size(); ++i) {
       ASSERT_NEAR(first[i], want[i], 1e-5 * norm) << spec.name;
       ASSERT_NEAR(second[i], want[i], 1e-5 * norm) << spec.name;
+      ASSERT_NEAR(third[i], want[i], 1e-5 * norm) << spec.name;
     }
   }
 }
@@ -166,8 +204,8 @@ TEST(Decoder, Bf16StaysWithinItsRoundingOfF32) {
   EXPECT_NEAR(got, want, 10 * std::pow(2.0, -9) / std::sqrt(48.0) * want);
   for (const ParameterSpec& spec : wide.store->parameters()) {
     double dot = 0, a = 0, b = 0;
-    const std::vector<float> f32 = Copy(wide.store->Gradient(spec.name, spec.shape));
-    const std::vector<float> bf16 = Copy(narrow.store->Gradient(spec.name, spec.shape));
+    const std::vector<float> f32 = Copy(wide.Gradient(spec.name));
+    const std::vector<float> bf16 = Copy(narrow.Gradient(spec.name));
     for (size_t i = 0; i < f32.size(); ++i) {
       dot += static_cast<double>(f32[i]) * bf16[i];
       a += static_cast<double>(f32[i]) * f32[i];
@@ -181,9 +219,9 @@ TEST(Decoder, NextLogitsAgreeWithTheLossOfThatToken) {
   Fixture fixture(SmallConfig());
   const Tensor tokens = Tokens(1, 12);
   const Tensor ids = tokens.Reshape({13}).Elements(0, {12});
-  const double all = *fixture.decoder->Evaluate(tokens, fixture.stream);
-  const double without_last = *fixture.decoder->Evaluate(tokens.Reshape({13}).Elements(0, {1, 12}), fixture.stream);
-  const Tensor logits = *fixture.decoder->NextLogits(ids, fixture.stream);
+  const double all = fixture.Evaluate(tokens);
+  const double without_last = fixture.Evaluate(tokens.Reshape({13}).Elements(0, {1, 12}));
+  const Tensor logits = fixture.NextLogits(ids);
   double sum = 0;
   for (float logit : logits.span<float>()) sum += std::exp(logit);
   const double loss = std::log(sum) - logits.data<float>()[tokens.data<int32_t>()[12]];
@@ -195,7 +233,7 @@ TEST(Decoder, NoTokensGiveNoGradients) {
   fixture.Run(Tokens(2, 12));
   EXPECT_EQ(fixture.Run(Tokens(0, 12)), 0);
   for (const ParameterSpec& spec : fixture.store->parameters()) {
-    for (float g : Copy(fixture.store->Gradient(spec.name, spec.shape))) ASSERT_EQ(g, 0) << spec.name;
+    for (float g : Copy(fixture.Gradient(spec.name))) ASSERT_EQ(g, 0) << spec.name;
   }
 }
 

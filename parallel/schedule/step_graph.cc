@@ -179,10 +179,10 @@ class Emitter {
       return;
     }
     const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
-    if (phase == Phase::kForward) routed_ = route;
     const int exchange =
-        shape_.ranks > 1 && phase == Phase::kForward ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
+        shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
     const int arrange = Compute(Op::kArrange, phase, layer, kNone, {exchange});
+    if (phase == Phase::kForward) routed_ = arrange;
     const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
     std::vector<std::vector<int>> arrived(static_cast<size_t>(chunks));
     for (int chunk = 0; chunk < chunks; ++chunk) {

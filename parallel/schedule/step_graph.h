@@ -47,6 +47,7 @@ struct StepShape {
   int ranks = 1;
   bool intra = false;      // Some host has several ranks.
   bool inter = false;      // There are several hosts.
+  bool exchange = true;    // Ranks tell each other what their routers chose: rows travel, or choices depend on all tokens.
   bool dispatch = false;   // Some expert is not on every rank: rows travel.
   bool materialise = false;  // Some expert has holders beside its owner.
   DensePolicy dense = DensePolicy::kReplicated;
