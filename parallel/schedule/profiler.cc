@@ -1,0 +1,363 @@
+#include "parallel/schedule/profiler.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "runtime/base/check.h"
+
+namespace shoal {
+namespace {
+
+// StepTimes::least orders by duration; the share of overlap of whoever was fastest rides along in the low bits.
+constexpr int kOverlapBits = 10;
+constexpr int64_t kOverlapMax = (int64_t{1} << kOverlapBits) - 1;
+// Units closer than this are one class.
+constexpr double kClassWidth = 1.05;
+// Residuals beyond so many standard deviations are outliers.
+constexpr double kHuber = 1.5;
+constexpr double kLeastNoise = 0.01;
+// The fixed part is expected within this share of the whole time of zero: decides where units hardly differ.
+constexpr double kFixedShare = 0.5;
+constexpr int kRounds = 4;
+// Fitting costs as much as a few small tasks: not after every step.
+constexpr int64_t kEagerSteps = 8, kFitInterval = 4;
+constexpr double kMostInterference = 4;
+// The variance of overlap that says anything about interference.
+constexpr double kLeastSpread = 0.01;
+// What is known from before counts as so many tasks at either end of its range.
+constexpr double kMostPriorSamples = 16;
+
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+struct Interval {
+  int64_t begin, end;
+};
+
+// How much of `own` lies in `others`, which are ascending and apart.
+int64_t Covered(const Interval& own, const std::vector<Interval>& others) {
+  auto other = std::lower_bound(others.begin(), others.end(), own.begin, [](const Interval& i, int64_t t) { return i.end <= t; });
+  int64_t covered = 0;
+  for (; other != others.end() && other->begin < own.end; ++other) {
+    covered += std::min(own.end, other->end) - std::max(own.begin, other->begin);
+  }
+  return covered;
+}
+
+constexpr double kFraction = 1 << 20;
+constexpr size_t kPhasesOfKeys = 4;
+constexpr size_t kIntegers = 1 + 3 * static_cast<size_t>(kOps) * kPhasesOfKeys * kLanes;
+size_t IntegerIndex(const CostKey& key) {
+  const size_t row = static_cast<size_t>(key.op) * kPhasesOfKeys + static_cast<size_t>(key.phase);
+  return 1 + 3 * (row * kLanes + static_cast<size_t>(key.lane));
+}
+
+struct Point {
+  double units, ns;
+  double weight;
+};
+struct Line {
+  CostModel model;
+  double residual = 0.05;  // Relative.
+};
+
+// Least squares of relative errors, (ns - line) / predicted, with non-negative parameters.
+CostModel SolveLine(const std::vector<Point>& points, const std::vector<double>& predicted, const std::vector<double>& weights,
+                    double scale, double noise) {
+  double s = 0, sx = 0, sxx = 0, sy = 0, sxy = 0, samples = 0;
+  for (size_t i = 0; i < points.size(); ++i) {
+    const double w = weights[i] / (predicted[i] * predicted[i]), x = points[i].units / scale, y = points[i].ns;
+    samples += weights[i];
+    s += w;
+    sx += w * x;
+    sxx += w * x * x;
+    sy += w * y;
+    sxy += w * x * y;
+  }
+  const double held = s + (noise / kFixedShare) * (noise / kFixedShare) * s / samples;
+  const double determinant = held * sxx - sx * sx;
+  if (sxx == 0 || determinant <= 0) return {.fixed_ns = sy / s, .ns_per_unit = 0};
+  const double fixed = (sxx * sy - sx * sxy) / determinant, slope = (held * sxy - sx * sy) / determinant;
+  if (slope < 0) return {.fixed_ns = sy / s, .ns_per_unit = 0};
+  if (fixed < 0) return {.fixed_ns = 0, .ns_per_unit = sxy / sxx / scale};
+  return {.fixed_ns = fixed, .ns_per_unit = slope / scale};
+}
+
+// Weights of outliers shrink from round to round (iteratively re-weighted least squares).
+Line FitLine(const std::vector<Point>& points) {
+  Line line;
+  double scale = 1;
+  std::vector<double> predicted, weights, errors(points.size());
+  for (const Point& point : points) {
+    scale = std::max(scale, point.units);
+    predicted.push_back(std::max(point.ns, 1.0));
+    weights.push_back(point.weight);
+  }
+  for (int round = 0; round < kRounds; ++round) {
+    line.model = SolveLine(points, predicted, weights, scale, line.residual);
+    for (size_t i = 0; i < points.size(); ++i) {
+      predicted[i] = std::max(line.model.Predict(points[i].units), 1.0);
+      errors[i] = std::abs(points[i].ns - predicted[i]) / predicted[i];
+    }
+    const double noise = std::max(1.4826 * Median(errors), kLeastNoise);
+    double sum = 0, squares = 0;
+    for (size_t i = 0; i < points.size(); ++i) {
+      weights[i] = points[i].weight * (errors[i] > kHuber * noise ? kHuber * noise / errors[i] : 1.0);
+      sum += weights[i];
+      squares += weights[i] * errors[i] * errors[i];
+    }
+    line.residual = std::sqrt(squares / sum);
+  }
+  return line;
+}
+
+}  // namespace
+
+StepTimes TimesOf(const Graph& graph, const StepRecord& record) {
+  SHOAL_CHECK_EQ(graph.tasks.size(), record.tasks.size());
+  std::array<std::vector<Interval>, kLanes> busy;  // A lane runs one task at a time, so they are ascending.
+  for (size_t i = 0; i < graph.tasks.size(); ++i) {
+    busy[static_cast<size_t>(graph.tasks[i].lane)].push_back({record.tasks[i].begin_ns, record.tasks[i].end_ns});
+  }
+  StepTimes times;
+  for (size_t i = 0; i < graph.tasks.size(); ++i) {
+    const TaskRecord& task = record.tasks[i];
+    const Lane lane = graph.tasks[i].lane;
+    const int64_t ns = std::max<int64_t>(task.end_ns - task.begin_ns, 1), units = std::llround(task.units);
+    if (!IsCommunication(lane)) {
+      times.total.insert(times.total.end(), {ns, units});
+      continue;
+    }
+    int64_t overlap = 0;
+    if (lane != Lane::kControl) {
+      const Lane other = lane == Lane::kIntra ? Lane::kInter : Lane::kIntra;
+      overlap = Covered({task.begin_ns, task.end_ns}, busy[static_cast<size_t>(other)]) * kOverlapMax / ns;
+    }
+    times.least.insert(times.least.end(), {(ns << kOverlapBits) | overlap, -units});
+  }
+  return times;
+}
+
+Profiler::Key Profiler::Pack(const CostKey& key) {
+  return {static_cast<uint8_t>(key.op), static_cast<uint8_t>(key.phase), static_cast<uint8_t>(key.lane)};
+}
+
+// Sorts the samples of a step into classes of overlap and units: each becomes one sample.
+std::vector<Profiler::Sample> Profiler::Condense(std::vector<Sample> samples) {
+  const auto overlap_class = [](const Sample& sample) { return static_cast<int>(sample.overlap * 3.999); };
+  std::sort(samples.begin(), samples.end(), [&](const Sample& a, const Sample& b) {
+    return std::pair(overlap_class(a), a.units) < std::pair(overlap_class(b), b.units);
+  });
+  std::vector<Sample> classes;
+  for (size_t begin = 0, end = 0; begin < samples.size(); begin = end) {
+    const int overlap = overlap_class(samples[begin]);
+    const double limit = samples[begin].units * kClassWidth;
+    Sample sum{.step = samples[begin].step};
+    std::vector<double> ns;
+    for (; end < samples.size() && overlap_class(samples[end]) == overlap && samples[end].units <= limit; ++end) {
+      sum.units += samples[end].units;
+      sum.overlap += samples[end].overlap;
+      ns.push_back(samples[end].ns);
+    }
+    sum.weight = static_cast<double>(ns.size());
+    sum.units /= sum.weight;
+    sum.overlap /= sum.weight;
+    sum.ns = Median(std::move(ns));
+    classes.push_back(sum);
+  }
+  return classes;
+}
+
+std::map<Profiler::Key, std::vector<Profiler::Sample>> Profiler::SamplesOf(const Graph& graph, const StepTimes& times,
+                                                                           int ranks) const {
+  std::map<Key, std::vector<Sample>> samples;
+  size_t least = 0, total = 0;
+  for (const Task& task : graph.tasks) {
+    Sample sample{.step = step_, .weight = 1};
+    if (IsCommunication(task.lane)) {
+      SHOAL_CHECK_LT(least + 1, times.least.size());
+      sample.ns = static_cast<double>(times.least[least] >> kOverlapBits);
+      sample.overlap = static_cast<double>(times.least[least] & kOverlapMax) / static_cast<double>(kOverlapMax);
+      sample.units = static_cast<double>(-times.least[least + 1]);
+      least += 2;
+    } else {
+      SHOAL_CHECK_LT(total + 1, times.total.size());
+      sample.ns = static_cast<double>(times.total[total]) / ranks;
+      sample.units = static_cast<double>(times.total[total + 1]) / ranks;
+      total += 2;
+    }
+    samples[Pack(KeyOf(task))].push_back(sample);
+  }
+  SHOAL_CHECK_EQ(least, times.least.size());
+  SHOAL_CHECK_EQ(total, times.total.size());
+  for (auto& [key, of_key] : samples) of_key = Condense(std::move(of_key));
+  return samples;
+}
+
+void Profiler::Add(const Graph& graph, const StepTimes& times, int ranks) {
+  double measured = 0, wrong = 0;
+  bool jumped = false, known = true;
+  for (const auto& [key, fresh] : SamplesOf(graph, times, ranks)) {
+    History& history = histories_[key];
+    known = known && !history.samples.empty();
+    history.last_ns = 0;
+    for (const Sample& sample : fresh) {
+      history.last_ns += sample.ns * sample.weight;
+      measured += sample.ns * sample.weight;
+      wrong += std::abs(Predict(history, sample) - sample.ns) * sample.weight;
+    }
+    jumped = NoticeJump(fresh, &history) || jumped;
+    history.samples.insert(history.samples.end(), fresh.begin(), fresh.end());
+    while (history.samples.front().step <= step_ - options_.window_steps) history.samples.pop_front();
+  }
+  prediction_error_ = known && measured > 0 ? wrong / measured : std::numeric_limits<double>::quiet_NaN();
+  if (jumped || !known || step_ < kEagerSteps || step_ % kFitInterval == 0) FitAll();
+  ++step_;
+}
+
+double Profiler::Predict(const History& history, const Sample& sample) const {
+  return history.line.model.Predict(sample.units) * (1 + (interference_ - 1) * sample.overlap);
+}
+
+bool Profiler::NoticeJump(const std::vector<Sample>& fresh, History* history) {
+  std::vector<double> ratios;
+  for (const Sample& sample : fresh) {
+    const double predicted = Predict(*history, sample);
+    if (predicted > 0) ratios.push_back(sample.ns / predicted);
+  }
+  if (ratios.empty() || history->samples.empty()) return false;
+  const double ratio = Median(std::move(ratios));
+  const double threshold = std::max(options_.jump, 1 + 3 * history->line.residual);
+  const int direction = ratio > threshold ? 1 : ratio < 1 / threshold ? -1 : 0;
+  history->row = direction == 0 ? 0 : direction == history->direction ? history->row + 1 : 1;
+  history->direction = direction;
+  if (history->row < options_.jump_steps) return false;
+  std::erase_if(history->samples, [&](const Sample& sample) { return sample.step <= step_ - options_.jump_steps; });
+  history->row = history->direction = 0;
+  ++jumps_;
+  return true;
+}
+
+double Profiler::AgedWeight(const Sample& sample) const {
+  return sample.weight * std::exp2(static_cast<double>(sample.step - step_) / options_.half_life_steps);
+}
+
+void Profiler::FitAll() {
+  FitInterference();
+  std::vector<Point> points;
+  for (auto& [key, history] : histories_) {
+    if (history.row > 0) continue;  // On its way to another level or not: the next steps will tell.
+    points.clear();
+    for (const Sample& sample : history.samples) {
+      points.push_back({sample.units, sample.ns / (1 + (interference_ - 1) * sample.overlap), AgedWeight(sample)});
+    }
+    const Line line = FitLine(points);
+    history.line = {line.model, line.residual};
+  }
+}
+
+// How times over predicted ones grow with the overlap, within each key: the level of a key says nothing, because what it takes
+// alone may never have been seen.
+void Profiler::FitInterference() {
+  double spread = 0, growth = 0;
+  for (const auto& [key, history] : histories_) {
+    const Lane lane = static_cast<Lane>(key[2]);
+    if (lane != Lane::kIntra && lane != Lane::kInter) continue;
+    double w = 0, o = 0, r = 0, oo = 0, o_r = 0;
+    for (const Sample& sample : history.samples) {
+      const double alone = history.line.model.Predict(sample.units);
+      if (alone <= 0) continue;
+      const double weight = AgedWeight(sample), ratio = std::min(sample.ns / alone, kMostInterference * 2);
+      w += weight;
+      o += weight * sample.overlap;
+      r += weight * ratio;
+      oo += weight * sample.overlap * sample.overlap;
+      o_r += weight * sample.overlap * ratio;
+    }
+    const double own_spread = w > 0 ? oo - o * o / w : 0;
+    if (own_spread < kLeastSpread * w || w == 0) continue;
+    const double slope = (o_r - o * r / w) / own_spread, intercept = (r - slope * o) / w;
+    spread += own_spread;
+    if (intercept > 0) growth += own_spread * slope / intercept;
+  }
+  if (spread > 0) interference_ = std::clamp(1 + growth / spread, 1.0, kMostInterference);
+}
+
+std::vector<CostEstimate> Profiler::estimates() const {
+  std::vector<CostEstimate> estimates;
+  for (const auto& [key, history] : histories_) {
+    CostEstimate estimate{.key = {static_cast<Op>(key[0]), static_cast<Phase>(key[1]), static_cast<Lane>(key[2])},
+                          .model = history.line.model,
+                          .residual = history.line.residual,
+                          .units_low = std::numeric_limits<double>::infinity(),
+                          .step_ns = history.last_ns};
+    double samples = 0;
+    for (const Sample& sample : history.samples) {
+      samples += sample.weight;
+      estimate.units_low = std::min(estimate.units_low, sample.units);
+      estimate.units_high = std::max(estimate.units_high, sample.units);
+    }
+    estimate.samples = std::llround(samples);
+    estimates.push_back(estimate);
+  }
+  return estimates;
+}
+
+CostTable Profiler::table() const {
+  CostTable table;
+  for (const CostEstimate& estimate : estimates()) table.models[estimate.key] = estimate.model;
+  table.interference = interference_;
+  return table;
+}
+
+Profile Profiler::profile() const { return {.interference = interference_, .costs = estimates()}; }
+
+void Profiler::StartFrom(const Profile& profile) {
+  interference_ = std::clamp(profile.interference, 1.0, kMostInterference);
+  for (const CostEstimate& estimate : profile.costs) {
+    History& history = histories_[Pack(estimate.key)];
+    history = {};
+    history.line = {estimate.model, estimate.residual};
+    const double weight = std::min(kMostPriorSamples, static_cast<double>(std::max<int64_t>(estimate.samples, 1)) / 2);
+    for (double units : {estimate.units_low, estimate.units_high}) {
+      history.samples.push_back({.step = step_, .units = units, .ns = estimate.model.Predict(units), .weight = weight});
+    }
+  }
+}
+
+std::vector<int64_t> ToIntegers(const CostTable& table) {
+  std::vector<int64_t> integers(kIntegers, 0);
+  integers[0] = std::llround(table.interference * kFraction);
+  for (const auto& [key, model] : table.models) {
+    const size_t at = IntegerIndex(key);
+    integers[at] = std::llround(model.fixed_ns * kFraction);
+    integers[at + 1] = std::llround(model.ns_per_unit * kFraction);
+    integers[at + 2] = 1;
+  }
+  return integers;
+}
+
+CostTable FromIntegers(absl::Span<const int64_t> integers) {
+  SHOAL_CHECK_EQ(integers.size(), kIntegers);
+  CostTable table;
+  table.interference = static_cast<double>(integers[0]) / kFraction;
+  for (int op = 0; op < kOps; ++op) {
+    for (Phase phase : {Phase::kForward, Phase::kBackward, Phase::kUpdate}) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const CostKey key{static_cast<Op>(op), phase, static_cast<Lane>(lane)};
+        const size_t at = IntegerIndex(key);
+        if (integers[at + 2] == 0) continue;
+        table.models[key] = {.fixed_ns = static_cast<double>(integers[at]) / kFraction,
+                             .ns_per_unit = static_cast<double>(integers[at + 1]) / kFraction};
+      }
+    }
+  }
+  return table;
+}
+
+}  // namespace shoal
