@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "collectives/backend/mpi_group.h"
@@ -24,6 +25,7 @@
 #include "collectives/engine/tuning.h"
 #include "collectives/engine/world.h"
 #include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -120,6 +122,7 @@ class Group final : public Communicator, public Tuned, private ExecutorHost {
   absl::StatusOr<std::byte*> Scratch(int64_t bytes) override;
   void Observe(const Operation&, int64_t ns) override { planner_.tuner().Observe(ns); }
   Operation* Prelude(const Operation&) override;
+  std::string Elsewhere(const Operation& op) override;
   void PreludeEnded() override { planner_.tuner().ApplyExchange(observed_by_all_); }
 
   const std::shared_ptr<World> world_;  // Shared with the other groups of the epoch.
@@ -213,6 +216,7 @@ absl::StatusOr<std::unique_ptr<Channel>> Group::OpenChannel(int64_t deadline_ns)
 }
 
 Group::~Group() {
+  SHOAL_CHECK(!life_->InCallbackOf(this)) << "a communicator is destroyed by its own OnAbort callback";
   life_->RemoveCallbacks(this);
   if (executor_ == nullptr) return;
   const bool idle = executor_->Idle() && (tiny_ == nullptr || tiny_->Idle());
@@ -273,6 +277,14 @@ Operation* Group::Prelude(const Operation&) {
   exchange_.algorithm = "direct";
   exchange_.label = "tuning";
   return &exchange_;
+}
+
+// A rank whose arguments are small enough issues a tiny operation, which those that run in the executor never see.
+std::string Group::Elsewhere(const Operation& op) {
+  const std::optional<TinyGroup::Ahead> ahead = tiny_ == nullptr ? std::nullopt : tiny_->PeerAhead(op.seq);
+  if (!ahead.has_value()) return "";
+  return absl::StrCat(Name(index_), " is in ", OpName(op), ", ", Name(ahead->member), " in ",
+                      KindNameOf(ahead->signature), " #", ahead->seq, ": not the same operation, or with other arguments");
 }
 
 void Group::Measure(absl::Time deadline) {

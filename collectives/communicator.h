@@ -81,7 +81,9 @@ struct SparseMove {
 
 class Communicator {
  public:
-  virtual ~Communicator() = default;  // As Abort(CANCELLED) when operations are pending; waits until no buffer is in use.
+  // As Abort(CANCELLED) when operations are pending; waits until no buffer is in use. Not in a callback of its own
+  // (CHECK): others need the communicator, or the thread, after it.
+  virtual ~Communicator() = default;
 
   virtual int index() const = 0;  // This process in the group, in [0, size()).
   virtual int size() const = 0;

@@ -232,6 +232,17 @@ TEST_P(Failures, RanksInDifferentOperationsEndTheirGroupOnly) {
   });
 }
 
+// One is small enough to go by a way of its own on shared memory, the other is not. Long before the deadline.
+TEST_P(Failures, ATinyOperationAndALargeOneInItsPlaceEndTheirGroup) {
+  RunRanks(3, GetParam(), [](Communicator& group) {
+    (void)group.Barrier({}).Await();
+    const Tensor data = Zeros({group.index() == 1 ? 10 : 1'000'000}, DType::kF32);
+    EXPECT_THAT(group.AllReduce(data, data, ReduceOp::kSum, {.label = "sizes"}).Await().ToString(),
+                AllOf(HasSubstr("ABORTED: all_reduce \"sizes\""), HasSubstr("rank 1 (pid "),
+                      HasSubstr("not the same operation, or with other arguments")));
+  });
+}
+
 TEST_P(Failures, MissedDeadlineNamesTheOperationAndWhoHadNotArrived) {
   RunRanks(3, GetParam(), [](Communicator& group) {
     const Tensor data = Zeros({5}, DType::kF32);
@@ -289,7 +300,7 @@ TEST_P(Failures, LeavingAfterTheLastOperationDisturbsNobody) {
 TEST_P(Failures, WhatWasSentBeforeLeavingArrives) {
   if (GetParam() == "auto") GTEST_SKIP() << "in shared memory a send ends when it has been read";
   RankProcesses ranks(Options(2), [](Communicator& group, const RankProcesses::Say& say) {
-    const Tensor data = Zeros({1 << 20}, DType::kU8);
+    const Tensor data = Zeros({200'000}, DType::kU8);  // So much the kernels take while nobody reads.
     (void)group.Barrier({}).Await();
     if (group.index() == 0) {
       raise(SIGSTOP);

@@ -12,7 +12,7 @@ namespace {
 constexpr int kBeatsPerTimeout = 10;
 constexpr uint64_t kAllGroups = 0;  // The key that stands for all groups on the wire.
 // What peers can make this process remember.
-constexpr size_t kEndedKeysMax = 1 << 16;
+constexpr size_t kEndedKeysMax = 1 << 14;
 constexpr size_t kTextMax = 4096;
 
 std::string Cut(std::string text) {
@@ -46,9 +46,12 @@ uint64_t EpochCore::AddGroup(uint64_t key, std::vector<int> ranks, std::vector<u
                              std::string* over) {
   Group group = {key, std::move(ranks), std::move(ancestors)};
   *over = all_over_;
-  for (const auto& [ended, cause] : ended_keys_) {
-    if (over->empty() && IsOrDescendsFrom(group, ended)) *over = cause;
-  }
+  const auto look = [&](uint64_t of) {
+    const auto ended = ended_keys_.find(of);
+    if (over->empty() && ended != ended_keys_.end()) *over = ended->second;
+  };
+  for (const uint64_t ancestor : group.ancestors) look(ancestor);
+  look(key);
   for (const auto& [rank, cause] : dead_) {
     if (over->empty() && Has(group, rank)) *over = cause;
   }
@@ -66,9 +69,19 @@ void EpochCore::End(uint64_t group, const std::string& cause, Effects* effects) 
 
 void EpochCore::EndAll(const std::string& cause, Effects* effects) { EndKey(kAllGroups, Cut(cause), effects); }
 
+// False: it is known already.
+bool EpochCore::Remember(uint64_t key, const std::string& cause) {
+  if (!ended_keys_.emplace(key, cause).second) return false;
+  ended_order_.push_back(key);
+  if (ended_order_.size() <= kEndedKeysMax) return true;
+  ended_keys_.erase(ended_order_.front());
+  ended_order_.pop_front();
+  return true;
+}
+
 void EpochCore::EndKey(uint64_t key, const std::string& cause, Effects* effects) {
   const bool all = key == kAllGroups;
-  if (all ? !all_over_.empty() : !ended_keys_.emplace(key, cause).second) return;
+  if (all ? !all_over_.empty() : !Remember(key, cause)) return;
   if (all) all_over_ = cause;
   std::set<int> told;
   for (auto& [number, group] : groups_) {
@@ -188,7 +201,6 @@ void EpochCore::OnEnd(int rank, std::string_view body, Effects* effects) {
   const uint64_t key = reader.U64();
   const std::string cause = Cut(reader.String());
   if (!reader.AtEnd() || cause.empty()) return OnLost(rank, "sent an end that makes no sense", effects);
-  if (ended_keys_.size() >= kEndedKeysMax) return OnLost(rank, "ended too many groups", effects);
   EndKey(key, cause, effects);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <set>
 #include <string>
@@ -98,6 +99,7 @@ class EpochCore {
   void OnEnd(int rank, std::string_view body, Effects* effects);
   void OnDead(int rank, std::string_view body, Effects* effects);
   void OnHeartbeat(int rank, std::string_view body, int64_t now_ns, Effects* effects);
+  bool Remember(uint64_t key, const std::string& cause);
   void EndKey(uint64_t key, const std::string& cause, Effects* effects);
   void Tell(int rank, ControlType type, const std::string& body, Effects* effects) const;
   void CheckSilence(int64_t now_ns, Effects* effects);
@@ -108,7 +110,10 @@ class EpochCore {
   std::vector<std::pair<int, std::string>> dead_;
   std::map<uint64_t, Group> groups_;  // By number.
   uint64_t last_group_ = 0;
-  std::map<uint64_t, std::string> ended_keys_;  // Groups that were ended, with causes; also those unknown here.
+  // Groups that were ended, with causes; also those unknown here, which may be made here only later. The oldest are
+  // forgotten when there are too many: whoever makes one of those then finds out by its deadline.
+  std::map<uint64_t, std::string> ended_keys_;
+  std::deque<uint64_t> ended_order_;
   std::string all_over_;                        // This rank was declared dead, or EndAll: the cause. Empty: not.
   bool judges_ = true;                          // False when leaving, and when the others gave this rank up.
   int64_t next_beat_ns_;

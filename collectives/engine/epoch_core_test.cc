@@ -250,6 +250,24 @@ TEST(EpochCore, SilenceIsNoticedInTimeWithWhatWasLastDone) {
   }
 }
 
+// What is remembered of ended groups is bounded; that costs nobody his life.
+TEST(EpochCore, MoreGroupsEndThanAreRemembered) {
+  Epoch epoch(2);
+  const uint64_t last = 20'000;
+  for (uint64_t key = 1; key <= last; ++key) {
+    epoch.AddGroup(key, {0, 1});
+    epoch.End(key % 2, key, "over");
+    for (int rank : {0, 1}) epoch.core(rank).RemoveGroup(epoch.Number(rank, key));
+  }
+  for (int rank : {0, 1}) EXPECT_THAT(epoch.core(rank).dead(), IsEmpty());
+  epoch.AddGroup(last + 1, {0, 1}, {last});
+  epoch.AddGroup(last + 2, {0, 1});
+  for (int rank : {0, 1}) {
+    EXPECT_EQ(epoch.ended(rank).count(last + 1), 1) << "split from one that is over";
+    EXPECT_EQ(epoch.ended(rank).count(last + 2), 0);
+  }
+}
+
 TEST(EpochCore, ItsOwnPauseAccusesNobody) {
   Epoch epoch(2);
   epoch.AddGroup(10, {0, 1});

@@ -30,6 +30,9 @@ constexpr int64_t kAttendNs = 50'000;
 // After so long the members that an operation waits for are told what this rank waits in, and then all; when the deadline
 // is near, earlier.
 constexpr int64_t kProbeNs = 3'000'000, kProbeAllNs = 100'000'000;
+// A member that is awaited has left, and its channel has seen nothing of it for so long that nothing can be under way: that
+// may be because this process had no core. So it is looked at once more for a while, in which every step reads some of what
+// has come; only then its end is believed.
 constexpr int64_t kLeftNs = 50'000'000;
 // When this rank waits only for members that wait themselves, these can better say who misses the deadline.
 constexpr int64_t kLenientNs = 50'000'000;
@@ -206,7 +209,8 @@ void GroupExecutor::Close() {
   std::thread thread;
   {
     MutexLock lock(&mutex_);
-    SHOAL_CHECK(std::find(telling_.begin(), telling_.end(), std::this_thread::get_id()) == telling_.end())
+    const std::thread::id self = std::this_thread::get_id();
+    SHOAL_CHECK(std::find(telling_.begin(), telling_.end(), self) == telling_.end() && thread_.get_id() != self)
         << "a communicator is destroyed by a callback of one of its operations";
     closing_ = true;
     thread = std::move(thread_);
@@ -458,11 +462,14 @@ void GroupExecutor::CheckWaiting() {
   const int64_t now_ns = NowNs();
   if (now_ns >= DueNs()) return MissDeadline();
   if (front_ != nullptr && now_ns >= probe_ns_) Probe();
+  if (front_ != nullptr) {
+    if (const std::string why = host_->Elsewhere(*front_); !why.empty()) return EndGroup(why);
+  }
   std::vector<int> left;
   for (int member : channel_->Awaited()) {
     if (host_->Left(member) && !channel_->MayBeUnderWay(member)) left.push_back(member);
   }
-  // What they did, they did before they said goodbye, but another thread may be handing it over: look again for a while.
+  // What they did, they did before they said goodbye.
   if (left.empty() || Advance() || !ended_.empty()) {
     left_since_ns_ = 0;
     return;

@@ -44,6 +44,9 @@ class ExecutorHost {
   // An operation of the group's own that must run before `op`, on all ranks alike; null: none. Ended calls it back.
   virtual Operation* Prelude(const Operation& /*op*/) { return nullptr; }
   virtual void PreludeEnded() {}
+  // What shows that a member will never be in `op`, because it issued another operation in its place, one that runs
+  // elsewhere: for an error. Empty: nothing does.
+  virtual std::string Elsewhere(const Operation& /*op*/) { return ""; }
 };
 
 // Learns which operations are awaited as soon as they are issued. By kind, label and size: a program repeats itself. Not

@@ -101,6 +101,11 @@ void GroupLife::RemoveCallbacks(const void* owner) {
   while (running_ == owner && runner_ != std::this_thread::get_id()) callback_done_.Wait(&mutex_);
 }
 
+bool GroupLife::InCallbackOf(const void* owner) {
+  MutexLock lock(&mutex_);
+  return running_ == owner && runner_ == std::this_thread::get_id();
+}
+
 void GroupLife::RunCallbacks() {
   MutexLock lock(&mutex_);
   // Whoever runs some runs all.

@@ -84,6 +84,8 @@ class GroupLife {
   // that ends it). RemoveCallbacks forgets those of `owner` and waits until none runs, unless it is called by one.
   void AddCallback(const void* owner, std::function<void(const absl::Status&)> callback);
   void RemoveCallbacks(const void* owner);
+  // Whether this thread is in a callback of `owner`.
+  bool InCallbackOf(const void* owner);
 
   // The executor of the group's operations writes here what it does.
   OperationNote& note() { return note_; }

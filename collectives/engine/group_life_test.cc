@@ -61,6 +61,8 @@ TEST(GroupLife, RemovedCallbacksDoNotRunAndARunningOneIsAwaited) {
   life.AddCallback(&other, [&](const absl::Status&) { ADD_FAILURE() << "removed"; });
   life.RemoveCallbacks(&other);
   life.AddCallback(&life, [&](const absl::Status&) {
+    EXPECT_TRUE(life.InCallbackOf(&life));
+    EXPECT_FALSE(life.InCallbackOf(&other));
     life.RemoveCallbacks(&life);  // From inside: does not wait for itself.
     inside = true;
     while (!let_go) std::this_thread::yield();

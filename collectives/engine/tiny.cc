@@ -576,6 +576,19 @@ bool TinyGroup::Poll() {
   return !Idle();
 }
 
+std::optional<TinyGroup::Ahead> TinyGroup::PeerAhead(uint64_t seq) {
+  State& s = *state_;
+  SpinLockHolder holder(&s.lock);
+  // A peer does not use the slot again before this rank has published there.
+  const uint32_t number = s.issued.load(std::memory_order_relaxed) + 1;
+  for (int seat = 0; seat < s.seats; ++seat) {
+    if (seat == s.own || !s.Arrived(seat, number)) continue;
+    const TinySlot& slot = s.slots[seat][number % kTinySlots];
+    if (slot.seq <= seq) return Ahead{s.group->member(seat), slot.seq, slot.signature};
+  }
+  return std::nullopt;
+}
+
 bool TinyGroup::Idle() { return state_->Ended(state_->issued.load(std::memory_order_acquire)); }
 
 }  // namespace shoal

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -64,6 +65,15 @@ class TinyGroup {
   // Ends what can end. True while operations are open.
   bool Poll();
   bool Idle();
+
+  // A peer's operation that this rank has not issued here.
+  struct Ahead {
+    int member = 0;
+    uint64_t seq = 0;  // Its number in the group.
+    uint32_t signature = 0;
+  };
+  // One with number `seq` or less, which this rank has issued, but not as a tiny one: they are not the same.
+  std::optional<Ahead> PeerAhead(uint64_t seq);
 
   struct State;
 
