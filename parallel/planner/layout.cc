@@ -1,0 +1,153 @@
+#include "parallel/planner/layout.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "parallel/placement/hecate.h"
+#include "parallel/placement/placement.h"
+#include "parallel/placement/traces.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+// Layers with loads of their own; deeper ones repeat them.
+constexpr int kDistinctLayers = 4;
+// Ranks for which loads by rank and expert are drawn.
+constexpr int kSkewRanksMax = 1024;
+
+absl::Status CheckLayout(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew) {
+  const int ranks = cluster.ranks();
+  if (!layout.sparse && (layout.expert < 1 || ranks % layout.expert != 0)) {
+    return absl::InvalidArgumentError(absl::StrCat("groups of ", layout.expert, " ranks do not divide ", ranks, " ranks"));
+  }
+  if (!layout.sparse && layout.expert > model.experts) {
+    return absl::InvalidArgumentError(absl::StrCat("groups of ", layout.expert, " ranks for ", model.experts, " experts"));
+  }
+  if (model.sequences % layout.parts != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(layout.parts, " parts do not divide ", model.sequences, " sequences"));
+  }
+  if (skew.sigma > 0 && ranks > kSkewRanksMax) {
+    return absl::InvalidArgumentError(absl::StrCat("unequal loads can be drawn for ", kSkewRanksMax, " ranks, not for ", ranks));
+  }
+  return absl::OkStatus();
+}
+
+std::vector<int64_t> TokensOfRanks(const ModelShape& model, const StepLayout& layout, int ranks) {
+  const int64_t sequences = model.sequences / layout.parts;
+  if (sequences % ranks == 0) return {sequences / ranks * model.sequence_length};
+  std::vector<int64_t> tokens;
+  for (int rank = 0; rank < ranks; ++rank) tokens.push_back(EvenPart(sequences, ranks, rank).count * model.sequence_length);
+  return tokens;
+}
+
+std::vector<int> EvenOwners(int experts, int ranks, int layer) {
+  std::vector<int> owners;
+  for (int expert = 0; expert < experts; ++expert) {
+    // Ranks without an expert in one layer own one in the next.
+    owners.push_back(static_cast<int>((static_cast<int64_t>(layer) * experts + expert) % ranks));
+  }
+  return owners;
+}
+
+// Time of a layer's attention, and what its dense weights take of the link meanwhile, gives room to send experts.
+int Overlap(const ModelShape& model, const LaidOut& out, const Cluster& cluster) {
+  Task attention;
+  attention.op = Op::kAttention;
+  int64_t tokens = 0;
+  for (int64_t of_rank : out.work.tokens) tokens = std::max(tokens, of_rank);
+  const bool far = cluster.hosts > 1;
+  const OverlapInputs inputs = {
+      .other_work_ns = static_cast<int64_t>(out.costs.Predict(attention, static_cast<double>(tokens))),
+      .link_bytes_per_s = static_cast<int64_t>(1e9 * (far ? cluster.inter_bytes_per_ns : cluster.intra_bytes_per_ns)),
+      .expert_bytes = model.expert_elements() * model.compute_bytes};
+  return OverlapBudget(out.topology, inputs);
+}
+
+void DrawLoads(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew, LaidOut* out) {
+  int64_t tokens = 0;
+  for (int64_t of_rank : out->work.tokens) tokens = std::max(tokens, of_rank);
+  const int distinct = static_cast<int>(out->work.experts.size());
+  const RoutingTrace trace({.layers = distinct,
+                            .ranks = cluster.ranks(),
+                            .experts = model.experts,
+                            .choices = model.choices,
+                            .tokens_per_rank = tokens,
+                            .sigma = skew.sigma,
+                            .seed = skew.seed});
+  const int overlap = layout.sparse ? Overlap(model, *out, cluster) : 0;
+  for (int layer = 0; layer < distinct; ++layer) {
+    ExpertWork& experts = out->work.experts[static_cast<size_t>(layer)];
+    experts.rows = trace.Rows(layer);
+    if (!layout.sparse) continue;
+    const std::vector<int> owners = EvenOwners(model.experts, cluster.ranks(), layer);
+    experts.placement = MaterialisePerHost(owners, SumByHost(out->topology, experts.rows, model.experts), out->topology,
+                                           {.overlap = overlap, .memory = overlap});
+  }
+}
+
+Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, bool skewed) {
+  Workload work;
+  work.tokens = TokensOfRanks(model, layout, cluster.ranks());
+  work.choices = model.choices;
+  work.row_bytes = model.width * model.compute_bytes;
+  work.dispatch = layout.dispatch;
+  work.expert_elements = model.expert_elements();
+  work.expert_weight_bytes = work.expert_elements * model.compute_bytes;
+  work.expert_gradient_bytes = work.expert_elements * 4;
+  work.bucket_elements = model.BucketElements();
+  work.bucket_bytes = model.BucketBytes();
+  const int64_t moe_layers = std::count(model.moe.begin(), model.moe.end(), true);
+  work.summary_bytes = model.experts * 8;
+  work.totals_bytes = moe_layers * model.experts * 16;
+  const int replicas = layout.sparse ? 1 : cluster.ranks() / layout.expert;
+  // Owners are dealt in turn, so placements repeat after as many layers as there are replicas.
+  const int distinct = std::min<int>(static_cast<int>(moe_layers), skewed ? kDistinctLayers : layout.sparse || replicas > 1 ? 2 : 1);
+  if (layout.sparse) {
+    for (int layer = 0; layer < distinct; ++layer) {
+      work.experts.push_back({.placement = OwnersOnly(EvenOwners(model.experts, cluster.ranks(), layer))});
+    }
+  } else if (distinct > 0) {
+    for (ExpertPlacement& placement : GroupedPlacement(distinct, model.experts, cluster.ranks(), layout.expert)) {
+      work.experts.push_back({.placement = std::move(placement)});
+    }
+  }
+  int next = 0;
+  for (const bool moe : model.moe) work.experts_of_layer.push_back(moe ? next++ % distinct : -1);
+  return work;
+}
+
+}  // namespace
+
+std::string StepLayout::ToString() const {
+  std::string text = sparse ? "experts sparse" : absl::StrCat("expert ", expert);
+  if (experts == ExpertPolicy::kRematerialise) absl::StrAppend(&text, ", rematerialise");
+  absl::StrAppend(&text, dense == DensePolicy::kSharded ? ", dense sharded" : ", dense replicated");
+  if (recompute) absl::StrAppend(&text, ", recompute");
+  if (parts > 1) absl::StrAppend(&text, ", ", parts, " parts");
+  if (prefetch > 1) absl::StrAppend(&text, ", prefetch ", prefetch);
+  return text;
+}
+
+absl::StatusOr<LaidOut> LayOut(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew) {
+  SHOAL_RETURN_IF_ERROR(CheckLayout(model, cluster, layout, skew));
+  LaidOut out;
+  out.topology = cluster.topology();
+  for (const bool moe : model.moe) out.shape.layers.push_back({.moe = moe, .shared_expert = moe && model.shared_inner > 0});
+  out.shape.tied_head = model.tied_head;
+  out.shape.parts = layout.parts;
+  out.shape.recompute = layout.recompute;
+  out.shape.dense = layout.dense;
+  out.shape.experts = layout.experts;
+  out.work = MakeWorkload(model, cluster, layout, skew.sigma > 0);
+  out.costs = CostsOf(model, cluster, out.work, out.topology);
+  if (skew.sigma > 0 && !out.work.experts.empty()) {
+    DrawLoads(model, cluster, layout, skew, &out);
+    out.costs = CostsOf(model, cluster, out.work, out.topology);
+  }
+  DescribeTraffic(out.work, out.topology, &out.shape);
+  return out;
+}
+
+}  // namespace shoal

@@ -1,0 +1,34 @@
+// Peak memory of a rank, from what training keeps. Bytes of the tensors; allocators round up a little.
+//
+// With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
+// experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:
+//   weights      dense: b each, replicated; sharded layers b/ranks and prefetch + 1 buffers. Owned experts: b each.
+//   gradients    as weights, 4 bytes each.
+//   optimizer    of owned elements two moments of 4 bytes, and master weights of 4 where b is 2.
+//   copies       of experts that others own, b + 4 each: of all layers, or prefetch + 1 rooms when they are rematerialised.
+//   activations  of a layer: x 4TD; attention bT(D + 2q + 2kv) + 4T(1 + heads); experts 4TD + bTD + 4T(2 + E + 2K) + 8S +
+//                b(RD + 2RF + SD); shared 2bTF'; dense 4TD + bTD + 4T + 2bTF. With recompute x of every layer, the rest of one.
+//   buffers      two for rows on their way, b max(S, R) D each, where rows travel.
+//   working      the larger of the head (bTD + 8TD + logits of a chunk) and one layer's backward pass.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "parallel/planner/layout.h"
+
+namespace shoal {
+
+struct MemoryUse {
+  int64_t weights = 0, gradients = 0, optimizer = 0, copies = 0, activations = 0, buffers = 0, working = 0;
+  int64_t total() const { return weights + gradients + optimizer + copies + activations + buffers + working; }
+  std::string ToString() const;  // "3.2 GiB: activations 2.0, weights 0.6, ..." by size.
+};
+
+// Of the rank that needs most.
+MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out);
+
+// "1.5 GiB", "20 MiB".
+std::string BytesText(int64_t bytes);
+
+}  // namespace shoal

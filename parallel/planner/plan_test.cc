@@ -1,0 +1,158 @@
+#include "parallel/planner/plan.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+
+namespace shoal {
+namespace {
+
+using testing::HasSubstr;
+
+ModelShape Model() {
+  ModelShape model;
+  model.vocab = 32000;
+  model.width = 2048;
+  model.expert_inner = 4096;
+  model.query_size = 2048;
+  model.kv_size = 512;
+  model.heads = 16;
+  model.experts = 16;
+  model.moe.assign(8, true);
+  model.compute_bytes = 2;
+  model.sequences = 64;
+  model.sequence_length = 2048;
+  return model;
+}
+
+Cluster Hosts(int hosts, int devices) {
+  return {.hosts = hosts,
+          .devices_per_host = devices,
+          .bf16_flops_per_ns = 300e3,
+          .fp32_flops_per_ns = 30e3,
+          .bf16_peak_flops_per_ns = 500e3,
+          .fp32_peak_flops_per_ns = 50e3,
+          .memory_bytes_per_ns = 2000,
+          .memory_bytes = int64_t{80} << 30,
+          .task_ns = 10e3,
+          .intra_latency_ns = 10e3,
+          .intra_bytes_per_ns = 200,
+          .inter_latency_ns = 20e3,
+          .inter_bytes_per_ns = 100,
+          .interference = 1.2};
+}
+
+StepEstimate Estimate(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew = {}) {
+  auto estimate = EstimateStep(model, cluster, layout, skew, {}, Record::kNo);
+  EXPECT_TRUE(estimate.ok()) << estimate.status();
+  return *std::move(estimate);
+}
+
+TEST(EstimateStep, OneRankIsBoundByItsOperations) {
+  ModelShape model = Model();
+  const StepEstimate estimate = Estimate(model, Hosts(1, 1), {});
+  EXPECT_EQ(estimate.exposed_ns, 0);
+  EXPECT_LT(estimate.mfu, 0.6);  // The share of the peak that products reach.
+  EXPECT_GT(estimate.mfu, 0.3);
+}
+
+TEST(EstimateStep, MoreRanksAreFasterAndLessEfficient) {
+  const StepEstimate one = Estimate(Model(), Hosts(1, 1), {});
+  const StepEstimate eight = Estimate(Model(), Hosts(1, 8), {.expert = 8});
+  const StepEstimate sixteen = Estimate(Model(), Hosts(2, 8), {.expert = 16});
+  EXPECT_LT(eight.step_ns, one.step_ns);
+  EXPECT_LT(sixteen.step_ns, eight.step_ns);
+  EXPECT_LT(eight.mfu, one.mfu);
+  EXPECT_LT(sixteen.mfu, eight.mfu);
+}
+
+TEST(EstimateStep, SkewCostsExpertParallelismAndCopiesWinItBack) {
+  const Cluster cluster = Hosts(2, 4);
+  const StepEstimate even = Estimate(Model(), cluster, {.expert = 8});
+  const StepEstimate skewed = Estimate(Model(), cluster, {.expert = 8}, {.sigma = 1.0, .seed = 3});
+  const StepEstimate sparse = Estimate(Model(), cluster, {.sparse = true}, {.sigma = 1.0, .seed = 3});
+  EXPECT_GT(skewed.step_ns, 1.1 * even.step_ns);
+  EXPECT_LT(sparse.step_ns, skewed.step_ns);
+}
+
+TEST(EstimateStep, SixteenThousandRanksInSeconds) {
+  ModelShape model = Model();
+  model.experts = 256;
+  model.sequences = 16384;
+  const auto begin = std::chrono::steady_clock::now();
+  const StepEstimate estimate = Estimate(model, Hosts(2048, 8), {.expert = 64, .dense = DensePolicy::kSharded});
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(10));
+  EXPECT_GT(estimate.step_ns, 0);
+}
+
+TEST(EstimateStep, SaysWhyALayoutDoesNotFit) {
+  EXPECT_THAT(std::string(EstimateStep(Model(), Hosts(1, 8), {.expert = 3}, {}, {}, Record::kNo).status().message()),
+              HasSubstr("groups of 3 ranks do not divide 8 ranks"));
+  EXPECT_THAT(std::string(EstimateStep(Model(), Hosts(4, 8), {.expert = 32}, {}, {}, Record::kNo).status().message()),
+              HasSubstr("groups of 32 ranks for 16 experts"));
+}
+
+MemoryUse Memory(const ModelShape& model, const Cluster& cluster, const StepLayout& layout) {
+  auto out = LayOut(model, cluster, layout, {});
+  EXPECT_TRUE(out.ok()) << out.status();
+  return PeakMemory(model, layout, *out);
+}
+
+TEST(PeakMemory, OneRankByHand) {
+  ModelShape model;
+  model.vocab = 100;
+  model.width = 8;
+  model.expert_inner = 16;
+  model.query_size = 8;
+  model.kv_size = 4;
+  model.heads = 2;
+  model.experts = 4;
+  model.choices = 2;
+  model.moe = {true};
+  model.sequences = 2;
+  model.sequence_length = 5;
+  const MemoryUse use = Memory(model, Hosts(1, 1), {});
+  const int64_t dense = 3 * 8 + 2 * 100 * 8 + 8 * (2 * 8 + 2 * 4) + 4 * 8, experts = 4 * 3 * 8 * 16;
+  EXPECT_EQ(use.weights, 4 * (dense + experts));
+  EXPECT_EQ(use.gradients, 4 * (dense + experts));
+  EXPECT_EQ(use.optimizer, 8 * (dense + experts));
+  EXPECT_EQ(use.copies, 0);
+  EXPECT_EQ(use.buffers, 0);
+  const int64_t T = 10, D = 8, S = 20;
+  const int64_t inputs = 2 * T * D * 4, attention = T * (4 * (D + 2 * 8 + 2 * 4) + 4 * 3);
+  const int64_t moe = T * D * 8 + T * 4 * (2 + 4 + 4) + S * 8 + 4 * (S * (8 + 32) + S * 8);
+  EXPECT_EQ(use.activations, inputs + attention + moe);
+  EXPECT_EQ(use.working, T * D * 12 + T * 100 * 4);
+}
+
+TEST(PeakMemory, EachPolicySavesWhatItShould) {
+  const ModelShape model = Model();
+  const Cluster cluster = Hosts(2, 8);
+  const MemoryUse plain = Memory(model, cluster, {.expert = 4});
+  EXPECT_LT(Memory(model, cluster, {.expert = 16}).copies, plain.copies);
+  EXPECT_LT(Memory(model, cluster, {.expert = 4, .dense = DensePolicy::kSharded}).weights, plain.weights);
+  EXPECT_LT(Memory(model, cluster, {.expert = 4, .experts = ExpertPolicy::kRematerialise}).copies, plain.copies / 3);
+  EXPECT_LT(Memory(model, cluster, {.expert = 4, .recompute = true}).activations, plain.activations / 2);
+  EXPECT_LT(Memory(model, cluster, {.expert = 4, .parts = 4}).activations, plain.activations / 2);
+}
+
+TEST(FindPlan, RanksWhatFitsAndSaysWhatDoesNot) {
+  ModelShape model = Model();
+  PlanOptions options;
+  const auto roomy = FindPlan(model, Hosts(2, 4), options);
+  ASSERT_TRUE(roomy.ok()) << roomy.status();
+  for (size_t i = 1; i < roomy->ranked.size(); ++i) EXPECT_LE(roomy->ranked[i - 1].step_ns, roomy->ranked[i].step_ns);
+  options.memory_bytes = int64_t{12} << 30;
+  const auto tight = FindPlan(model, Hosts(2, 4), options);
+  ASSERT_TRUE(tight.ok()) << tight.status();
+  EXPECT_GE(tight->ranked[0].step_ns, roomy->ranked[0].step_ns);
+  ASSERT_FALSE(tight->excluded.empty());
+  EXPECT_THAT(tight->excluded.front(), HasSubstr("a device has 12 GiB"));
+  for (const StepEstimate& estimate : tight->ranked) EXPECT_LE(estimate.memory.total(), options.memory_bytes);
+  options.memory_bytes = int64_t{1} << 30;
+  EXPECT_THAT(std::string(FindPlan(model, Hosts(2, 4), options).status().message()), HasSubstr("no layout fits; nearest is"));
+}
+
+}  // namespace
+}  // namespace shoal
