@@ -32,8 +32,8 @@ std::vector<int> ByLoadPerCopy(const ExpertPlacement& placement, absl::Span<cons
   return ByDescending(per_copy);
 }
 
-// One more copy of `expert` on the least busy rank with room; if none has room, there where the expert with least load per copy
-// has one too many. False if there is no such place.
+// One more copy of `expert` on the least busy rank with room; if none has room, in place of a copy of the expert with least
+// load per copy. False if there is no such place.
 bool Expand(int expert, absl::Span<const int64_t> loads, absl::Span<const int64_t> work, int slots_per_rank,
             ExpertPlacement* placement) {
   ExpertCopies& copies = (*placement)[static_cast<size_t>(expert)];
@@ -84,19 +84,24 @@ ExpertPlacement FasterMoeShadows(absl::Span<const int> owners, absl::Span<const 
   return best;
 }
 
-std::vector<int> SmartMoeOwners(absl::Span<const int64_t> loads, int ranks) {
-  std::vector<int64_t> load(static_cast<size_t>(ranks)), room(static_cast<size_t>(ranks));
+std::vector<int> SmartMoeOwners(absl::Span<const int64_t> loads, const Topology& topology) {
+  const int ranks = topology.ranks();
+  std::vector<int64_t> load(static_cast<size_t>(ranks)), room(load.size()), host_load(static_cast<size_t>(topology.hosts()));
   for (int rank = 0; rank < ranks; ++rank) {
     room[static_cast<size_t>(rank)] = EvenPart(static_cast<int64_t>(loads.size()), ranks, rank).count;
   }
+  const auto key = [&](size_t rank) {
+    return std::pair(load[rank], host_load[static_cast<size_t>(topology.HostOf(static_cast<int>(rank)))]);
+  };
   std::vector<int> owners(loads.size());
   for (int expert : ByDescending(loads)) {
     size_t lightest = room.size();
     for (size_t rank = 0; rank < room.size(); ++rank) {
-      if (room[rank] > 0 && (lightest == room.size() || load[rank] < load[lightest])) lightest = rank;
+      if (room[rank] > 0 && (lightest == room.size() || key(rank) < key(lightest))) lightest = rank;
     }
     owners[static_cast<size_t>(expert)] = static_cast<int>(lightest);
     load[lightest] += loads[static_cast<size_t>(expert)];
+    host_load[static_cast<size_t>(topology.HostOf(static_cast<int>(lightest)))] += loads[static_cast<size_t>(expert)];
     --room[lightest];
   }
   return owners;
@@ -110,7 +115,8 @@ int64_t FlexMoeStepPs(const ExpertPlacement& placement, absl::Span<const int64_t
     const int64_t n = static_cast<int64_t>(copies.holders.size()) + 1;
     bool crosses = false;
     for (int holder : copies.holders) crosses |= topology.HostOf(holder) != topology.HostOf(copies.owner);
-    const int64_t ps = 2 * (n - 1) * (crosses ? std::max(costs.expert_send_ps, costs.expert_cross_ps) : costs.expert_send_ps) / n;
+    const int64_t expert_ps = crosses ? std::max(costs.expert_send_ps, costs.expert_cross_ps) : costs.expert_send_ps;
+    const int64_t ps = 2 * (n - 1) * expert_ps / n;
     reduce_ps[static_cast<size_t>(copies.owner)] += ps;
     for (int holder : copies.holders) reduce_ps[static_cast<size_t>(holder)] += ps;
   }

@@ -22,17 +22,17 @@ ExpertPlacement FasterMoeShadows(absl::Span<const int> owners, absl::Span<const 
                                  const LayerCosts& costs);
 
 // SmartMoE (ATC'23): as many experts on every rank (or one more), packed by load: heaviest first, to the rank with least load
-// that has room. What moves takes its optimizer state with it: MovesBetween().
-std::vector<int> SmartMoeOwners(absl::Span<const int64_t> loads, int ranks);
+// that has room, on the host with least load if there are several. What moves takes its optimizer state along: MovesBetween().
+std::vector<int> SmartMoeOwners(absl::Span<const int64_t> loads, const Topology& topology);
 
 struct FlexMoeOptions {
-  int slots_per_rank = 0;           // Copies that a rank has room for, owned experts included.
-  int trigger_percent = 110;        // Nothing changes while the busiest rank has less than this share of the mean.
-  LayerCosts costs;                 // expert_send_ps: also of the copies' gradients, which are all-reduced every step.
+  int slots_per_rank = 0;     // Copies that a rank has room for, owned experts included.
+  int trigger_percent = 110;  // Nothing changes while the busiest rank has at most this share of the mean.
+  LayerCosts costs;           // Those of experts also for the copies' gradients, which are all-reduced every step.
 };
 
-// FlexMoE (SIGMOD'23): copies persist; while it shortens the step, the expert with most load per copy gets one more ("expand") on
-// the least busy rank with room, or in place of the copy that is needed least ("shrink"). Starts from the last step's placement.
+// FlexMoE (SIGMOD'23): copies persist from step to step. While it shortens the step, the expert with most load per copy gets
+// one more ("expand") on the least busy rank with room, or in place of the copy that is needed least ("shrink").
 ExpertPlacement FlexMoeAdjust(const ExpertPlacement& current, absl::Span<const int64_t> rows, const Topology& topology,
                               const FlexMoeOptions& options);
 

@@ -16,9 +16,10 @@ TEST(ContiguousOwners, SpreadsAnyNumberOverAnyRanks) {
 }
 
 TEST(SmartMoeOwners, PacksEquallyManyByLoad) {
-  EXPECT_EQ(SmartMoeOwners({10, 9, 8, 1, 2, 3}, 3), (std::vector<int>{0, 1, 2, 0, 1, 2}));
-  EXPECT_EQ(SmartMoeOwners({1, 1, 100}, 2), (std::vector<int>{1, 0, 0}));  // One place on rank 1, by number of experts.
-  const std::vector<int> owners = SmartMoeOwners({5, 5, 5, 5, 5, 5, 5}, 3);
+  EXPECT_EQ(SmartMoeOwners({10, 9, 8, 1, 2, 3}, Topology::OneHost(3)), (std::vector<int>{0, 1, 2, 0, 1, 2}));
+  EXPECT_EQ(SmartMoeOwners({1, 1, 100}, Topology::OneHost(2)), (std::vector<int>{1, 0, 0}));  // Rank 1 has one place only.
+  EXPECT_EQ(SmartMoeOwners({9, 8, 7, 6}, TopologyOf({0, 0, 1, 1})), (std::vector<int>{0, 2, 3, 1}));
+  const std::vector<int> owners = SmartMoeOwners({5, 5, 5, 5, 5, 5, 5}, Topology::OneHost(3));
   for (int rank = 0; rank < 3; ++rank) EXPECT_EQ(std::count(owners.begin(), owners.end(), rank), rank == 0 ? 3 : 2);
 }
 
@@ -45,7 +46,8 @@ TEST(FlexMoeAdjust, ExpandsWithinSlotsAndOnlyIfItPays) {
   FlexMoeOptions options{2, 110, {10, 1, 0, 1, 0}};
   const ExpertPlacement adjusted = FlexMoeAdjust(start, rows_SE, topology, options);
   EXPECT_EQ(adjusted[0].holders, (std::vector<int>{1, 2, 3}));
-  EXPECT_LT(FlexMoeStepPs(adjusted, rows_SE, topology, options.costs), FlexMoeStepPs(start, rows_SE, topology, options.costs));
+  EXPECT_LT(FlexMoeStepPs(adjusted, rows_SE, topology, options.costs),
+            FlexMoeStepPs(start, rows_SE, topology, options.costs));
   // The hot expert becomes another; there is no free slot, so the copies that nobody needs give way.
   std::vector<int64_t> later = rows_SE;
   for (size_t rank = 0; rank < 4; ++rank) std::swap(later[rank * 4], later[rank * 4 + 2]);
@@ -94,7 +96,8 @@ TEST(Baselines, HecateIsFasterThanFasterMoeIsFasterThanExpertParallelism) {
     hecate += step_ps(DispatchRule::kNearest, Materialise(owners, before, topology, {3, 3}));
   }
   std::printf("over expert parallelism: FasterMoE %.2f, Hecate's materialisation %.2f\n",
-              static_cast<double>(plain) / static_cast<double>(faster), static_cast<double>(plain) / static_cast<double>(hecate));
+              static_cast<double>(plain) / static_cast<double>(faster),
+              static_cast<double>(plain) / static_cast<double>(hecate));
   EXPECT_LT(faster, plain);
   EXPECT_LT(hecate, faster);
 }

@@ -41,7 +41,7 @@ std::vector<int> Replicate(absl::Span<const int64_t> loads, int slots) {
   while (static_cast<int>(expert_of_replica.size()) < slots) {
     size_t hottest = 0;
     for (size_t e = 1; e < loads.size(); ++e) {
-      if (static_cast<__int128>(loads[e]) * replicas[hottest] > static_cast<__int128>(loads[hottest]) * replicas[e]) hottest = e;
+      if (loads[e] * replicas[hottest] > loads[hottest] * replicas[e]) hottest = e;
     }
     ++replicas[hottest];
     expert_of_replica.push_back(static_cast<int>(hottest));

@@ -1,5 +1,5 @@
-// Redundant experts as DeepSeek's expert-parallel load balancer (EPLB, github.com/deepseek-ai/EPLB) places them: the same number
-// of slots on every rank, the hottest experts in several. Results are its own, tie by tie.
+// Redundant experts as DeepSeek's expert-parallel load balancer (EPLB, github.com/deepseek-ai/EPLB) places them: equally many
+// slots on every rank, the hottest experts in several. Ties go as there, to the first.
 #pragma once
 
 #include <vector>
@@ -17,7 +17,7 @@ struct EplbShape {
   int groups = 1;  // Of consecutive experts that should stay on one host (group-limited routing).
 };
 
-// The expert in each slot of one layer; rank r has the slots/ranks slots from r * slots/ranks on. Hierarchical (groups to hosts,
+// The expert in each slot of one layer; rank r has the n = slots / ranks slots from r * n on. Hierarchical (groups to hosts,
 // then replicas within hosts) if `hosts` divides `groups`, else global. INVALID_ARGUMENT names the numbers that do not fit.
 absl::StatusOr<std::vector<int>> BalanceReplicas(absl::Span<const int64_t> loads, const EplbShape& shape);
 

@@ -55,7 +55,8 @@ TEST(PlacementOfSlots, TheFirstSlotIsTheOwners) {
 }
 
 TEST(BalanceReplicas, ErrorNamesTheNumbers) {
-  for (const EplbShape& shape : {EplbShape{3, 1}, EplbShape{9, 2}, EplbShape{8, 4, 3}, EplbShape{8, 4, 2, 3}, EplbShape{8, 0}}) {
+  const EplbShape bad[] = {{3, 1}, {9, 2}, {8, 4, 3}, {8, 4, 2, 3}, {8, 0}};
+  for (const EplbShape& shape : bad) {
     const absl::Status status = BalanceReplicas({1, 2, 3, 4}, shape).status();
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     EXPECT_NE(status.message().find("slots for 4 experts"), absl::string_view::npos) << status;

@@ -108,6 +108,7 @@ TEST(Topology, NumbersHostsByFirstRank) {
   EXPECT_EQ(topology.host_of_rank, (std::vector<int>{0, 1, 0, 2, 1}));
   EXPECT_EQ(topology.hosts(), 3);
   EXPECT_EQ(topology.RanksOf(1), (std::vector<int>{1, 4}));
+  EXPECT_EQ(topology.RanksByHost(), (std::vector<std::vector<int>>{{0, 2}, {1, 4}, {3}}));
   EXPECT_EQ(Topology::OneHost(3), TopologyOf({5, 5, 5}));
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <numeric>
 
 #include "parallel/placement/apportion.h"
@@ -17,15 +18,9 @@ class Filler {
   Filler(const Topology& topology, std::vector<int> ranks, const ExpertPlacement& start, std::vector<int> experts,
          std::vector<int>* free)
       : ranks_(std::move(ranks)), experts_(std::move(experts)), free_(*free), copies_(experts_.size()) {
-    std::vector<int> index_of_host(static_cast<size_t>(topology.hosts()), -1);
-    for (size_t r = 0; r < ranks_.size(); ++r) {
-      int& host = index_of_host[static_cast<size_t>(topology.HostOf(ranks_[r]))];
-      if (host < 0) {
-        host = static_cast<int>(hosts_.size());
-        hosts_.emplace_back();
-      }
-      hosts_[static_cast<size_t>(host)].push_back(r);
-    }
+    std::map<int, std::vector<size_t>> by_host;
+    for (size_t r = 0; r < ranks_.size(); ++r) by_host[topology.HostOf(ranks_[r])].push_back(r);
+    for (auto& [host, members] : by_host) hosts_.push_back(std::move(members));
     on_.resize(experts_.size() * ranks_.size());
     lacking_.assign(ranks_.size(), static_cast<int>(experts_.size()));
     for (size_t i = 0; i < experts_.size(); ++i) {
@@ -127,11 +122,12 @@ std::vector<int> Hottest(absl::Span<const int64_t> loads, int count) {
 }
 
 // The hottest experts of a host, hottest first, as many as bring `count` from other hosts; with one host, `count`.
-std::vector<int> HottestOfHost(const Topology& topology, int host, absl::Span<const int> owners,
-                               absl::Span<const int64_t> loads, int count) {
+std::vector<int> HottestOfHost(int host, absl::Span<const int> owners, absl::Span<const int64_t> loads,
+                               const Topology& topology, int count) {
+  const bool one_host = topology.hosts() == 1;
   std::vector<int> hottest;
   for (int expert : Hottest(loads, static_cast<int>(loads.size()))) {
-    const bool enters = topology.hosts() == 1 || topology.HostOf(owners[static_cast<size_t>(expert)]) != host;
+    const bool enters = one_host || topology.HostOf(owners[static_cast<size_t>(expert)]) != host;
     if (enters && count-- == 0) break;
     hottest.push_back(expert);
   }
@@ -193,7 +189,8 @@ int OverlapBudget(const Topology& topology, const OverlapInputs& inputs) {
     entries = *std::max_element(ranks.begin(), ranks.end());
   }
   using Wide = __int128;  // A second at 100 GB/s is 1e20 byte-nanoseconds.
-  const Wide bytes = Wide{std::max<int64_t>(inputs.other_work_ns, 0)} * std::max<int64_t>(inputs.link_bytes_per_s, 0) / 1'000'000'000;
+  const Wide free_ns = std::max<int64_t>(inputs.other_work_ns, 0), rate = std::max<int64_t>(inputs.link_bytes_per_s, 0);
+  const Wide bytes = free_ns * rate / 1'000'000'000;
   return static_cast<int>(std::min<Wide>(bytes / (Wide{inputs.expert_bytes} * entries), std::numeric_limits<int>::max()));
 }
 
@@ -218,10 +215,11 @@ ExpertPlacement MaterialisePerHost(absl::Span<const int> owners, absl::Span<cons
   const ExpertPlacement start = OwnersOnly(owners);
   ExpertPlacement placement = start;
   std::vector<int> free(static_cast<size_t>(topology.ranks()), budget.memory);
-  for (int host = 0; host < topology.hosts(); ++host) {
+  int host = 0;
+  for (std::vector<int>& ranks : topology.RanksByHost()) {
     const absl::Span<const int64_t> loads = loads_HE.subspan(static_cast<size_t>(host) * experts, experts);
-    Filler(topology, topology.RanksOf(host), start, HottestOfHost(topology, host, owners, loads, budget.overlap), &free)
-        .Fill(loads, &placement);
+    std::vector<int> hottest = HottestOfHost(host++, owners, loads, topology, budget.overlap);
+    Filler(topology, std::move(ranks), start, std::move(hottest), &free).Fill(loads, &placement);
   }
   SortHolders(&placement);
   return placement;

@@ -12,10 +12,11 @@ namespace {
 
 class Resharding {
  public:
-  Resharding(absl::Span<const std::vector<int64_t>> loads, const Topology& topology, const OwnerMap& current, int overlap)
-      : loads_(loads), topology_(topology), current_(current), owners_(current) {
+  Resharding(absl::Span<const std::vector<int64_t>> loads, const Topology& topology, const OwnerMap& current, int overlap,
+             int slack_percent)
+      : loads_(loads), topology_(topology), current_(current), slack_percent_(slack_percent), owners_(current),
+        ranks_of_host_(topology.RanksByHost()) {
     SHOAL_CHECK_EQ(loads.size(), current.size());
-    for (int host = 0; host < topology.hosts(); ++host) ranks_of_host_.push_back(topology.RanksOf(host));
     for (size_t layer = 0; layer < loads.size(); ++layer) {
       SHOAL_CHECK_EQ(loads[layer].size(), current[layer].size());
       order_.push_back(ByDescending(loads[layer]));
@@ -95,13 +96,16 @@ class Resharding {
     return best;
   }
 
-  // Whether a load more keeps the rank and its host at or under the mean; an empty rank is as good as any other.
+  // Whether a load more keeps the rank and its host near the mean; an empty rank is as good as any other.
   bool MayStay(int owner, int64_t load, int64_t layer_load) const {
     const size_t host = HostOf(owner);
     const int64_t ranks = topology_.ranks(), on_host = static_cast<int64_t>(ranks_of_host_[host].size());
     const int64_t rank_load = rank_load_[static_cast<size_t>(owner)];
-    return free_[static_cast<size_t>(owner)] > 0 && (rank_load == 0 || (rank_load + load) * ranks <= layer_load) &&
-           (host_load_[host] + load) * ranks <= layer_load * on_host;
+    const auto near_mean = [&](int64_t sum, int64_t of_ranks) {
+      return sum * ranks * 100 <= layer_load * of_ranks * (100 + slack_percent_);
+    };
+    return free_[static_cast<size_t>(owner)] > 0 && (rank_load == 0 || near_mean(rank_load + load, 1)) &&
+           near_mean(host_load_[host] + load, on_host);
   }
 
   void PlaceCold(size_t layer) {
@@ -171,6 +175,7 @@ class Resharding {
   const absl::Span<const std::vector<int64_t>> loads_;
   const Topology& topology_;
   const OwnerMap& current_;
+  const int slack_percent_;
   OwnerMap owners_;
   std::vector<std::vector<int>> ranks_of_host_;
   std::vector<std::vector<int>> order_;           // Of each layer: experts by descending load,
@@ -182,8 +187,9 @@ class Resharding {
 
 }  // namespace
 
-OwnerMap Reshard(absl::Span<const std::vector<int64_t>> loads, const Topology& topology, const OwnerMap& current, int overlap) {
-  return Resharding(loads, topology, current, overlap).Run();
+OwnerMap Reshard(absl::Span<const std::vector<int64_t>> loads, const Topology& topology, const OwnerMap& current, int overlap,
+                 int slack_percent) {
+  return Resharding(loads, topology, current, overlap, slack_percent).Run();
 }
 
 std::vector<OwnerMove> MovesBetween(const OwnerMap& before, const OwnerMap& after) {

@@ -5,6 +5,7 @@
 #include <random>
 
 #include "gtest/gtest.h"
+#include "parallel/placement/hecate.h"
 #include "parallel/placement/layer_cost.h"
 #include "parallel/placement/traces.h"
 
@@ -38,6 +39,18 @@ int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, int ranks, int o
     sum += *std::max_element(load.begin(), load.end());
   }
   return sum;
+}
+
+Topology HostsOfFour(int hosts) {
+  Topology topology;
+  for (int rank = 0; rank < 4 * hosts; ++rank) topology.host_of_rank.push_back(rank / 4);
+  return topology;
+}
+
+Loads LoadsOf(const RoutingTrace& trace, int layers, int experts) {
+  Loads loads;
+  for (int layer = 0; layer < layers; ++layer) loads.push_back(ColumnSums(trace.Rows(layer), experts));
+  return loads;
 }
 
 OwnerMap Contiguous(int layers, int experts, int ranks) {
@@ -101,46 +114,69 @@ TEST(Reshard, WhatIsBalancedStays) {
   EXPECT_EQ(Reshard(Loads{}, Topology::OneHost(3), {}, 2), OwnerMap{});
 }
 
-TEST(Reshard, EvensOutColdLoadAndThenMovesLittle) {
+TEST(Reshard, EvensOutColdLoadAndThenMovesAsLittleAsItMay) {
   const int ranks = 16, experts = 64, layers = 6, overlap = 3;
-  Topology topology;
-  for (int rank = 0; rank < ranks; ++rank) topology.host_of_rank.push_back(rank / 4);
+  const Topology topology = HostsOfFour(4);
   TraceOptions options;
   options.layers = layers;
   options.ranks = ranks;
   options.experts = experts;
   options.choices = 2;
   options.tokens_per_rank = 1024;
+  size_t moved[2] = {};
   for (uint64_t seed = 0; seed < 4; ++seed) {
     SCOPED_TRACE(seed);
     options.seed = seed;
     RoutingTrace trace(options);
-    const auto loads_now = [&] {
-      Loads loads;
-      for (int layer = 0; layer < layers; ++layer) loads.push_back(ColumnSums(trace.Rows(layer), experts));
-      return loads;
-    };
-    const OwnerMap start = Contiguous(layers, experts, ranks);
-    const Loads loads = loads_now();
-    const OwnerMap first = Reshard(loads, topology, start, overlap);
-    int64_t mean = 0;
+    const Loads loads = LoadsOf(trace, layers, experts);
+    for (int step = 0; step < 10; ++step) trace.Advance();
+    const Loads later = LoadsOf(trace, layers, experts);
+    int64_t bound = 0;  // The mean of the cold, or the largest of them.
     for (const std::vector<int64_t>& layer : loads) {
       std::vector<int64_t> sorted = layer;
       std::sort(sorted.rbegin(), sorted.rend());
-      mean += std::max(std::accumulate(sorted.begin() + overlap, sorted.end(), int64_t{0}) / ranks, sorted[overlap]);
+      bound += std::max(std::accumulate(sorted.begin() + overlap, sorted.end(), int64_t{0}) / ranks, sorted[overlap]);
     }
-    EXPECT_LE(ColdMaximum(loads, first, ranks, overlap) * 100, mean * 115);
-    EXPECT_LT(ColdMaximum(loads, first, ranks, overlap) * 100, ColdMaximum(loads, start, ranks, overlap) * 70);
-    EXPECT_EQ(Reshard(loads, topology, first, overlap), first);
-    for (int step = 0; step < 10; ++step) trace.Advance();
-    const Loads later = loads_now();
-    const OwnerMap second = Reshard(later, topology, first, overlap);
-    const size_t moves = MovesBetween(first, second).size();
-    std::printf("cold maximum over bound %.3f; %zu of %d experts move at first, %zu ten steps later\n",
-                static_cast<double>(ColdMaximum(loads, first, ranks, overlap)) / static_cast<double>(mean),
-                MovesBetween(start, first).size(), layers * experts, moves);
-    EXPECT_LT(moves, static_cast<size_t>(layers * experts) * 3 / 4);
+    const OwnerMap start = Contiguous(layers, experts, ranks);
+    for (int slack : {0, 20}) {
+      const OwnerMap first = Reshard(loads, topology, start, overlap, slack);
+      const int64_t most = ColdMaximum(loads, first, ranks, overlap);
+      EXPECT_LE(most * 100, bound * (115 + slack));
+      EXPECT_LT(most * 100, ColdMaximum(loads, start, ranks, overlap) * 80);
+      EXPECT_EQ(Reshard(loads, topology, first, overlap, slack), first);
+      const size_t moves = MovesBetween(first, Reshard(later, topology, first, overlap, slack)).size();
+      moved[slack / 20] += moves;
+      std::printf("slack %d: fullest rank %.3f of the bound; %zu of %d experts move at first, %zu ten steps later\n", slack,
+                  static_cast<double>(most) / static_cast<double>(bound), MovesBetween(start, first).size(),
+                  layers * experts, moves);
+    }
   }
+  EXPECT_LT(moved[1] * 2, moved[0]);
+}
+
+TEST(Reshard, MaterialisingIsFasterFromReshardedOwners) {
+  const Topology topology = HostsOfFour(8);
+  const LayerCosts costs = {100'000, 6'400, 154'000, 20'000'000, 472'000'000};
+  TraceOptions options;
+  options.layers = 6;
+  options.ranks = 32;
+  options.experts = 64;
+  options.choices = 2;
+  options.tokens_per_rank = 4096;
+  RoutingTrace trace(options);
+  const Loads loads = LoadsOf(trace, 6, 64);
+  const OwnerMap start = Contiguous(6, 64, 32), resharded = Reshard(loads, topology, start, 3);
+  trace.Advance();
+  const auto step_ps = [&](const OwnerMap& owners) {
+    int64_t sum = 0;
+    for (size_t layer = 0; layer < 6; ++layer) {
+      const ExpertPlacement placement = Materialise(owners[layer], loads[layer], topology, {3, 3});
+      const std::vector<int64_t> rows = trace.Rows(static_cast<int>(layer));
+      sum += StepPs(RowsOf(topology, SplitTokens(DispatchRule::kWaterFill, topology, placement, rows)), costs);
+    }
+    return sum;
+  };
+  EXPECT_LT(step_ps(resharded) * 100, step_ps(start) * 92);
 }
 
 TEST(MovesBetween, ListsWhatChangedInOrder) {

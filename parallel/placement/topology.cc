@@ -16,6 +16,12 @@ std::vector<int> Topology::RanksOf(int host) const {
   return ranks;
 }
 
+std::vector<std::vector<int>> Topology::RanksByHost() const {
+  std::vector<std::vector<int>> ranks(static_cast<size_t>(hosts()));
+  for (int rank = 0; rank < this->ranks(); ++rank) ranks[static_cast<size_t>(HostOf(rank))].push_back(rank);
+  return ranks;
+}
+
 Topology TopologyOf(const std::vector<int64_t>& host_labels) {
   Topology topology;
   std::vector<int64_t> seen;

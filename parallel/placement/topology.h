@@ -16,6 +16,7 @@ struct Topology {
   int hosts() const;
   int HostOf(int rank) const { return host_of_rank[static_cast<size_t>(rank)]; }
   std::vector<int> RanksOf(int host) const;  // Ascending.
+  std::vector<std::vector<int>> RanksByHost() const;
   friend bool operator==(const Topology&, const Topology&) = default;
 };
 

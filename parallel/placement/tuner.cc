@@ -32,8 +32,10 @@ struct Score {
 // Owners under construction; the owner of an unplaced expert is -1, and all its rows count as sent.
 class Assignment {
  public:
-  Assignment(absl::Span<const int64_t> rows, absl::Span<const int64_t> linked, const Topology& topology, const TuneOptions& options)
-      : topology_(topology), options_(options), load_(ColumnSums(rows, Experts(rows, topology))), by_rank_(rows.begin(), rows.end()) {
+  Assignment(absl::Span<const int64_t> rows, absl::Span<const int64_t> linked, const Topology& topology,
+             const TuneOptions& options)
+      : topology_(topology), options_(options), load_(ColumnSums(rows, Experts(rows, topology))),
+        by_rank_(rows.begin(), rows.end()) {
     SHOAL_CHECK(linked.empty() || linked.size() == rows.size());
     for (size_t i = 0; i < linked.size(); ++i) by_rank_[i] += linked[i];
     by_host_ = SumByHost(topology, by_rank_, experts());
@@ -107,8 +109,8 @@ class Assignment {
       if (owner == busiest || owner == rank_in || topology_.HostOf(owner) == host_in) candidates.push_back(e);
     }
     const auto add_used = [&](const std::vector<int64_t>& rows, int place) {
-      const absl::Span<const int64_t> mine = absl::MakeConstSpan(rows).subspan(static_cast<size_t>(place) * load_.size(), load_.size());
-      const std::vector<int> order = ByDescending(mine);
+      const size_t begin = static_cast<size_t>(place) * load_.size();
+      const std::vector<int> order = ByDescending(absl::MakeConstSpan(rows).subspan(begin, load_.size()));
       candidates.insert(candidates.end(), order.begin(), order.begin() + kUsedExperts);
     };
     if (send) add_used(by_rank_, Fullest(rank_out_));
@@ -243,10 +245,12 @@ std::vector<int64_t> LinkedRows(const OwnerMap& owners, absl::Span<const std::ve
   for (size_t mine = 0; mine < experts; ++mine) {
     for (size_t other = 0; other < experts; ++other) {
       if (layer > 0) {
-        linked[static_cast<size_t>(owners[layer - 1][other]) * experts + mine] += transitions[layer - 1][other * experts + mine];
+        const size_t rank = static_cast<size_t>(owners[layer - 1][other]);
+        linked[rank * experts + mine] += transitions[layer - 1][other * experts + mine];
       }
       if (layer + 1 < owners.size()) {
-        linked[static_cast<size_t>(owners[layer + 1][other]) * experts + mine] += transitions[layer][mine * experts + other];
+        const size_t rank = static_cast<size_t>(owners[layer + 1][other]);
+        linked[rank * experts + mine] += transitions[layer][mine * experts + other];
       }
     }
   }

@@ -1,7 +1,7 @@
 // Owners of experts by optimisation: MoETuner's goal (arXiv 2502.06643), even load and little traffic, for training. There a
 // token returns to its rank after every layer, so what makes traffic is which ranks' tokens use which experts, not which
-// experts follow each other; the latter can be added where tokens do stay (inference, ExFlow, arXiv 2401.08383). Greedy plus local
-// search instead of an integer program: within 2 % of it where that can be checked. Deterministic, in integers.
+// experts follow each other; the latter can be added where tokens do stay (inference; ExFlow, arXiv 2401.08383). Greedy plus
+// local search instead of an integer program: within 2 % of the best where that can be checked. Deterministic, in integers.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,9 @@ struct TunedOwners {
 TunedOwners TuneOwners(absl::Span<const int64_t> rows, absl::Span<const int64_t> linked, absl::Span<const int> start,
                        const Topology& topology, const TuneOptions& options);
 
-// Layer by layer, each after the one before it, then again with both neighbours while that improves. transitions[l][a * experts + b]: rows that go from expert a of layer l to
-// expert b of layer l + 1 without going home; none, or one per pair of layers.
+// Layer by layer, each after the one before it, then again with both neighbours while that improves.
+// transitions[l][a * experts + b]: rows that go from expert a of layer l to expert b of layer l + 1 without going home; none,
+// or one matrix per pair of layers.
 OwnerMap TuneLayers(absl::Span<const std::vector<int64_t>> rows_SE, absl::Span<const std::vector<int64_t>> transitions,
                     const Topology& topology, const TuneOptions& options);
 

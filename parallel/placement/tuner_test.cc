@@ -17,7 +17,8 @@ Topology Hosts(int hosts, int ranks_per_host) {
   return topology;
 }
 
-int64_t PsOf(const std::vector<int>& owners, absl::Span<const int64_t> rows, const Topology& topology, const LayerCosts& costs) {
+int64_t PsOf(const std::vector<int>& owners, absl::Span<const int64_t> rows, const Topology& topology,
+             const LayerCosts& costs) {
   return ForwardPs(RowsOf(topology, SplitTokens(DispatchRule::kNearest, topology, OwnersOnly(owners), rows)), costs);
 }
 
@@ -98,8 +99,8 @@ TEST(TuneOwners, ExpertsGoToTheHostsThatUseThem) {
   const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   options.costs = {100, 0, 0};
   const TunedOwners balanced = TuneOwners(rows, {}, {}, topology, options);
-  std::printf("rows between hosts: %ld, of owners balanced by load alone %ld; %.0f ms\n", static_cast<long>(crossing(tuned.owners)),
-              static_cast<long>(crossing(balanced.owners)), ms);
+  std::printf("rows between hosts: %ld, of owners balanced by load alone %ld; %.0f ms\n",
+              static_cast<long>(crossing(tuned.owners)), static_cast<long>(crossing(balanced.owners)), ms);
   EXPECT_LT(crossing(tuned.owners) * 10, crossing(balanced.owners) * 7);
   EXPECT_LT(PsOf(tuned.owners, rows, topology, {100, 6, 154}), PsOf(balanced.owners, rows, topology, {100, 6, 154}));
 }
