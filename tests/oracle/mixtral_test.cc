@@ -36,11 +36,14 @@ struct Case {
   int accumulation = 1;
   bool recompute = false;
   std::string transport = "auto";
+  std::string dense = "replicated", experts = "grouped";
+  int chunks = 0;  // 0: as chosen.
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << c.folder << "_" << c.data << "_" << c.ranks << "ranks_expert" << c.expert << "_accumulation" << c.accumulation
-             << (c.recompute ? "_recompute" : "") << "_" << c.transport;
+             << (c.recompute ? "_recompute" : "") << "_" << c.transport << (c.dense == "sharded" ? "_sharded" : "")
+             << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "");
 }
 
 std::string Folder(const std::string& name) { return std::string(SHOAL_SOURCE_DIR) + "/tests/oracle/" + name; }
@@ -70,6 +73,14 @@ Config ConfigOf(const Case& c, const json& log) {
   to.set_router_aux_loss_coef(model["router_aux_loss_coef"]);
   to.set_norm_topk_prob(model.value("norm_topk_prob", true));
   to.set_router_z_loss_coef(model.value("router_z_loss_coef", 0.0));
+  to.set_router(model.value("router", "topk"));
+  to.set_capacity_factor(model.value("capacity_factor", 0.0));
+  to.set_routed_scaling_factor(model.value("routed_scaling_factor", 1.0));
+  to.set_bias_update_rate(model.value("bias_update_rate", 0.001));
+  to.set_seq_aux_loss_coef(model.value("seq_aux_loss_coef", 0.0));
+  to.set_router_dim(model.value("router_dim", 0));
+  to.set_router_temperature_init(model.value("router_temperature_init", 0.3));
+  to.set_shared_intermediate_size(model.value("shared_intermediate_size", 0));
   const json& train = log["train"];
   config.mutable_optimizer()->set_lr(train["lr"]);
   config.mutable_optimizer()->set_beta1(train["beta1"]);
@@ -86,6 +97,10 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_train()->set_recompute(c.recompute);
   config.mutable_train()->set_loss_chunk(50);
   config.mutable_parallel()->set_expert(c.expert);
+  config.mutable_parallel()->set_dense(c.dense);
+  config.mutable_parallel()->set_experts(c.experts);
+  config.mutable_schedule()->set_chunks_forward(c.chunks);
+  config.mutable_schedule()->set_chunks_backward(c.chunks);
   return config;
 }
 
@@ -143,6 +158,24 @@ int64_t FlippedChoices(const std::vector<std::vector<int64_t>>& got, const json&
   return (moved + 1) / 2;
 }
 
+// What routers with a capacity, a bias or a loss of their own log besides.
+void CompareRouting(const StepResult& got, const json& want) {
+  if (want.contains("dropped")) {
+    EXPECT_EQ(json(got.dropped), want["dropped"]);
+  }
+  if (want.contains("unrouted_tokens")) {
+    EXPECT_EQ(json(got.unrouted), want["unrouted_tokens"]);
+  }
+  EXPECT_NEAR(got.seq_aux, want.value("seq_aux_loss", 0.0), kAuxTolerance * got.seq_aux);
+  if (!want.contains("router_bias")) return;
+  ASSERT_EQ(got.router_state.size(), want["router_bias"].size());
+  for (size_t layer = 0; layer < got.router_state.size(); ++layer) {
+    const absl::Span<const float> bias = got.router_state[layer].span<float>();
+    ASSERT_EQ(bias.size(), want["router_bias"][layer].size());
+    for (size_t e = 0; e < bias.size(); ++e) EXPECT_NEAR(bias[e], want["router_bias"][layer][e], 1e-7) << layer << ", " << e;
+  }
+}
+
 void RunCase(const Case& c, Communicator& world) {
   const json log = ReadLog(c.folder);
   const Config config = ConfigOf(c, log);
@@ -177,6 +210,7 @@ void RunCase(const Case& c, Communicator& world) {
       EXPECT_NEAR(got->cross_entropy, want["ce_loss"], tolerance * want["ce_loss"].get<double>());
       EXPECT_NEAR(got->z, want.value("z_loss", got->z), kAuxTolerance * got->z);
       EXPECT_NEAR(got->aux, want["aux_loss"], kAuxTolerance * want["aux_loss"].get<double>());
+      if (flips == 0) CompareRouting(*got, want);
       EXPECT_NEAR(got->grad_norm, want["grad_norm"], kNormTolerance * want["grad_norm"].get<double>());
     } else if (step == 0) {
       // Auxiliary losses are those of the parts; cross-entropy does not know of parts.
@@ -211,11 +245,28 @@ std::vector<Case> Cases() {
   return cases;
 }
 
-INSTANTIATE_TEST_SUITE_P(Mixtral, Oracle, testing::ValuesIn(Cases()), [](const auto& info) {
+// The other routers, alone, data parallel and expert parallel: alike, though choices may depend on the tokens of all ranks.
+std::vector<Case> RouterCases() {
+  std::vector<Case> cases;
+  for (const char* folder : {"sigmoid_bias_shared", "switch_drop", "gshard_drop", "xmoe", "expert_choice"}) {
+    for (auto [ranks, expert] : {std::pair{1, 1}, {2, 1}, {2, 2}, {4, 1}, {4, 2}, {4, 4}}) {
+      cases.push_back({folder, "batches", ranks, expert});
+    }
+    cases.push_back({folder, "batches", 1, 1, 1, true});
+    cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .recompute = true, .chunks = 3});
+    cases.push_back({.folder = folder, .ranks = 3, .dense = "sharded", .experts = "sparse"});
+  }
+  return cases;
+}
+
+std::string NameOf(const testing::TestParamInfo<Case>& info) {
   std::ostringstream name;
   name << info.param;
   return name.str();
-});
+}
+
+INSTANTIATE_TEST_SUITE_P(Mixtral, Oracle, testing::ValuesIn(Cases()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Routers, Oracle, testing::ValuesIn(RouterCases()), NameOf);
 
 }  // namespace
 }  // namespace shoal
