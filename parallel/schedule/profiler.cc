@@ -10,7 +10,7 @@
 namespace shoal {
 namespace {
 
-// StepTimes::least orders by duration; the share of overlap of whoever was fastest rides along in the low bits.
+// MeasuredTimes::least orders by duration; the share of overlap of whoever was fastest rides along in the low bits.
 constexpr int kOverlapBits = 10;
 constexpr int64_t kOverlapMax = (int64_t{1} << kOverlapBits) - 1;
 // Units closer than this are one class.
@@ -118,13 +118,13 @@ Line FitLine(const std::vector<Point>& points) {
 
 }  // namespace
 
-StepTimes TimesOf(const Graph& graph, const StepRecord& record) {
+MeasuredTimes TimesOf(const Graph& graph, const StepRecord& record) {
   SHOAL_CHECK_EQ(graph.tasks.size(), record.tasks.size());
   std::array<std::vector<Interval>, kLanes> busy;  // A lane runs one task at a time, so they are ascending.
   for (size_t i = 0; i < graph.tasks.size(); ++i) {
     busy[static_cast<size_t>(graph.tasks[i].lane)].push_back({record.tasks[i].begin_ns, record.tasks[i].end_ns});
   }
-  StepTimes times;
+  MeasuredTimes times;
   for (size_t i = 0; i < graph.tasks.size(); ++i) {
     const TaskRecord& task = record.tasks[i];
     const Lane lane = graph.tasks[i].lane;
@@ -173,7 +173,7 @@ std::vector<Profiler::Sample> Profiler::Condense(std::vector<Sample> samples) {
   return classes;
 }
 
-std::map<Profiler::Key, std::vector<Profiler::Sample>> Profiler::SamplesOf(const Graph& graph, const StepTimes& times,
+std::map<Profiler::Key, std::vector<Profiler::Sample>> Profiler::SamplesOf(const Graph& graph, const MeasuredTimes& times,
                                                                            int ranks) const {
   std::map<Key, std::vector<Sample>> samples;
   size_t least = 0, total = 0;
@@ -199,7 +199,7 @@ std::map<Profiler::Key, std::vector<Profiler::Sample>> Profiler::SamplesOf(const
   return samples;
 }
 
-void Profiler::Add(const Graph& graph, const StepTimes& times, int ranks) {
+void Profiler::Add(const Graph& graph, const MeasuredTimes& times, int ranks) {
   double measured = 0, wrong = 0;
   bool jumped = false, known = true;
   for (const auto& [key, fresh] : SamplesOf(graph, times, ranks)) {

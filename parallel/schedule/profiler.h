@@ -32,11 +32,11 @@ namespace shoal {
 inline bool IsCommunication(Lane lane) { return lane == Lane::kIntra || lane == Lane::kInter || lane == Lane::kControl; }
 
 // What one rank, or after the reductions all ranks, measured in a step. Equal graphs give equal sizes.
-struct StepTimes {
+struct MeasuredTimes {
   std::vector<int64_t> least;  // Per communication task: duration and overlap with the other lane, packed; -units.
   std::vector<int64_t> total;  // Per other task: nanoseconds; units.
 };
-StepTimes TimesOf(const Graph& graph, const StepRecord& record);
+MeasuredTimes TimesOf(const Graph& graph, const StepRecord& record);
 
 struct ProfilerOptions {
   double half_life_steps = 8;
@@ -67,7 +67,7 @@ class Profiler {
   // Begins with what a run before has learnt: it fades as steps are added.
   void StartFrom(const Profile& profile);
   // After a step of `ranks` ranks, whose times were reduced as above. 0.3 ms for 400 tasks.
-  void Add(const Graph& graph, const StepTimes& times, int ranks);
+  void Add(const Graph& graph, const MeasuredTimes& times, int ranks);
   // Of one rank.
   void Add(const Graph& graph, const StepRecord& record) { Add(graph, TimesOf(graph, record), 1); }
 
@@ -102,7 +102,7 @@ class Profiler {
 
   static Key Pack(const CostKey& key);
   static std::vector<Sample> Condense(std::vector<Sample> samples);
-  std::map<Key, std::vector<Sample>> SamplesOf(const Graph& graph, const StepTimes& times, int ranks) const;
+  std::map<Key, std::vector<Sample>> SamplesOf(const Graph& graph, const MeasuredTimes& times, int ranks) const;
   double Predict(const History& history, const Sample& sample) const;
   bool NoticeJump(const std::vector<Sample>& fresh, History* history);
   double AgedWeight(const Sample& sample) const;

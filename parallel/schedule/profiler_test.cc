@@ -173,9 +173,9 @@ TEST(Profiler, CountsTransfersFromTheLastRankAndComputationAsTheMean) {
   }
   Profiler profiler;
   for (int step = 0; step < 4; ++step) {
-    const StepTimes a = TimesOf(graph, {.begin_ns = 0, .end_ns = 0, .tasks = {{0, 1'000'000, 1000}, {1'000'000, 5'000'000, 3e6}}});
-    const StepTimes b = TimesOf(graph, {.begin_ns = 0, .end_ns = 0, .tasks = {{0, 3'000'000, 3000}, {3'000'000, 5'000'000, 1e6}}});
-    StepTimes both = a;
+    const MeasuredTimes a = TimesOf(graph, {.begin_ns = 0, .end_ns = 0, .tasks = {{0, 1'000'000, 1000}, {1'000'000, 5'000'000, 3e6}}});
+    const MeasuredTimes b = TimesOf(graph, {.begin_ns = 0, .end_ns = 0, .tasks = {{0, 3'000'000, 3000}, {3'000'000, 5'000'000, 1e6}}});
+    MeasuredTimes both = a;
     for (size_t i = 0; i < both.least.size(); ++i) both.least[i] = std::min(a.least[i], b.least[i]);
     for (size_t i = 0; i < both.total.size(); ++i) both.total[i] = a.total[i] + b.total[i];
     profiler.Add(graph, both, 2);
