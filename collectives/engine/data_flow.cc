@@ -1,5 +1,7 @@
 #include "collectives/engine/data_flow.h"
 
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sys/uio.h>
 
 #include <algorithm>
@@ -16,6 +18,9 @@ constexpr size_t kBufferBytes = 64 << 10;
 // is copied twice.
 constexpr size_t kAheadBytes = 4 << 10;
 constexpr size_t kDirectBytes = 4 << 10;  // From here on, payload is read straight to where it belongs.
+// What the kernel takes beyond what it can send at once: enough to go on with until this process is awake again.
+// Megabytes, as it would take by itself, are tens of milliseconds on a slow link, and nothing overtakes them.
+constexpr int kUnsentBytes = 128 << 10;
 
 absl::Status Gone(const char* what) {
   return absl::UnavailableError(absl::StrCat("data connection: ", what, ": ", std::strerror(errno)));
@@ -24,7 +29,9 @@ absl::Status Gone(const char* what) {
 }  // namespace
 
 DataFlow::DataFlow(Fd socket, uint64_t epoch)
-    : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes), ahead_(kAheadBytes) {}
+    : socket_(std::move(socket)), epoch_(epoch), buffer_(kBufferBytes), ahead_(kAheadBytes) {
+  (void)setsockopt(socket_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentBytes, sizeof kUnsentBytes);
+}
 
 void DataFlow::Close() {
   if (!socket_.valid()) return;

@@ -58,7 +58,7 @@ class DataFlow {
 
  private:
   static constexpr size_t kFramesMax = 16;
-  static constexpr int64_t kQueuedBytesMax = 1 << 20;
+  static constexpr int64_t kQueuedBytesMax = 128 << 10;  // What is queued has its place in the order.
 
   void EndFrames(Sink* sink, size_t sent);
   absl::Status Consume(Sink* sink);

@@ -21,7 +21,6 @@ namespace {
 
 // Per flow and turn, so that no peer and no group starves another.
 constexpr int64_t kReadBudget = 1 << 20, kWriteBudget = 1 << 20;
-constexpr int64_t kSliceBytes = 256 << 10;
 constexpr size_t kDirectFlows = 4;  // Up to here every socket is asked, without asking epoll first.
 constexpr int kReadyMax = 64;
 // A sleeping thread's wake-up costs 25 us and more: waiting begins with asking again and again, which goes on
@@ -74,7 +73,8 @@ struct DataMesh::Impl {
   void EmptyOutboxes(int64_t* moved);
   void ListDirty(int rank);
   void PumpOut(int rank, int64_t* moved);
-  bool NextFrame(int rank, DataFlow::Frame* frame);
+  enum class Wanted : uint8_t { kSmall, kAny };
+  bool NextFrame(int rank, Wanted wanted, DataFlow::Frame* frame);
   void ReadFlow(Flow* flow, int64_t* moved);
   int PollFlows(int64_t timeout_ns, epoll_event* ready);
   void HandleReady(const epoll_event* ready, int count, int64_t* moved);
@@ -220,22 +220,15 @@ void DataMesh::Impl::CheckPort(Port* port) {
 
 // ---- Bytes.
 
-bool DataMesh::Impl::NextFrame(int rank, DataFlow::Frame* frame) {
+bool DataMesh::Impl::NextFrame(int rank, Wanted wanted, DataFlow::Frame* frame) {
   Port::Outbox& box = shared.outboxes[rank];
   if (!box.small.empty()) {
     *frame = std::move(box.small.front());
     box.small.pop_front();
     return true;
   }
-  if (box.large.empty()) return false;
-  Port::Outgoing* out = box.large.front();
-  box.large.pop_front();
-  DataHeader header = out->header;
-  header.offset = out->cut;
-  header.bytes = std::min<int64_t>(header.total - out->cut, kSliceBytes);
-  *frame = {header, out->data + out->cut, out};
-  out->cut += header.bytes;
-  if (out->cut < static_cast<int64_t>(header.total)) box.large.push_back(out);
+  if (box.large.empty() || wanted == Wanted::kSmall) return false;
+  *frame = box.large.front()->TakeSlice(rank);
   return true;
 }
 
@@ -247,10 +240,12 @@ void DataMesh::Impl::ListDirty(int rank) {
 void DataMesh::Impl::PumpOut(int rank, int64_t* moved) {
   Peer& peer = peers[rank];
   for (Flow* flow : peer.flows) {
+    // Of several flows the first is kept free of large messages: what is small does not wait behind them.
+    const Wanted wanted = flow == peer.flows[0] && peer.flows.size() > 1 ? Wanted::kSmall : Wanted::kAny;
     const int64_t before = *moved;
     while (peer.status.ok() && flow->bytes.open()) {
       DataFlow::Frame frame;
-      while (!flow->bytes.Full() && NextFrame(rank, &frame)) flow->bytes.Add(std::move(frame));
+      while (!flow->bytes.Full() && NextFrame(rank, wanted, &frame)) flow->bytes.Add(std::move(frame));
       if (flow->bytes.Empty()) break;
       const absl::Status status = flow->bytes.Write(flow, moved);
       if (!status.ok()) ClosePeer(rank, status);
@@ -457,10 +452,7 @@ void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data,
   const int rank = port->life->ranks()[member];
   port->Send(rank, id, data, bytes, token);
   impl_->DetachFailed(port);
-  // Small messages leave together with the next Poll or Wait; large ones are worth a call of their own.
-  int64_t moved = 0;
-  if (bytes > kEagerBytesMax) impl_->PumpOut(rank, &moved);
-  if (moved > 0) impl_->WakeWaiters();
+  // It leaves with the next Poll or Wait, and behind the small messages until then: some tell the peer to send.
 }
 
 void DataMesh::Receive(Port* port, int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token,

@@ -12,6 +12,7 @@ namespace {
 // Of small messages that one group may have under way to one rank before they are asked for.
 constexpr int64_t kWindowBytes = 4 << 20;
 constexpr int64_t kGiveBackBytes = kWindowBytes / 8;
+constexpr int64_t kSliceBytes = 128 << 10;
 // Operations of a pair stand outside of the order of collectives (see Channel): only their own messages are
 // compared.
 constexpr uint64_t kPairBit = uint64_t{1} << 63;
@@ -70,6 +71,29 @@ void DataMesh::Port::List(int rank) {
 void DataMesh::Port::Post(int rank, const DataHeader& header, Outgoing* out) {
   shared->outboxes[rank].small.push_back({header, out == nullptr ? nullptr : out->data, out});
   List(rank);
+}
+
+void DataMesh::Port::PostLarge(int rank, Outgoing* out) {
+  Side& side = At(rank);
+  if (side.large.empty()) shared->outboxes[rank].large.push_back(this);
+  side.large.push_back(out);
+  List(rank);
+}
+
+DataFlow::Frame DataMesh::Port::TakeSlice(int rank) {
+  Side& side = At(rank);
+  Outbox& box = shared->outboxes[rank];
+  box.large.pop_front();
+  Outgoing* out = side.large.front();
+  side.large.pop_front();
+  DataHeader header = out->header;
+  header.offset = out->cut;
+  header.bytes = std::min<int64_t>(header.total - out->cut, kSliceBytes);
+  DataFlow::Frame slice = {header, out->data + out->cut, out};
+  out->cut += header.bytes;
+  if (out->cut < static_cast<int64_t>(header.total)) side.large.push_back(out);
+  if (!side.large.empty()) box.large.push_back(this);
+  return slice;
 }
 
 // ---- Do both sides mean the same?
@@ -172,8 +196,7 @@ void DataMesh::Port::Send(int rank, MessageId id, const std::byte* data, int64_t
   const DataHeader theirs = early->second;
   side.early_ready.erase(early);
   if (!Agree(rank, id.signature, bytes, theirs)) return;
-  shared->outboxes[rank].large.push_back(out);
-  List(rank);
+  PostLarge(rank, out);
 }
 
 void DataMesh::Port::Receive(int rank, MessageId id, std::byte* into, int64_t bytes, uint64_t token,
@@ -273,8 +296,7 @@ absl::StatusOr<std::byte*> DataMesh::Port::OnReady(int rank, const DataHeader& h
   Outgoing* out = held->second;
   if (!Agree(rank, out->header.signature, out->header.total, header)) return nullptr;
   side.held.erase(held);
-  shared->outboxes[rank].large.push_back(out);
-  List(rank);
+  PostLarge(rank, out);
   return nullptr;
 }
 
@@ -346,7 +368,10 @@ void DataMesh::Port::Fail(const absl::Status& status) {
   // What was not begun is not sent. Nothing that flows may point at is freed here.
   for (Outbox& box : shared->outboxes) {
     std::erase_if(box.small, [this](const auto& frame) { return frame.header.group == key; });
-    std::erase_if(box.large, [this](const Outgoing* out) { return out->port == this; });
+    std::erase(box.large, this);
+  }
+  for (const auto& side : sides) {
+    if (side != nullptr) side->large.clear();
   }
 }
 

@@ -35,10 +35,11 @@ struct DataMesh::Port {
     std::list<Outgoing>::iterator self;
   };
 
-  // What waits for a flow to one rank. Small frames go first; slices of large messages take turns.
+  // What waits for a flow to one rank. Small frames go first. Of large messages the groups send a slice in turn, so that a
+  // group with many of them does not keep another one waiting; those of a group take turns too.
   struct Outbox {
     std::deque<DataFlow::Frame> small;
-    std::deque<Outgoing*> large;
+    std::deque<Port*> large;
     bool listed = false;  // In `dirty`.
   };
   struct Shared {
@@ -65,6 +66,8 @@ struct DataMesh::Port {
   absl::StatusOr<std::byte*> OnHeader(int rank, const DataHeader& header);
   void OnPayload(int rank, const DataHeader& header);
   void OnSent(Outgoing* out, const DataHeader& header);
+  // The next slice to `rank`, whose outbox has this port in front: its turn is over.
+  DataFlow::Frame TakeSlice(int rank);
 
   // The end: no event comes any more. The first status stays. Flows may still point at the group's memory:
   // the mesh detaches them before it lets go of its lock.
@@ -101,6 +104,7 @@ struct DataMesh::Port {
   // Between this rank and another one.
   struct Side {
     std::list<Outgoing> sends;
+    std::deque<Outgoing*> large;               // Of those, what the peer is ready for.
     absl::flat_hash_map<Key, Outgoing*> held;  // Until the peer is ready.
     absl::flat_hash_map<Key, DataHeader> early_ready;
     absl::flat_hash_map<Key, Incoming> expected;
@@ -120,6 +124,7 @@ struct DataMesh::Port {
   Side& At(int rank);
   DataHeader NewHeader(DataType type, MessageId id, int64_t total) const;
   void Post(int rank, const DataHeader& header, Outgoing* out);  // Into the outbox.
+  void PostLarge(int rank, Outgoing* out);
   void List(int rank);
   void EndReceive(const Incoming& incoming);
   void TakeEarly(int rank, Early* early, const Incoming& incoming, const DataHeader& wanted);

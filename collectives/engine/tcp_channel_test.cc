@@ -408,18 +408,20 @@ TEST_F(TwoRanks, AWaitForAClosedPeerFailsAndNamesIt) {
 TEST(TcpChannel, WhatAPeerSentBeforeItLeftIsStillReceived) {
   auto meshes = Meshes(2, {.flows = 3});
   std::vector<std::byte> sent = Pattern(1, 2 << 20), got(2 << 20);
+  std::atomic<bool> all_sent = false;
   std::thread leaver([&] {
     TestLife life(1, All(2), 0);
     TcpChannel channel(meshes[0].get(), &life);
     channel.Send(1, {1, 1, 1}, sent.data(), sent.size(), 1);
     std::vector<Channel::Event> events;
     EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
+    all_sent = true;
   });
   TestLife life(1, All(2), 1);
   TcpChannel channel(meshes[1].get(), &life);
   channel.Receive(0, {1, 1, 1}, got.data(), got.size(), 1);
   std::vector<Channel::Event> events;
-  ASSERT_TRUE(channel.Poll(&events).ok());  // The request is out.
+  while (!all_sent) ASSERT_TRUE(channel.Poll(&events).ok());  // The rest is on its way, in the kernel.
   leaver.join();
   meshes[0].reset();
   EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
