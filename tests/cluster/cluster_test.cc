@@ -6,13 +6,17 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <functional>
+#include <limits>
 #include <map>
 #include <set>
 
 #include "absl/strings/match.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "collectives/communicator.h"
 #include "collectives/transport/clock.h"
+#include "runtime/base/check.h"
 #include "tests/cluster/member.h"
 
 namespace shoal {
@@ -212,6 +216,67 @@ TEST_F(ClusterTest, AKillAndAStopAreNoticedAcrossHostsAndANewcomerIsAdmitted) {
   ReportRecovery("SIGSTOP", event_ns, others, kSilenceNsMax);
   stopped->child->Signal(SIGCONT);
   AwaitEpochOf(members_);
+}
+
+// Two ranks on hosts whose cables carry no more than a rate. `body` runs on both; rank 0 gives back its milliseconds.
+double MillisecondsAtRate(int64_t bits_per_second, const std::function<absl::Status(Communicator&)>& body) {
+  const auto network = NetworkHosts::Create(2);
+  SHOAL_CHECK(network.ok()) << network.status().ToString();
+  for (int host = 0; host < 2; ++host) SHOAL_CHECK_OK((*network)->SetRate(host, bits_per_second));
+  std::vector<std::unique_ptr<Child>> ranks;
+  for (int rank = 0; rank < 2; ++rank) {
+    ranks.push_back(std::make_unique<Child>([&, rank](Child::Parent& parent) {
+      SHOAL_CHECK_OK((*network)->Enter(rank));
+      WorldOptions options;
+      options.rank = rank;
+      options.size = 2;
+      options.master_host = (*network)->Address(0);
+      options.master_port = 29500;
+      const auto world = ConnectWorld(options);
+      SHOAL_CHECK(world.ok()) << world.status().ToString();
+      int64_t best_ns = std::numeric_limits<int64_t>::max();
+      for (int i = 0; i < 3; ++i) {
+        SHOAL_CHECK_OK((*world)->Barrier({}).Await());
+        const int64_t begin_ns = NowNs();
+        SHOAL_CHECK_OK(body(**world));
+        best_ns = std::min(best_ns, NowNs() - begin_ns);
+      }
+      parent.Say(absl::StrCat(best_ns));
+    }));
+  }
+  int64_t ns = 0;
+  SHOAL_CHECK(absl::SimpleAtoi(ranks[0]->Line(kLong), &ns));
+  return ns * 1e-6;
+}
+
+class RateTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    const auto network = NetworkHosts::Create(2);
+    if (absl::IsFailedPrecondition(network.status())) GTEST_SKIP() << network.status().message();
+    const absl::Status shaped = (*network)->SetRate(0, kRate);
+    if (absl::IsFailedPrecondition(shaped)) GTEST_SKIP() << shaped.message();
+  }
+  static constexpr int64_t kRate = 400'000'000, kBytes = 8 << 20;
+  static constexpr double kWholeMs = kBytes * 8e3 / kRate;
+};
+
+TEST_F(RateTest, AllReduceTakesTheTimeOfItsBytes) {
+  const double ms = MillisecondsAtRate(kRate, [](Communicator& world) {
+    const Tensor data = Zeros({kBytes / 4}, DType::kF32);
+    return world.AllReduce(data, data, ReduceOp::kSum, {}).Await();
+  });
+  EXPECT_GT(ms, 0.85 * kWholeMs);  // Half of it is sent to be summed, half as a sum.
+  EXPECT_LT(ms, 1.15 * kWholeMs);
+}
+
+TEST_F(RateTest, AllToAllSendsAndReceivesAtOnce) {
+  const double ms = MillisecondsAtRate(kRate, [](Communicator& world) {
+    const Tensor in = Zeros({kBytes / 4}, DType::kF32), out = Zeros({kBytes / 4}, DType::kF32);
+    return world.AllToAll(in, {}, out, {}, {}).Await();
+  });
+  EXPECT_GT(ms, 0.85 * kWholeMs / 2);  // Half of it stays.
+  EXPECT_LT(ms, 1.15 * kWholeMs / 2);
 }
 
 }  // namespace

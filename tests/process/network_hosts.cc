@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -15,18 +16,40 @@
 namespace shoal::testing {
 namespace {
 
-constexpr char kIp[] = "/usr/sbin/ip";
+constexpr char kIp[] = "/usr/sbin/ip", kTc[] = "/usr/sbin/tc";
 constexpr int kSwitchByte = 254;
 // No interface has it: frames to it reach nobody.
 constexpr char kNobody[] = "02:00:00:00:00:fe";
 
-absl::Status Ip(const std::string& words) {
+absl::Status Run(const char* tool, const std::string& words) {
   SubprocessOptions options;
   options.args = Words(words);
-  options.args.insert(options.args.begin(), kIp);
+  options.args.insert(options.args.begin(), tool);
   SHOAL_ASSIGN_OR_RETURN(const ProcessResult result, RunProcess(options, absl::Seconds(30)));
   if (result.ok()) return absl::OkStatus();
-  return absl::FailedPreconditionError(absl::StrCat("ip ", words, ": ", result.ToString()));
+  return absl::FailedPreconditionError(absl::StrCat(tool, " ", words, ": ", result.ToString()));
+}
+
+absl::Status Ip(const std::string& words) { return Run(kIp, words); }
+
+// What leaves `space` by `device`. The kernel hands out packets of many segments: small enough that one takes 0.13 ms, so
+// that flows take turns, but never below 16 KiB, as each costs the processor several microseconds. The bucket holds a
+// packet and what flows while a timer is 0.1 ms late: more would let every burst through for nothing. The queue is 5 ms
+// long, but has room for 8 packets.
+absl::Status Shape(const std::string& space, const std::string& device, int64_t bits_per_second) {
+  constexpr int64_t kPacketMin = 16 << 10, kPacketMax = 64 << 10;
+  const int64_t bytes = bits_per_second / 8;
+  const int64_t packet =
+      bytes == 0 ? kPacketMax : std::clamp(bytes / 1'000'000 * 131, kPacketMin, kPacketMax);
+  SHOAL_RETURN_IF_ERROR(
+      Ip(absl::StrCat("-n ", space, " link set dev ", device, " gso_max_size ", packet)));
+  const std::string at = absl::StrCat("-n ", space, " qdisc ");
+  if (bytes == 0) {
+    Run(kTc, absl::StrCat(at, "del dev ", device, " root")).IgnoreError();  // There may be none.
+    return absl::OkStatus();
+  }
+  return Run(kTc, absl::StrCat(at, "replace dev ", device, " root tbf rate ", bits_per_second, "bit burst ",
+                               packet + 128 + bytes / 10'000, " limit ", std::max(bytes / 200, 8 * packet)));
 }
 
 }  // namespace
@@ -56,10 +79,11 @@ absl::Status NetworkHosts::Build() {
   for (int host = 0; host < hosts(); ++host) {
     const std::string port = absl::StrCat("port", host);
     SHOAL_RETURN_IF_ERROR(
-        Ip(at_switch + " link add " + port + " type veth peer name eth0 netns " + Name(host)));
+        Ip(at_switch + " link add " + port + " mtu 9000 type veth peer name eth0 mtu 9000 netns " + Name(host)));
     SHOAL_RETURN_IF_ERROR(Ip(at_switch + " link set " + port + " master eth0 up"));
     SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " addr add " + Address(host) + "/24 dev eth0"));
     SHOAL_RETURN_IF_ERROR(Ip("-n " + Name(host) + " link set eth0 up"));
+    SHOAL_RETURN_IF_ERROR(ApplyRoute(host));
   }
   return absl::OkStatus();
 }
@@ -105,11 +129,25 @@ absl::Status NetworkHosts::SetCable(int host, Cable cable) {
   if (cable == Cable::kDown) return Ip(interface + " down");
   if (before == Cable::kPulled) return Ip(port + " up");
   SHOAL_RETURN_IF_ERROR(Ip(interface + " up"));
-  // The interface has forgotten its neighbours.
+  // The interface has forgotten its route and its neighbours.
+  SHOAL_RETURN_IF_ERROR(ApplyRoute(host));
   for (int to = 0; to < hosts(); ++to) {
     if (paths_[host][to] == Path::kCut) SHOAL_RETURN_IF_ERROR(ApplyPath(host, to));
   }
   return absl::OkStatus();
+}
+
+absl::Status NetworkHosts::SetRate(int host, int64_t bits_per_second) {
+  SHOAL_RETURN_IF_ERROR(Shape(Name(host), "eth0", bits_per_second));
+  return Shape(Name(kSwitch), absl::StrCat("port", host), bits_per_second);
+}
+
+// What is lost in a full queue comes again after 10 ms, not 200. Cubic, where the kernel has it: BBR stops every 10 s to
+// measure, and paces by timers that cost the processor more than the bytes.
+absl::Status NetworkHosts::ApplyRoute(int host) const {
+  const std::string route = absl::StrCat("-n ", Name(host), " route change 10.77.0.0/24 dev eth0 src ", Address(host),
+                                         " rto_min 10ms");
+  return Ip(route + " congctl cubic").ok() ? absl::OkStatus() : Ip(route);
 }
 
 absl::Status NetworkHosts::SetPath(int from, int to, Path path) {

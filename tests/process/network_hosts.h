@@ -1,6 +1,6 @@
 // Hosts on this machine: network namespaces whose cables (eth0) meet in a switch, a namespace of its own.
-// Cables can be pulled, interfaces taken down, and frames lost from one host to another. Needs root and
-// iproute2.
+// Cables can be pulled, interfaces taken down, limited to a rate, and frames lost from one host to another. Needs
+// root and iproute2. tests/cluster/emulate makes the same for the command line, with the same parameters.
 #pragma once
 
 #include <cstdint>
@@ -33,6 +33,9 @@ class NetworkHosts {
   // at once.
   enum class Cable : uint8_t { kUp, kPulled, kDown };
   absl::Status SetCable(int host, Cable cable);
+  // What a host sends and what it receives, each by itself; 0: as fast as the machine moves bytes. Also while
+  // connections are busy. FAILED_PRECONDITION: the kernel has no token buckets (tbf).
+  absl::Status SetRate(int host, int64_t bits_per_second);
   // Whether what `from` sends reaches `to`; nothing tells either of them.
   enum class Path : uint8_t { kOpen, kCut };
   absl::Status SetPath(int from, int to, Path path);
@@ -44,6 +47,7 @@ class NetworkHosts {
   absl::Status Build();
   std::string Name(int host) const;
   absl::Status ApplyPath(int from, int to) const;
+  absl::Status ApplyRoute(int host) const;
 
   std::vector<Cable> cables_;             // By host.
   std::vector<std::vector<Path>> paths_;  // From, to.
