@@ -62,6 +62,28 @@ class Catalogue {
   prometheus::Registry& registry_;
 };
 
+// Where the time of this rank's steps goes, lane by lane.
+void AddStepSeries(Catalogue& catalogue, Metrics& metrics) {
+  for (size_t i = 0; i < kStepLanes.size(); ++i) {
+    metrics.lane_busy[i] =
+        catalogue.AddCounter("shoal_step_lane_busy_seconds_total", "Time in which a lane of the step graph had a task running.",
+                             {{"lane", std::string(kStepLanes[i])}});
+  }
+  metrics.exposed_communication =
+      catalogue.AddCounter("shoal_step_exposed_seconds_total",
+                           "Time in which the compute lane waited for other lanes that worked: what overlap did not hide.");
+  metrics.scheduling_overhead =
+      catalogue.AddCounter("shoal_step_overhead_seconds_total",
+                           "Time in which the compute lane idled although nothing that it waited for was running.");
+  metrics.predicted_step_duration = catalogue.AddGauge(
+      "shoal_step_predicted_seconds", "Duration of the last step as predicted from the steps before it.");
+  metrics.task_prediction_error =
+      catalogue.AddGauge("shoal_step_task_prediction_error_ratio",
+                         "Sum over the tasks of the last step of |predicted - measured|, over the sum measured.");
+  metrics.cost_changes = catalogue.AddCounter(
+      "shoal_step_cost_changes_total", "How often the time that a kind of task takes changed for good: a link, a clock, a neighbour.");
+}
+
 void AddTrainSeries(Catalogue& catalogue, Metrics& metrics) {
   metrics.train_step = catalogue.AddGauge("shoal_train_step", "Committed optimizer steps.", {}, 0);
   const auto steps = [&](const char* outcome) {
@@ -81,6 +103,7 @@ void AddTrainSeries(Catalogue& catalogue, Metrics& metrics) {
     metrics.phase_seconds[i] = catalogue.AddCounter(
         "shoal_train_phase_seconds_total", "Time of steps, by phase.", {{"phase", std::string(kPhases[i])}});
   }
+  AddStepSeries(catalogue, metrics);
   metrics.tokens =
       catalogue.AddCounter("shoal_train_tokens_total", "Tokens in committed steps, of all ranks; counted on rank 0.");
   metrics.model_flops =

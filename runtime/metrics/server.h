@@ -77,6 +77,9 @@ inline constexpr std::array<std::string_view, 10> kPhases = {
     "data",      "forward",      "backward",      "dispatch",  "combine",
     "grad_sync", "param_gather", "pipeline_wait", "optimizer", "other"};
 
+// The lanes of a step (parallel/schedule/graph.h), by name: label values of shoal_step_lane_busy_seconds_total.
+inline constexpr std::array<std::string_view, 5> kStepLanes = {"compute", "copy", "intra", "inter", "control"};
+
 // Series of one MoE layer.
 struct LayerMetrics {
   Gauge max_violation;                           // (max - mean) / mean of tokens per expert, over the batch.
@@ -97,6 +100,10 @@ struct Metrics {
   Gauge last_step_timestamp;
   Histogram step_duration;
   std::array<Counter, kPhases.size()> phase_seconds;
+  std::array<Counter, kStepLanes.size()> lane_busy;
+  Counter exposed_communication, scheduling_overhead;
+  Gauge predicted_step_duration, task_prediction_error;
+  Counter cost_changes;
   Counter tokens, model_flops;
   Gauge mfu;
   Gauge loss_lm, loss_load_balance, loss_z;

@@ -1,0 +1,25 @@
+// Traces of steps over all ranks (parallel/schedule/trace.h), on the clock of rank 0. Collective over all ranks.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "collectives/communicator.h"
+#include "parallel/schedule/executor.h"
+#include "parallel/schedule/graph.h"
+
+namespace shoal {
+
+// What must be added to this rank's clock for rank 0's: from the quickest of some questions and answers, wrong by at most half of
+// the time that it took (Cristian 1989), some 10 us between hosts. `now_ns`: the clock.
+absl::StatusOr<int64_t> ClockOffset(Communicator& world, const std::function<int64_t()>& now_ns);
+
+// Gathers the records of a step on rank 0, which writes the trace to `path`. Graphs are equal on all ranks; `predicted` has no
+// tasks where nothing was predicted, on all ranks alike. Errors of writing name the file and are rank 0's alone.
+absl::Status WriteTrace(int64_t step, const Graph& graph, const StepRecord& measured, const StepRecord& predicted,
+                        const std::string& path, Communicator& world);
+
+}  // namespace shoal
