@@ -47,7 +47,10 @@ typedef enum shoal_code {
 /* Of the last call on this thread that failed; until the next one. Never NULL. */
 const char *shoal_error(void);
 
-typedef enum shoal_dtype {
+/* Integers, because callers may pass values that this library does not know: these are refused. */
+typedef int32_t shoal_dtype, shoal_op, shoal_wire, shoal_order;
+
+enum {
   SHOAL_F32 = 0,
   SHOAL_BF16 = 1,
   SHOAL_F16 = 2,
@@ -56,11 +59,10 @@ typedef enum shoal_dtype {
   SHOAL_U8 = 5,
   SHOAL_I32 = 6,
   SHOAL_I64 = 7
-} shoal_dtype;
-
-typedef enum shoal_op { SHOAL_SUM = 0, SHOAL_PRODUCT = 1, SHOAL_MIN = 2, SHOAL_MAX = 3, SHOAL_AVERAGE = 4 } shoal_op;
-typedef enum shoal_wire { SHOAL_AS_IS = 0, SHOAL_WIRE_BF16 = 1, SHOAL_WIRE_INT8 = 2, SHOAL_WIRE_FP8 = 3 } shoal_wire;
-typedef enum shoal_order { SHOAL_FAST = 0, SHOAL_FIXED = 1 } shoal_order;
+};
+enum { SHOAL_SUM = 0, SHOAL_PRODUCT = 1, SHOAL_MIN = 2, SHOAL_MAX = 3, SHOAL_AVERAGE = 4 };            /* shoal_op */
+enum { SHOAL_AS_IS = 0, SHOAL_WIRE_BF16 = 1, SHOAL_WIRE_INT8 = 2, SHOAL_WIRE_FP8 = 3 };            /* shoal_wire */
+enum { SHOAL_FAST = 0, SHOAL_FIXED = 1 };                                                         /* shoal_order */
 
 typedef struct shoal_group shoal_group;
 typedef struct shoal_work shoal_work;

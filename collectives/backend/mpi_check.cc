@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <numeric>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "collectives/communicator.h"
@@ -107,6 +108,25 @@ void CheckErrors(Communicator& group) {
   Ok((*part)->AllReduce(data, data, ReduceOp::kSum, {}));
 }
 
+// One rank splits on one thread while another thread of it does what the others want before they split.
+void CheckSplitBesideOthers(Communicator& group) {
+  std::vector<int> all(group.size());
+  std::iota(all.begin(), all.end(), 0);
+  const auto beside = group.Split(all);
+  SHOAL_CHECK(beside.ok()) << beside.status().ToString();
+  absl::StatusOr<std::unique_ptr<Communicator>> part = absl::UnknownError("");
+  std::thread early;
+  if (group.index() == 1) early = std::thread([&] { part = group.Split(all); });
+  for (int i = 0; i < 1000; ++i) Ok((*beside)->Barrier({}));
+  if (early.joinable()) {
+    early.join();
+  } else {
+    part = group.Split(all);
+  }
+  SHOAL_CHECK(part.ok()) << part.status().ToString();
+  Ok((*part)->Barrier({}));
+}
+
 void CheckAbort(Communicator& group) {
   const Tensor data = Ramp(4, 0);
   if (group.index() == 0) group.Abort(absl::CancelledError("enough"));
@@ -125,6 +145,7 @@ int Main() {
   CheckReductions(**world);
   CheckMoves(**world);
   CheckErrors(**world);
+  CheckSplitBesideOthers(**world);
   std::vector<int> all(options.size);
   std::iota(all.begin(), all.end(), 0);
   {

@@ -118,6 +118,7 @@ class MpiGroup final : public Communicator {
   // Averages divide what MPI summed.
   std::function<void()> Divide(const Tensor& out, ReduceOp op) const;
 
+  absl::Status Meet(absl::Span<const int> members);
   void Run();
   bool Progress();
   void End(const std::string& cause, bool tell);
@@ -546,6 +547,15 @@ Work MpiGroup::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<c
                });
 }
 
+// MPI makes groups in a call that blocks, and is called with the library's lock held: nobody enters it before all have come
+// so far, so that nobody is kept from what a member must do before.
+absl::Status MpiGroup::Meet(absl::Span<const int> members) {
+  const std::vector<SparseMove> moves = {{0, members.front(), {members.begin() + 1, members.end()}}};
+  const std::vector<Tensor> chunks = {Zeros({1}, DType::kI32)};
+  SHOAL_RETURN_IF_ERROR(SparseReduceScatter(chunks, moves, ReduceOp::kMax, {}).Await());
+  return SparseAllGather(chunks, moves, {}).Await();
+}
+
 absl::StatusOr<std::unique_ptr<Communicator>> MpiGroup::Split(absl::Span<const int> members) {
   if (!std::is_sorted(members.begin(), members.end()) || std::count(members.begin(), members.end(), index_) != 1 ||
       members.front() < 0 || members.back() >= size_) {
@@ -553,6 +563,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> MpiGroup::Split(absl::Span<const i
                                                    " with rank ", index_, " among them"));
   }
   SHOAL_RETURN_IF_ERROR(status());
+  SHOAL_RETURN_IF_ERROR(Meet(members), "splitting");
   shoal_mpi_group* part = nullptr;
   {
     MutexLock lock(&library_->mutex);

@@ -465,7 +465,7 @@ TEST(WireFormats, ErrorsAreWithinTwoQuantisationsAndBitsAreEqualOnAllRanks) {
                 ASSERT_NEAR(out[rank][i], want, bound + 1e-5) << static_cast<int>(wire) << " " << ranks << " " << i;
               }
               if (kind == OpKind::kAllReduce) {
-                ASSERT_EQ(std::memcmp(out[0].data(), out[rank].data(), elements * 4), 0);
+                ASSERT_TRUE(elements == 0 || std::memcmp(out[0].data(), out[rank].data(), elements * 4) == 0);
               } else {
                 begin += static_cast<int64_t>(out[rank].size());
               }
