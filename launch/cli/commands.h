@@ -23,6 +23,8 @@ int RunExport(absl::Span<const std::string> args);
 int RunData(absl::Span<const std::string> args);
 int RunConfig(absl::Span<const std::string> args);
 int RunCoordinate(absl::Span<const std::string> args);
+int RunPlan(absl::Span<const std::string> args);
+int RunSimulate(absl::Span<const std::string> args);
 int RunBench(absl::Span<const std::string> args);
 int RunVersion(absl::Span<const std::string> args);
 

@@ -25,6 +25,8 @@ const std::vector<Command>& Commands() {
       {"config", "show, check and explain configurations", RunConfig},
       {"launch", "start the ranks of a program of your own, elastic or not", RunLaunch},
       {"coordinate", "let the processes of an elastic job find each other", RunCoordinate},
+      {"plan", "find the fastest layout of a model on a described cluster", RunPlan},
+      {"simulate", "predict a step on a described cluster", RunSimulate},
       {"bench", "measure the speed of training", RunBench},
       {"version", "print the version", RunVersion},
       {"help", "explain a command", RunHelp},

@@ -138,7 +138,9 @@ class CostBuilder {
         leaving[static_cast<size_t>(topology_.HostOf(copies.owner))] += static_cast<double>(hosts.size());
       }
       entries = std::max({entries, *std::max_element(in.begin(), in.end()), *std::max_element(leaving.begin(), leaving.end())});
-      for (const ExpertShare& share : ShareExperts(work_, experts, topology_)) copies_max = std::max(copies_max, share.copies);
+      // Copies do not depend on rows, and even ones are quick to spread.
+      const ExpertWork even = {experts.placement, {}};
+      for (const ExpertShare& share : ShareExperts(work_, even, topology_)) copies_max = std::max(copies_max, share.copies);
     }
     return copies_max == 0 ? 1 : entries / copies_max;
   }

@@ -1,0 +1,102 @@
+#include "launch/cli/plan_flags.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "runtime/base/status.h"
+
+namespace shoal {
+namespace {
+
+// The first `ranks` ranks: whole hosts, or some devices of one.
+absl::Status Shrink(const PlanFlags& flags, Cluster* cluster) {
+  if (flags.ranks == 0) return absl::OkStatus();
+  const int ranks = static_cast<int>(std::min<int64_t>(flags.ranks, kRanksMax + 1));
+  const int devices = cluster->devices_per_host;
+  if (ranks > kRanksMax || (ranks > devices && ranks % devices != 0)) {
+    return absl::InvalidArgumentError(absl::StrCat("--ranks ", flags.ranks, " does not fit ", flags.cluster, " with ", devices,
+                                                   " devices per host; at most ", devices, ", or a multiple of it up to ", kRanksMax,
+                                                   " would fit"));
+  }
+  cluster->hosts = std::max(1, ranks / devices);
+  cluster->devices_per_host = std::min(ranks, devices);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddPlanFlags(FlagSet* flags, PlanFlags* values) {
+  flags->AddPositional("CONFIG", "A YAML file, for example configs/quickstart.yaml. Files that it names need not exist.",
+                       &values->config);
+  flags->Add({.name = "cluster", .value = "FILE", .help = "The cluster, for example configs/clusters/h100-8x.yaml.", .required = true},
+             &values->cluster);
+  flags->Add({.name = "set", .value = "KEY=VALUE", .help = "Changes a key of CONFIG, for example train.recompute=true. May be repeated."},
+             &values->overrides);
+  flags->Add({.name = "ranks", .value = "N", .help = "Ranks of the job, with the hosts that they need. Default: all devices of the cluster.",
+              .min = 1},
+             &values->ranks);
+  flags->Add({.name = "skew", .value = "SIGMA",
+              .help = "How unequal the loads of experts are: sigma of the logarithm of their popularity. 1 is what training "
+                      "without a strong balance loss shows.",
+              .min = 0},
+             &values->skew);
+  flags->Add({.name = "seed", .value = "N", .help = "Draws other loads.", .min = 0}, &values->seed);
+}
+
+absl::StatusOr<PlanInputs> LoadPlanInputs(const PlanFlags& flags) {
+  PlanInputs inputs;
+  SHOAL_ASSIGN_OR_RETURN(inputs.config, LoadConfig(flags.config, flags.overrides, Files::kMayBeMissing));
+  SHOAL_ASSIGN_OR_RETURN(inputs.cluster, LoadCluster(flags.cluster));
+  SHOAL_RETURN_IF_ERROR(Shrink(flags, &inputs.cluster));
+  inputs.model = ModelShapeOf(inputs.config.config);
+  inputs.skew = {.sigma = flags.skew, .seed = static_cast<uint64_t>(flags.seed)};
+  return inputs;
+}
+
+ModelShape ModelShapeOf(const Config& config) {
+  const Model& model = config.model();
+  ModelShape shape;
+  shape.vocab = model.vocab_size();
+  shape.width = model.hidden_size();
+  shape.expert_inner = model.intermediate_size();
+  shape.dense_inner = model.dense_intermediate_size();
+  shape.shared_inner = model.shared_intermediate_size();
+  shape.query_size = int64_t{model.num_attention_heads()} * model.head_dim();
+  shape.kv_size = int64_t{model.num_key_value_heads()} * model.head_dim();
+  shape.heads = model.num_attention_heads();
+  shape.experts = model.num_local_experts();
+  shape.choices = model.num_experts_per_tok();
+  shape.moe.assign(static_cast<size_t>(model.num_hidden_layers()), true);
+  for (int layer : model.dense_layers()) shape.moe[static_cast<size_t>(layer)] = false;
+  shape.tied_head = model.tie_word_embeddings();
+  shape.compute_bytes = config.train().precision() == "bf16" ? 2 : 4;
+  shape.sequences = config.train().global_batch_size();
+  shape.sequence_length = config.train().seq_length();
+  shape.loss_chunk = config.train().loss_chunk();
+  return shape;
+}
+
+StepLayout LayoutOf(const Config& config, int ranks) {
+  const Parallel& parallel = config.parallel();
+  StepLayout layout;
+  layout.expert = parallel.expert() == -1 ? ranks : parallel.expert();
+  layout.sparse = parallel.experts() == "sparse";
+  layout.dense = parallel.dense() == "sharded" ? DensePolicy::kSharded : DensePolicy::kReplicated;
+  layout.experts = parallel.rematerialise() ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
+  layout.dispatch = parallel.dispatch() == "water_fill" ? DispatchRule::kWaterFill : DispatchRule::kNearest;
+  layout.recompute = config.train().recompute();
+  layout.parts = static_cast<int>(config.train().gradient_accumulation_steps());
+  layout.prefetch = config.schedule().prefetch();
+  return layout;
+}
+
+SchedulerOptions SchedulerOptionsOf(const Config& config) {
+  SchedulerOptions options;
+  options.chunks_forward = config.schedule().chunks_forward();
+  options.chunks_backward = config.schedule().chunks_backward();
+  options.slice_gradients = config.schedule().gradient_slices() == "auto";
+  options.prefetch = {config.schedule().prefetch()};
+  return options;
+}
+
+}  // namespace shoal
