@@ -9,10 +9,6 @@
 
 namespace shoal::kernels {
 
-// Slots of [T, K] choices sorted by expert, within an expert by token, R = T * K. From chosen_TK (i32): counts_E (i64), slots
-// per expert; slot_TK (i32), where each choice went; token_S (i32), the token of each slot. Every choice must be in [0, E).
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token, Stream& stream);
-
 // rows_RD[r] = x_TD[token_R[r]]. Both act, alike.
 void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream& stream);
 // Gradient of GatherRows: dx_TD (act or f32, overwritten) = sum over the token's pairs, in their order, of drows_RD[slot_S].
@@ -28,7 +24,6 @@ void CombineSlotsBackward(const Tensor& dout, const Tensor& y, const Tensor& off
                           const Tensor& dy, const Tensor& dweight, Stream& stream);
 
 namespace ref {
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token, Stream& stream);
 void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream& stream);
 void SumSlots(const Tensor& drows, const Tensor& offset, const Tensor& slot, const Tensor& dx, Stream& stream);
 void CombineSlots(const Tensor& residual, const Tensor& y, const Tensor& offset, const Tensor& slot, const Tensor& weight,

@@ -10,18 +10,10 @@ namespace shoal::kernels {
 namespace {
 using namespace testing;  // NOLINT: the vocabulary of these tests.
 
-struct Sorted {
-  Tensor counts, slot, token;
-};
-Sorted MakeSorted(int64_t T, int64_t E, int64_t K) {
-  return {Empty({E}, DType::kI64), Empty({T, K}, DType::kI32), Empty({T * K}, DType::kI32)};
-}
-
 struct Case {
-  int64_t T, D, E, K;
+  int64_t T, D, K;
 };
-const Case kCases[] = {{0, 8, 4, 2},  {1, 1, 1, 1},   {5, 16, 4, 2},
-                       {7, 33, 3, 3}, {9, 100, 8, 1}, {130, 257, 8, 2}};
+const Case kCases[] = {{0, 8, 2}, {1, 1, 1}, {5, 16, 2}, {7, 33, 3}, {9, 100, 1}, {130, 257, 2}};
 
 // Pairs of T tokens, `each` of them or, when ragged, 0 to 2 * each; slots in random order, among them rows of no pair.
 struct Pairs {
@@ -50,39 +42,6 @@ Pairs RandomPairs(int64_t T, int64_t each, bool ragged) {
     made.token.data<int32_t>()[rows[pair]] = token_of[pair];
   }
   return made;
-}
-
-TEST(SortByExpert, MatchesReference) {
-  Stream stream;
-  for (const Case& c : kCases) {
-    const Tensor chosen = RandomIds({c.T, c.K}, c.E, 1);
-    const Sorted want = MakeSorted(c.T, c.E, c.K), got = MakeSorted(c.T, c.E, c.K);
-    ref::SortByExpert(chosen, want.counts, want.slot, want.token, stream);
-    SortByExpert(chosen, got.counts, got.slot, got.token, stream);
-    ExpectSameBits(got.counts, want.counts, "counts");
-    ExpectSameBits(got.slot, want.slot, "slot");
-    ExpectSameBits(got.token, want.token, "token");
-  }
-}
-
-TEST(SortByExpert, OrdersByExpertThenToken) {
-  Stream stream;
-  const Tensor chosen = Empty({3, 2}, DType::kI32);
-  const int32_t choices[] = {2, 0, 0, 2, 3, 2};
-  std::copy(std::begin(choices), std::end(choices), chosen.data<int32_t>());
-  const Sorted got = MakeSorted(3, 4, 2);
-  SortByExpert(chosen, got.counts, got.slot, got.token, stream);
-  EXPECT_EQ(got.counts.span<int64_t>(), absl::Span<const int64_t>({2, 0, 3, 1}));
-  EXPECT_EQ(got.slot.span<int32_t>(), absl::Span<const int32_t>({2, 0, 1, 3, 5, 4}));
-  EXPECT_EQ(got.token.span<int32_t>(), absl::Span<const int32_t>({0, 1, 0, 1, 2, 2}));
-}
-
-TEST(SortByExpertDeathTest, RefusesAnExpertThatIsNone) {
-  Stream stream;
-  const Sorted got = MakeSorted(1, 4, 1);
-  const Tensor chosen = Zeros({1, 1}, DType::kI32);
-  chosen.data<int32_t>()[0] = 4;
-  EXPECT_DEATH(SortByExpert(chosen, got.counts, got.slot, got.token, stream), "chosen\\[0\\] is 4");
 }
 
 TEST(GatherRows, CopiesRows) {

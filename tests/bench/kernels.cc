@@ -150,24 +150,44 @@ Call RouterBackwardCall(Impl impl, int64_t T, DType) {
           BytesOf({r.probs, r.chosen, r.weights, r.logz, dweights, dlogits})};
 }
 
-struct Slots {
-  Tensor counts, slot, token, offset;
-};
-Slots MakeSlots(int64_t T) {
-  Slots slots = {Empty({kExperts}, DType::kI64), Empty({T, kChoices}, DType::kI32),
-                 Empty({T * kChoices}, DType::kI32), Empty({T + 1}, DType::kI32)};
-  SortByExpert(RandomIds({T, kChoices}, kExperts), slots.counts, slots.slot, slots.token, TheStream());
-  for (int64_t t = 0; t <= T; ++t) slots.offset.data<int32_t>()[t] = static_cast<int32_t>(t * kChoices);
-  return slots;
+Call SigmoidCall(Impl impl, int64_t T, DType) {
+  const Tensor logits = Random({T, kExperts}, DType::kF32, 1), bias = Random({kExperts}, DType::kF32, 2);
+  const Routing r = MakeRouting(T);
+  const auto kernel = impl == Impl::kCpu ? TopKSigmoid : ref::TopKSigmoid;
+  return {[=] { kernel(logits, bias, 2.5f, r.probs, r.chosen, r.weights, TheStream()); },
+          {r.probs, r.chosen, r.weights},
+          BytesOf({logits, r.probs, r.chosen, r.weights})};
 }
 
-Call SortCall(Impl impl, int64_t T, DType) {
-  const Tensor chosen = RandomIds({T, kChoices}, kExperts);
-  const Slots s = MakeSlots(T);
-  const auto kernel = impl == Impl::kCpu ? SortByExpert : ref::SortByExpert;
-  return {[=] { kernel(chosen, s.counts, s.slot, s.token, TheStream()); },
-          {s.counts, s.slot, s.token},
-          BytesOf({chosen, s.slot, s.token})};
+Call SigmoidBackwardCall(Impl impl, int64_t T, DType) {
+  const Routing r = MakeRouting(T);
+  TopKSigmoid(Random({T, kExperts}, DType::kF32, 1), Random({kExperts}, DType::kF32, 2), 2.5f, r.probs, r.chosen, r.weights,
+              TheStream());
+  const Tensor dweights = Random({T, kChoices}, DType::kF32, 3), dshare = Random({1, kExperts}, DType::kF32, 4);
+  const Tensor dlogits = Empty({T, kExperts}, DType::kF32);
+  const auto kernel = impl == Impl::kCpu ? TopKSigmoidBackward : ref::TopKSigmoidBackward;
+  return {[=] { kernel(r.probs, r.chosen, r.weights, 2.5f, dweights, dshare, dlogits, TheStream()); },
+          {dlogits},
+          BytesOf({r.probs, r.chosen, r.weights, dweights, dlogits})};
+}
+
+// Random choices of T tokens, their rows sorted by expert.
+struct Slots {
+  Tensor offset, slot, token;
+};
+Slots MakeSlots(int64_t T) {
+  const Slots slots = {Empty({T + 1}, DType::kI32), Empty({T * kChoices}, DType::kI32), Empty({T * kChoices}, DType::kI32)};
+  for (int64_t t = 0; t <= T; ++t) slots.offset.data<int32_t>()[t] = static_cast<int32_t>(t * kChoices);
+  const Tensor chosen = RandomIds({T * kChoices}, kExperts);
+  int32_t row = 0;
+  for (int32_t expert = 0; expert < kExperts; ++expert) {
+    for (int64_t pair = 0; pair < T * kChoices; ++pair) {
+      if (chosen.data<int32_t>()[pair] != expert) continue;
+      slots.token.data<int32_t>()[row] = static_cast<int32_t>(pair / kChoices);
+      slots.slot.data<int32_t>()[pair] = row++;
+    }
+  }
+  return slots;
 }
 
 Call GatherCall(Impl impl, int64_t T, DType act) {
@@ -179,28 +199,28 @@ Call GatherCall(Impl impl, int64_t T, DType act) {
 
 Call SumSlotsCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
-  const Tensor drows = Random({T * kChoices, kWidth}, act, 1), slot = s.slot.Reshape({T * kChoices});
+  const Tensor drows = Random({T * kChoices, kWidth}, act, 1);
   const Tensor dx = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? SumSlots : ref::SumSlots;
-  return {[=] { kernel(drows, s.offset, slot, dx, TheStream()); }, {dx}, BytesOf({drows, dx})};
+  return {[=] { kernel(drows, s.offset, s.slot, dx, TheStream()); }, {dx}, BytesOf({drows, dx})};
 }
 
 Call CombineCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
   const Tensor residual = Random({T, kWidth}, DType::kF32, 1), y = Random({T * kChoices, kWidth}, act, 2);
-  const Tensor weight = Random({T * kChoices}, DType::kF32, 3), slot = s.slot.Reshape({T * kChoices});
+  const Tensor weight = Random({T * kChoices}, DType::kF32, 3);
   const Tensor out = Empty({T, kWidth}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlots : ref::CombineSlots;
-  return {[=] { kernel(residual, y, s.offset, slot, weight, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
+  return {[=] { kernel(residual, y, s.offset, s.slot, weight, out, TheStream()); }, {out}, BytesOf({residual, y, out})};
 }
 
 Call CombineBackwardCall(Impl impl, int64_t T, DType act) {
   const Slots s = MakeSlots(T);
   const Tensor dout = Random({T, kWidth}, DType::kF32, 1), y = Random({T * kChoices, kWidth}, act, 2);
-  const Tensor weight = Random({T * kChoices}, DType::kF32, 3), slot = s.slot.Reshape({T * kChoices});
+  const Tensor weight = Random({T * kChoices}, DType::kF32, 3);
   const Tensor dy = Empty({T * kChoices, kWidth}, act), dweight = Empty({T * kChoices}, DType::kF32);
   const auto kernel = impl == Impl::kCpu ? CombineSlotsBackward : ref::CombineSlotsBackward;
-  return {[=] { kernel(dout, y, s.offset, slot, weight, dy, dweight, TheStream()); },
+  return {[=] { kernel(dout, y, s.offset, s.slot, weight, dy, dweight, TheStream()); },
           {dy, dweight},
           BytesOf({dout, y, dy})};
 }
@@ -271,7 +291,8 @@ const Case kCases[] = {{"RmsNorm + residual", NormCall},
                        {"SwiGluBackward", SwiGluBackwardCall},
                        {"TopKSoftmax", RouterCall},
                        {"TopKSoftmaxBackward", RouterBackwardCall},
-                       {"SortByExpert", SortCall},
+                       {"TopKSigmoid", SigmoidCall},
+                       {"TopKSigmoidBackward", SigmoidBackwardCall},
                        {"GatherRows", GatherCall},
                        {"SumSlots", SumSlotsCall},
                        {"CombineSlots", CombineCall},

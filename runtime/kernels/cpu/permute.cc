@@ -1,7 +1,7 @@
 #include "runtime/kernels/permute.h"
 
+#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
@@ -26,35 +26,6 @@ int64_t GrainOfTokens(int64_t T, int64_t rows, int64_t D) {
 }
 
 }  // namespace
-
-// A counting sort on one thread: 4096 slots take about 10 us.
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token,
-                  Stream&) {
-  const int64_t T = chosen.dim(0), K = chosen.dim(1), E = counts.dim(0);
-  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
-  CheckTensor(counts, DType::kI64, {E}, "counts");
-  CheckTensor(slot, DType::kI32, {T, K}, "slot");
-  CheckTensor(token, DType::kI32, {T * K}, "token");
-  const int32_t* choice = chosen.data<int32_t>();
-  CheckIds(chosen.span<int32_t>(), E, "chosen");
-  int64_t* count = counts.data<int64_t>();
-  std::fill_n(count, E, 0);
-  for (int64_t i = 0; i < T * K; ++i) ++count[choice[i]];
-  std::vector<int32_t> next(static_cast<size_t>(E));
-  int64_t begin = 0;
-  for (int64_t expert = 0; expert < E; ++expert) {
-    next[static_cast<size_t>(expert)] = static_cast<int32_t>(begin);
-    begin += count[expert];
-  }
-  int32_t* slots = slot.data<int32_t>();
-  int32_t* tokens = token.data<int32_t>();
-  for (int64_t t = 0, i = 0; t < T; ++t) {
-    for (int64_t k = 0; k < K; ++k, ++i) {
-      slots[i] = next[static_cast<size_t>(choice[i])]++;
-      tokens[slots[i]] = static_cast<int32_t>(t);
-    }
-  }
-}
 
 void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream&) {
   const int64_t T = x.dim(0), D = x.dim(1), R = token.dim(0);

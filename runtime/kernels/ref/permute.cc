@@ -4,23 +4,6 @@
 
 namespace shoal::kernels::ref {
 
-void SortByExpert(const Tensor& chosen, const Tensor& counts, const Tensor& slot, const Tensor& token,
-                  Stream&) {
-  const int64_t T = chosen.dim(0), K = chosen.dim(1), E = counts.dim(0);
-  int64_t next = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    const int64_t first = next;
-    for (int64_t i = 0; i < T * K; ++i) {
-      if (GetIndex(chosen, i) != e) continue;
-      Set(slot, i, static_cast<double>(next));
-      Set(token, next, static_cast<double>(i / K));
-      ++next;
-    }
-    Set(counts, e, static_cast<double>(next - first));
-  }
-  SHOAL_CHECK_EQ(next, T * K);
-}
-
 void GatherRows(const Tensor& x, const Tensor& token, const Tensor& rows, Stream&) {
   const int64_t D = x.dim(1), R = token.dim(0);
   for (int64_t r = 0; r < R; ++r) {
