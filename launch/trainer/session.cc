@@ -23,12 +23,27 @@ namespace {
 
 constexpr uint64_t kSampling = 2;  // The op number of sampled tokens in random keys.
 
+// What routers keep beside parameters, the same on every rank.
+struct NamedState {
+  std::string name;
+  Tensor value;
+};
+
+std::vector<NamedState> RouterStates(RankModel& model) {
+  std::vector<NamedState> states;
+  for (Router* router : model.decoder().routers()) {
+    if (!router->state().empty()) states.push_back({router->state_name(), router->state()});
+  }
+  return states;
+}
+
 absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
   SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
   SHOAL_RETURN_IF_ERROR(folder.Check(model.model()));
   for (const OwnedPart& part : model.store().owned()) {
     SHOAL_RETURN_IF_ERROR(folder.Read(part.name, part.row_begin, part.master));
   }
+  for (const NamedState& state : RouterStates(model)) SHOAL_RETURN_IF_ERROR(folder.Read(state.name, 0, state.value));
   model.store().ZeroMoments();
   return absl::OkStatus();
 }
@@ -42,7 +57,10 @@ absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
     wanted[spec.name + "/exp_avg"] = {spec.shape, DType::kF32};
     wanted[spec.name + "/exp_avg_sq"] = {spec.shape, DType::kF32};
   }
+  const std::vector<NamedState> states = RouterStates(model);
+  for (const NamedState& state : states) wanted[state.name] = {state.value.shape(), DType::kF32};
   SHOAL_RETURN_IF_ERROR(reader->Check(wanted));
+  for (const NamedState& state : states) SHOAL_RETURN_IF_ERROR(reader->Read(state.name, 0, state.value));
   for (const OwnedPart& part : model.store().owned()) {
     SHOAL_RETURN_IF_ERROR(reader->Read(part.name, part.row_begin, part.master));
     if (!model.store().training()) continue;

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
 
 namespace shoal {
@@ -68,7 +69,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .training = options.training,
                                                  .dense = shape.dense,
                                                  .experts = shape.experts,
-                                                 .prefetch = config.schedule().prefetch()}));
+                                                 .prefetch = config.schedule().prefetch(),
+                                                 .copies = CopiesFor(config, model, world.size())}));
   const bool several = rank_model->topology_.hosts() > 1;
   rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
                                                           several ? rank_model->intra_.get() : rank_model->bulk_.get(),
@@ -83,15 +85,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                                     .recompute = config.train().recompute(),
                                                                     .loss_chunk = config.train().loss_chunk()},
                                                    *rank_model->store_, rank_model->experts_);
-  if (options.training) {
-    const Schedule schedule = rank_model->InitialSchedule(shape);
-    rank_model->train_ = {shape, schedule, EmitStep(shape, schedule)};
-  }
-  StepShape forward = shape;
-  forward.mode = StepShape::Mode::kForward;
-  forward.parts = 1;
-  const Schedule schedule = rank_model->InitialSchedule(forward);
-  rank_model->forward_ = {forward, schedule, EmitStep(forward, schedule)};
+  SHOAL_RETURN_IF_ERROR(rank_model->SetUpSchedules(shape, options.training));
   return rank_model;
 }
 
@@ -109,16 +103,135 @@ absl::Status RankModel::Connect(int64_t host) {
   return absl::OkStatus();
 }
 
-Schedule RankModel::InitialSchedule(const StepShape& shape) const {
-  std::vector<int64_t> elements;
-  for (int bucket = 0; bucket < store_->dense().buckets(); ++bucket) elements.push_back(store_->dense().elements(bucket));
-  Schedule schedule = PlainSchedule(shape, elements);
-  schedule.prefetch = config_.schedule().prefetch();
-  for (LayerSchedule& layer : schedule.layers) {
-    layer.forward_chunks = std::max(1, config_.schedule().chunks_forward());
-    layer.backward_chunks = std::max(1, config_.schedule().chunks_backward());
+absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
+  const StepSchedule& wanted = config_.schedule();
+  StepTuner::Options options;
+  options.choose = training && (wanted.chunks_forward() == 0 || wanted.chunks_backward() == 0 || wanted.gradient_slices() == "auto");
+  options.replan = wanted.replan();
+  options.scheduler.chunks_forward = wanted.chunks_forward();
+  options.scheduler.chunks_backward = wanted.chunks_backward();
+  options.scheduler.slice_gradients = wanted.gradient_slices() == "auto";
+  options.scheduler.prefetch = {wanted.prefetch()};
+  forward_.shape = shape;
+  forward_.shape.mode = StepShape::Mode::kForward;
+  forward_.shape.parts = 1;
+  auto tuner = std::make_unique<StepTuner>(shape, topology_, WorkloadOf(shape), world_->size() > 1 ? control_.get() : nullptr,
+                                           options);
+  forward_.schedule = tuner->schedule();
+  forward_.graph = EmitStep(forward_.shape, forward_.schedule);
+  if (!training) return absl::OkStatus();
+  if (HasSparseExperts(config_, model_, world_->size())) {
+    OwnerMap owners;
+    for (const ExpertPlacement& layer : store_->experts().placement()) {
+      if (!layer.empty()) owners.push_back(OwnersOf({layer}).front());
+    }
+    mover_ = std::make_unique<ExpertMover>(topology_, std::move(owners),
+                                           ExpertMover::Options{.copies = store_->experts().copies(),
+                                                                .reshard_interval = config_.parallel().reshard_interval()});
   }
-  return schedule;
+  tuner_ = std::move(tuner);
+  train_.shape = shape;
+  return SetSchedule(tuner_->schedule());
+}
+
+absl::Status RankModel::SetSchedule(const Schedule& schedule) {
+  train_.schedule = schedule;
+  train_.graph = EmitStep(train_.shape, schedule);
+  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> fingerprints,
+                         AllGatherInteger(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));
+  std::vector<int> others;
+  for (size_t rank = 1; rank < fingerprints.size(); ++rank) {
+    if (fingerprints[rank] != fingerprints[0]) others.push_back(static_cast<int>(rank));
+  }
+  if (others.empty()) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("ranks ", absl::StrJoin(others, ", "),
+                                                    " have another step graph than rank 0: do all run the same program?"));
+}
+
+Workload RankModel::WorkloadOf(const StepShape& shape) const {
+  const int64_t act = config_.train().precision() == "bf16" ? 2 : 4, seq = config_.train().seq_length();
+  Workload workload;
+  workload.tokens = TokensOfRanks(config_.train().global_batch_size() / shape.parts, seq);
+  workload.choices = model_.num_experts_per_tok;
+  workload.row_bytes = model_.hidden_size * act;
+  workload.dispatch = DispatchRuleFor(config_);
+  workload.expert_elements = store_->experts().expert_elements();
+  workload.expert_weight_bytes = workload.expert_elements * act;
+  workload.expert_gradient_bytes = workload.expert_elements * 4;
+  for (int bucket = 0; bucket < store_->dense().buckets(); ++bucket) {
+    workload.bucket_elements.push_back(store_->dense().elements(bucket));
+    workload.bucket_bytes.push_back(store_->dense().bytes(bucket));
+  }
+  workload.summary_bytes = model_.num_local_experts * 8;
+  const Packing packing{model_.num_local_experts};
+  workload.totals_bytes = NumMoeLayers(model_) * packing.stride() * 8;
+  workload.norm_bytes = static_cast<int64_t>(store_->blocks().size() + 1) * 8;
+  int next = 0;
+  for (const LayerShape& layer : shape.layers) workload.experts_of_layer.push_back(layer.moe ? next++ : -1);
+  workload.experts = ExpertWorkOfStep();
+  return workload;
+}
+
+std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
+  std::vector<ExpertWork> experts;
+  for (const ExpertPlacement& placement : store_->experts().placement()) {
+    if (placement.empty()) continue;
+    ExpertWork work{placement, {}};
+    if (decoder_->rows_by_rank().size() > experts.size()) work.rows = decoder_->rows_by_rank()[experts.size()];
+    for (int64_t& rows : work.rows) rows /= config_.train().gradient_accumulation_steps();
+    experts.push_back(std::move(work));
+  }
+  return experts;
+}
+
+// ---- Between steps.
+
+absl::Status RankModel::AfterStep() {
+  SHOAL_ASSIGN_OR_RETURN(const bool changed, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
+  if (changed) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "tuning the schedule");
+  return mover_ == nullptr ? absl::OkStatus() : MoveExperts();
+}
+
+absl::Status RankModel::MoveExperts() {
+  ExpertStore& experts = store_->experts();
+  mover_->Observe(decoder_->rows_by_rank());
+  mover_->SetOverlap(config_.parallel().expert_overlap() >= 0 ? config_.parallel().expert_overlap()
+                                                              : OverlapOf(tuner_->profiler().table()));
+  // Of all layers, with those without experts.
+  const auto spread = [&](const auto& moe) {
+    std::vector<typename std::decay_t<decltype(moe)>::value_type> layers(experts.placement().size());
+    size_t next = 0;
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      if (!experts.placement()[layer].empty()) layers[layer] = moe[next++];
+    }
+    return layers;
+  };
+  if (const std::optional<OwnerMap> owners = mover_->Reshard(); owners.has_value()) {
+    SHOAL_RETURN_IF_ERROR(experts.SetOwners(spread(*owners)), "moving experts to new owners");
+  }
+  experts.SetHolders(spread(mover_->Placement()));
+  return absl::OkStatus();
+}
+
+// Experts that travel while attention and routing of a layer compute, by what such tasks and the link took.
+int RankModel::OverlapOf(const CostTable& costs) const {
+  const bool several = topology_.hosts() > 1;
+  const Lane lane = several ? Lane::kInter : Lane::kIntra;
+  const auto model = [&](const CostKey& key) {
+    const auto found = costs.models.find(key);
+    return found == costs.models.end() ? CostModel() : found->second;
+  };
+  CostModel link = model({Op::kMaterialise, Phase::kForward, lane});
+  if (link.ns_per_unit <= 0) link = model({Op::kDispatch, Phase::kForward, lane});
+  if (link.ns_per_unit <= 0) return 0;
+  const double tokens = static_cast<double>(TokensOfRanks(config_.train().global_batch_size() / train_.shape.parts,
+                                                          config_.train().seq_length()).front());
+  const double other = model({Op::kAttention, Phase::kForward, Lane::kCompute}).Predict(tokens) +
+                       model({Op::kRoute, Phase::kForward, Lane::kCompute}).Predict(tokens) - link.fixed_ns;
+  const int64_t act = config_.train().precision() == "bf16" ? 2 : 4;
+  return OverlapBudget(topology_, {.other_work_ns = static_cast<int64_t>(std::max(0.0, other)),
+                                   .link_bytes_per_s = static_cast<int64_t>(1e9 / link.ns_per_unit),
+                                   .expert_bytes = store_->experts().expert_elements() * act});
 }
 
 // ---- Running.
@@ -148,6 +261,7 @@ absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, do
     step.result.router_state.push_back(routers[layer]->state());
   }
   SetTimes(train_.graph, &step.result);
+  SHOAL_RETURN_IF_ERROR(AfterStep());
   return std::move(step.result);
 }
 

@@ -9,8 +9,10 @@
 #include "collectives/communicator.h"
 #include "launch/config/config.pb.h"
 #include "launch/trainer/layout.h"
+#include "launch/trainer/step_tuner.h"
 #include "models/routers/balance.h"
 #include "models/zoo/decoder.h"
+#include "parallel/expert/expert_mover.h"
 #include "parallel/schedule/executor.h"
 
 namespace shoal {
@@ -62,6 +64,9 @@ class RankModel {
   // The graph of a training step, and when its tasks ran last.
   const Graph& graph() const { return train_.graph; }
   const StepRecord& record() const { return record_; }
+  const Schedule& schedule() const { return train_.schedule; }
+  // Null without training.
+  StepTuner* tuner() { return tuner_.get(); }
 
  private:
   // A graph with the schedule it was emitted from.
@@ -85,7 +90,14 @@ class RankModel {
   RankModel(const Config& config, const ModelConfig& model, Communicator& world)
       : config_(config), model_(model), world_(&world) {}
   absl::Status Connect(int64_t host);
-  Schedule InitialSchedule(const StepShape& shape) const;
+  absl::Status SetUpSchedules(const StepShape& shape, bool training);
+  Workload WorkloadOf(const StepShape& shape) const;
+  std::vector<ExpertWork> ExpertWorkOfStep() const;
+  // Collective. FAILED_PRECONDITION names the ranks that have another graph than rank 0.
+  absl::Status SetSchedule(const Schedule& schedule);
+  absl::Status AfterStep();
+  absl::Status MoveExperts();
+  int OverlapOf(const CostTable& costs) const;
   absl::Status Execute(const Program& program, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);
@@ -110,6 +122,8 @@ class RankModel {
   ExpertContext experts_;
   std::unique_ptr<Decoder> decoder_;
   Executor executor_;
+  std::unique_ptr<StepTuner> tuner_;
+  std::unique_ptr<ExpertMover> mover_;  // Of sparse experts.
   Program train_, forward_;
   StepRecord record_;
   Stream stream_;

@@ -390,6 +390,10 @@ class TrainingRun {
       shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, part.exp_avg});
       shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, part.exp_avg_sq});
     }
+    for (Router* router : model_->decoder().routers()) {
+      const Tensor state = router->state();
+      if (is_rank0() && !state.empty()) shards.push_back({router->state_name(), state.shape(), 0, state});
+    }
     SHOAL_RETURN_IF_ERROR(checkpointer_->Save(step, nlohmann::json({{"update", updates_}}).dump(), shards));
     const Metrics& metrics = metrics_->metrics();
     if (saved_step_ > 0) CommittedSave();

@@ -118,6 +118,16 @@ absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) 
   return stream.status();
 }
 
+void MoeLayer::AddRows(const Saved& saved, std::vector<int64_t>* rows) const {
+  if (context_->control == nullptr) return;
+  const size_t ranks = static_cast<size_t>(context_->topology.ranks()), pieces = static_cast<size_t>(batch_.pieces);
+  const size_t experts = saved.routed.rows.size() / (ranks * pieces);
+  rows->resize(ranks * experts);
+  for (size_t i = 0; i < saved.routed.rows.size(); ++i) {
+    (*rows)[i / (pieces * experts) * experts + i % experts] += saved.routed.rows[i];
+  }
+}
+
 int64_t MoeLayer::Pack(int chunk, Saved* saved, Stream& stream) {
   int64_t rows = 0;
   for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kForward, chunk, /*sends=*/true)) {

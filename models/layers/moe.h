@@ -55,6 +55,8 @@ class MoeLayer {
              Stream& stream);
   absl::StatusOr<int64_t> Exchange(Saved* saved);  // Bytes.
   absl::Status Arrange(Saved* saved, RoutingSums* sums, Stream& stream);
+  // Adds the rows of every rank for each expert to rows [ranks, E]; nothing where ranks do not tell each other.
+  void AddRows(const Saved& saved, std::vector<int64_t>* rows) const;
   int64_t Pack(int chunk, Saved* saved, Stream& stream);     // Rows.
   int64_t Experts(int chunk, Saved* saved, Stream& stream);  // Rows.
   void Shared(Saved* saved, Stream& stream);

@@ -297,9 +297,12 @@ void ExpertStore::AppendOwned(std::vector<OwnedPart>* owned) const {
 }
 
 ExpertStore::Memory ExpertStore::memory() const {
-  Memory memory{weights_.bytes(), gradients_.bytes(), exp_avg_.bytes() + exp_avg_sq_.bytes(), 0};
+  Memory memory{weights_.bytes(), gradients_.bytes(), exp_avg_.bytes() + exp_avg_sq_.bytes()};
   if (options_.compute != DType::kF32) memory.state_bytes += master_.bytes();
-  for (const Room& room : rooms_) memory.copies_bytes += room.weights.bytes() + room.gradients.bytes();
+  for (const Room& room : rooms_) {
+    memory.weights_bytes += room.weights.bytes();
+    memory.gradients_bytes += room.gradients.bytes();
+  }
   return memory;
 }
 

@@ -68,7 +68,7 @@ class ExpertStore {
   int64_t SumSquares(double* sums, Stream& stream) const;
   void AppendOwned(std::vector<OwnedPart>* owned) const;
   struct Memory {
-    int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0, copies_bytes = 0;
+    int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0;  // Copies included.
   };
   Memory memory() const;
 

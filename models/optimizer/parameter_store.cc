@@ -80,7 +80,7 @@ Tensor ParameterStore::SquaresByBlock(Stream& stream) const {
 ParameterStore::Memory ParameterStore::memory() const {
   const DenseStore::Memory dense = dense_->memory();
   const ExpertStore::Memory experts = experts_->memory();
-  return {dense.weights_bytes + experts.weights_bytes + experts.copies_bytes, dense.gradients_bytes + experts.gradients_bytes,
+  return {dense.weights_bytes + experts.weights_bytes, dense.gradients_bytes + experts.gradients_bytes,
           dense.state_bytes + experts.state_bytes};
 }
 

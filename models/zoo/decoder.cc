@@ -66,6 +66,7 @@ void Decoder::Begin(Pass pass) {
   states_.clear();
   states_.resize(layers_.size());
   routing_.assign(moe_layers_, {});
+  if (pass_.part == 0) rows_by_rank_.assign(moe_layers_, {});
   routing_gradients_.clear();
   cross_entropy_ = 0;
 }
@@ -107,6 +108,7 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Stream& stream) {
     case Op::kArrange: {
       RoutingSums* sums = first && training() ? &routing_[static_cast<size_t>(layer.moe_index)] : nullptr;
       SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&state.moe, sums, stream));
+      if (sums != nullptr) layer.moe->AddRows(state.moe, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
       return all;
     }
     case Op::kPack:

@@ -45,6 +45,9 @@ class Decoder {
   double cross_entropy() const { return cross_entropy_; }
   const std::vector<RoutingSums>& routing() const { return routing_; }  // Per MoE layer.
   const Tensor& next_logits() const { return next_logits_; }            // kNextLogits: [V] (f32), of the token after the last.
+  // Rows of every rank for each expert, [ranks, E] per MoE layer, summed over the parts of a batch so far: the same on every rank.
+  // Empty where ranks do not tell each other.
+  const std::vector<std::vector<int64_t>>& rows_by_rank() const { return rows_by_rank_; }
   // How auxiliary losses enter the backward pass, one per MoE layer; before the first backward task.
   void SetRoutingGradients(std::vector<RoutingGradient> gradients) { routing_gradients_ = std::move(gradients); }
 
@@ -95,6 +98,7 @@ class Decoder {
   std::vector<LayerState> states_;
   double cross_entropy_ = 0;
   std::vector<RoutingSums> routing_;
+  std::vector<std::vector<int64_t>> rows_by_rank_;
   std::vector<RoutingGradient> routing_gradients_;
 };
 

@@ -38,12 +38,19 @@ struct Case {
   std::string transport = "auto";
   std::string dense = "replicated", experts = "grouped";
   int chunks = 0;  // 0: as chosen.
+  int chunks_backward = -1;  // -1: as `chunks`.
+  bool rematerialise = false;
+  int prefetch = 1;
+  int ranks_per_host = 0;  // 0: one host.
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
   return out << c.folder << "_" << c.data << "_" << c.ranks << "ranks_expert" << c.expert << "_accumulation" << c.accumulation
              << (c.recompute ? "_recompute" : "") << "_" << c.transport << (c.dense == "sharded" ? "_sharded" : "")
-             << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "");
+             << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "")
+             << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
+             << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
+             << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
 
 std::string Folder(const std::string& name) { return std::string(SHOAL_SOURCE_DIR) + "/tests/oracle/" + name; }
@@ -100,7 +107,13 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_parallel()->set_dense(c.dense);
   config.mutable_parallel()->set_experts(c.experts);
   config.mutable_schedule()->set_chunks_forward(c.chunks);
-  config.mutable_schedule()->set_chunks_backward(c.chunks);
+  config.mutable_schedule()->set_chunks_backward(c.chunks_backward < 0 ? c.chunks : c.chunks_backward);
+  config.mutable_schedule()->set_prefetch(c.prefetch);
+  config.mutable_parallel()->set_rematerialise(c.rematerialise);
+  // Copies from the second step on, other owners every few steps.
+  config.mutable_parallel()->set_expert_overlap(2);
+  config.mutable_parallel()->set_expert_copies(2);
+  config.mutable_parallel()->set_reshard_interval(3);
   return config;
 }
 
@@ -179,7 +192,8 @@ void CompareRouting(const StepResult& got, const json& want) {
 void RunCase(const Case& c, Communicator& world) {
   const json log = ReadLog(c.folder);
   const Config config = ConfigOf(c, log);
-  auto model = RankModel::Create(config, ModelConfigOf(config), world, {});
+  auto model = RankModel::Create(config, ModelConfigOf(config), world,
+                                 {.host = c.ranks_per_host > 0 ? world.index() / c.ranks_per_host : 0});
   ASSERT_TRUE(model.ok()) << model.status();
   ASSERT_TRUE(LoadWeights(Folder(c.folder) + "/init.safetensors", **model).ok());
   const absl::StatusOr<BatchSourcePtr> batches = Batches(c, config);
@@ -259,6 +273,24 @@ std::vector<Case> RouterCases() {
   return cases;
 }
 
+// The same work with weights, experts and rows in other places, and in other pieces.
+std::vector<Case> PlacementCases() {
+  std::vector<Case> cases;
+  for (const char* folder : {"mixtral_a", "mixtral_b", "sigmoid_bias_shared"}) {
+    cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 4, .chunks_backward = 1});
+    cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 1, .chunks_backward = 2});
+    cases.push_back({.folder = folder, .ranks = 3, .dense = "sharded", .prefetch = 2});
+    cases.push_back({.folder = folder, .ranks = 4, .expert = 4, .chunks = 2, .chunks_backward = 3, .ranks_per_host = 2});
+    cases.push_back({.folder = folder, .ranks = 4, .expert = 2, .transport = "tcp", .chunks = 2, .ranks_per_host = 1});
+    cases.push_back({.folder = folder, .ranks = 2, .recompute = true, .dense = "sharded", .rematerialise = true});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .chunks = 2, .ranks_per_host = 2});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .rematerialise = true, .prefetch = 2});
+    cases.push_back({.folder = folder, .ranks = 3, .recompute = true, .dense = "sharded", .experts = "sparse", .rematerialise = true});
+    cases.push_back({.folder = folder, .ranks = 2, .accumulation = 2, .dense = "sharded", .experts = "sparse", .rematerialise = true});
+  }
+  return cases;
+}
+
 std::string NameOf(const testing::TestParamInfo<Case>& info) {
   std::ostringstream name;
   name << info.param;
@@ -266,6 +298,7 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Mixtral, Oracle, testing::ValuesIn(Cases()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Placements, Oracle, testing::ValuesIn(PlacementCases()), NameOf);
 INSTANTIATE_TEST_SUITE_P(Routers, Oracle, testing::ValuesIn(RouterCases()), NameOf);
 
 }  // namespace
