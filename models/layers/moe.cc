@@ -63,6 +63,7 @@ void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, 
   batch_ = std::move(batch);
   chunks_ = chunks;
   batch_.pieces = PiecesFor(chunks.forward, chunks.backward);
+  batch_.rank = context_->rank;
   if (context_->control == nullptr) {
     batch_.tokens_of_rank = {x.dim(0)};
     batch_.rank = 0;
