@@ -19,8 +19,8 @@ std::string Why(const StepEstimate& estimate, const StepEstimate& best) {
   const auto compute = static_cast<size_t>(Lane::kCompute);
   const double more_compute = estimate.busy_ns[compute] - best.busy_ns[compute];
   const double more_exposed = estimate.exposed_ns - best.exposed_ns;
-  const auto ms = [](double ns) { return absl::StrFormat("%+.3g ms", ns / 1e6); };
-  return absl::StrCat("computation ", ms(more_compute), ", exposed communication ", ms(more_exposed));
+  const auto more = [](double ns) { return absl::StrCat(ns >= 0 ? "+" : "", TimeText(ns)); };
+  return absl::StrCat("computation ", more(more_compute), ", exposed communication ", more(more_exposed));
 }
 
 void Print(const Plan& plan, const Cluster& cluster, int64_t top) {
@@ -30,7 +30,7 @@ void Print(const Plan& plan, const Cluster& cluster, int64_t top) {
   absl::PrintF("%3s %10s %8s %6s %10s  %s\n", "", "step", "exposed", "MFU", "memory", "layout");
   for (size_t i = 0; i < plan.ranked.size() && static_cast<int64_t>(i) < top; ++i) {
     const StepEstimate& estimate = plan.ranked[i];
-    absl::PrintF("%3d %7.4g ms %7.1f%% %5.1f%% %10s  %s\n", static_cast<int>(i) + 1, estimate.step_ns / 1e6,
+    absl::PrintF("%3d %10s %7.1f%% %5.1f%% %10s  %s\n", static_cast<int>(i) + 1, TimeText(estimate.step_ns),
                  100 * estimate.exposed_ns / estimate.step_ns, 100 * estimate.mfu, BytesText(estimate.memory.total()),
                  estimate.layout.ToString());
     if (i == 0) {

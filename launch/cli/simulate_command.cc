@@ -51,9 +51,9 @@ void Print(const PlanInputs& inputs, const StepEstimate& estimate) {
   for (size_t i = 0; i < estimate.choice.reasons.size(); ++i) {
     absl::PrintF("%s%s\n", i == 0 ? "schedule     " : "             ", estimate.choice.reasons[i]);
   }
-  absl::PrintF("step         %.4g ms, %.4g tokens/s, MFU %.1f%%\n", step / 1e6, estimate.tokens_per_s, 100 * estimate.mfu);
-  absl::PrintF("exposed      %.4g ms (%.1f%%) of communication that nothing hides, on the rank with most to compute\n",
-               estimate.exposed_ns / 1e6, 100 * estimate.exposed_ns / step);
+  absl::PrintF("step         %s, %.4g tokens/s, MFU %.1f%%\n", TimeText(step), estimate.tokens_per_s, 100 * estimate.mfu);
+  absl::PrintF("exposed      %s (%.1f%%) of communication that nothing hides, on the rank with most to compute\n",
+               TimeText(estimate.exposed_ns), 100 * estimate.exposed_ns / step);
   std::string busy;
   for (int lane = 0; lane < kLanes; ++lane) {
     const double share = estimate.busy_ns[static_cast<size_t>(lane)] / step;

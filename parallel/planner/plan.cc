@@ -103,8 +103,10 @@ absl::StatusOr<Plan> FindPlan(const ModelShape& model, const Cluster& cluster, c
   Plan plan;
   std::vector<Candidate> fitting, excluded;
   for (const StepLayout& layout : AllLayouts(model, cluster, options)) {
-    ++plan.considered;
     SHOAL_ASSIGN_OR_RETURN(const LaidOut out, LayOut(model, cluster, layout, options.skew), layout.ToString());
+    // Without copies nothing can be rematerialised: the same step as with kKeep.
+    if (layout.experts == ExpertPolicy::kRematerialise && !out.shape.materialise) continue;
+    ++plan.considered;
     Candidate candidate = {layout, PeakMemory(model, layout, out)};
     const bool fits = candidate.memory.total() <= limit;
     if (fits) candidate.plain_ns = PlainTime(out);

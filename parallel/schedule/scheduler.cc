@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
+#include "absl/strings/str_join.h"
 #include "parallel/schedule/gradient_slices.h"
 #include "parallel/schedule/simulate.h"
 #include "parallel/schedule/step_scorer.h"
@@ -250,34 +250,48 @@ class Search {
     }
   }
 
+  // "layers 0 to 7", "layers 1, 4, 5", at most a handful.
+  static std::string LayersText(std::vector<int> layers) {
+    constexpr size_t kShownMax = 8;
+    std::sort(layers.begin(), layers.end());
+    if (layers.size() == 1) return absl::StrCat("layer ", layers[0]);
+    if (layers.back() - layers.front() + 1 == static_cast<int>(layers.size())) {
+      return absl::StrCat("layers ", layers.front(), " to ", layers.back());
+    }
+    if (layers.size() > kShownMax) return absl::StrCat(layers.size(), " layers");
+    return absl::StrCat("layers ", absl::StrJoin(layers, ", "));
+  }
+
+  // What the step would take if the layers with so many chunks had one.
+  std::string ExplainChunks(bool forward, int chunks, const std::vector<int>& layers) const {
+    Schedule without = best_;
+    for (int layer : layers) (forward ? without.layers[At(layer)].forward_chunks : without.layers[At(layer)].backward_chunks) = 1;
+    return absl::StrCat(LayersText(layers), ": ", chunks, " chunks ", forward ? "forward" : "backward", ": a step of ",
+                        TimeText(best_ns_), " instead of ", TimeText(whole_.Time(without)), " with 1");
+  }
+
   void Explain(ScheduleChoice* choice) const {
-    const auto ms = [](double ns) { return absl::StrFormat("%.3g ms", ns / 1e6); };
-    for (const LayerGroup& group : groups_) {
-      if (choice->reasons.size() >= 2 * kFewGroups) break;
-      const auto [low, high] = std::minmax_element(group.layers.begin(), group.layers.end());
-      const std::string name = *low == *high ? absl::StrCat("layer ", *low) : absl::StrCat("layers ", *low, " to ", *high);
-      for (const bool forward : {true, false}) {
-        const int chunks = forward ? group.forward : group.backward;
-        if (chunks == 1) continue;
-        Schedule without = best_;
-        LayerGroup one = group;
-        (forward ? one.forward : one.backward) = 1;
-        Apply(one, &without);
-        choice->reasons.push_back(absl::StrCat(name, ": ", chunks, " chunks ", forward ? "forward" : "backward", ": a step of ",
-                                               ms(best_ns_), " instead of ", ms(whole_.Time(without)), " with 1"));
+    for (const bool forward : {true, false}) {
+      std::map<int, std::vector<int>> layers;  // By chunks.
+      for (const LayerGroup& group : groups_) {
+        std::vector<int>& alike = layers[forward ? group.forward : group.backward];
+        alike.insert(alike.end(), group.layers.begin(), group.layers.end());
+      }
+      for (const auto& [chunks, alike] : layers) {
+        if (chunks > 1) choice->reasons.push_back(ExplainChunks(forward, chunks, alike));
       }
     }
     Schedule plain = best_;
     plain.gradients = PlainSchedule(shape_, workload_.bucket_elements).gradients;
     const double plain_ns = whole_.Time(plain);
     if (Better(best_ns_, plain_ns)) {
-      choice->reasons.push_back(absl::StrCat("dense gradients in ", best_.gradients.size(), " slices: ", ms(best_ns_),
-                                             " instead of ", ms(plain_ns), " with those of a layer at once"));
+      choice->reasons.push_back(absl::StrCat("dense gradients in ", best_.gradients.size(), " slices: ", TimeText(best_ns_),
+                                             " instead of ", TimeText(plain_ns), " with those of a layer at once"));
     }
     if (best_.prefetch != options_.prefetch.front()) {
       choice->reasons.push_back(absl::StrCat("weights are gathered ", best_.prefetch, " layers ahead"));
     }
-    if (choice->reasons.empty()) choice->reasons.push_back(absl::StrCat("nothing to gain by pieces: ", ms(best_ns_)));
+    if (choice->reasons.empty()) choice->reasons.push_back(absl::StrCat("nothing to gain by pieces: ", TimeText(best_ns_)));
   }
 
   const StepShape& shape_;

@@ -7,6 +7,7 @@
 #include <queue>
 #include <utility>
 
+#include "absl/strings/str_format.h"
 #include "runtime/base/check.h"
 
 namespace shoal {
@@ -386,6 +387,13 @@ const RankClass& ClusterPrediction::slowest() const {
 ClusterPrediction SimulateCluster(const Graph& graph, const FlatCosts& costs, const Schedule& schedule, const StepUnits& units,
                                   const Topology& topology, Record record) {
   return ClusterRun(graph, costs, schedule, units, topology, record).Run(topology.ranks());
+}
+
+std::string TimeText(double ns) {
+  const double size = std::abs(ns);
+  if (size >= 1e9) return absl::StrFormat("%.3g s", ns / 1e9);
+  if (size >= 1e6) return absl::StrFormat("%.3g ms", ns / 1e6);
+  return absl::StrFormat("%.3g us", size < 1 ? 0 : ns / 1e3);
 }
 
 }  // namespace shoal

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "parallel/placement/topology.h"
@@ -64,5 +65,8 @@ struct ClusterPrediction {
 // with equal work are simulated once, so that a balanced cluster costs as much as one rank.
 ClusterPrediction SimulateCluster(const Graph& graph, const FlatCosts& costs, const Schedule& schedule, const StepUnits& units,
                                   const Topology& topology, Record record);
+
+// For people: "1.53 s", "12.3 ms", "45.6 us".
+std::string TimeText(double ns);
 
 }  // namespace shoal
