@@ -50,6 +50,11 @@ TEST(BalanceReplicas, EveryExpertHasASlotAndTheHottestAreHalved) {
   }
 }
 
+TEST(BalanceReplicas, TiesGoToTheFirst) {
+  EXPECT_EQ(*BalanceReplicas({4, 4}, {3, 1}), (std::vector<int>{1, 0, 0}));  // Expert 0 is halved; whole 1 weighs most.
+  EXPECT_EQ(*BalanceReplicas({0, 0, 0, 0}, {4, 2}), (std::vector<int>{0, 1, 2, 3}));
+}
+
 TEST(PlacementOfSlots, TheFirstSlotIsTheOwners) {
   EXPECT_EQ(PlacementOfSlots({2, 1, 0, 2, 2, 2}, 3, 3), (ExpertPlacement{{1, {}}, {0, {}}, {0, {1, 2}}}));
 }

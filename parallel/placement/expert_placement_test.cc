@@ -101,6 +101,7 @@ TEST(Fingerprint, TellsLayersAndHoldersApart) {
   EXPECT_NE(print({{{0, {}}, {1, {}}}}), print({{{0, {}}}, {{1, {}}}}));
   EXPECT_NE(print({{{0, {1}}}}), print({{{0, {}}, {1, {}}}}));
   EXPECT_NE(print({{{0, {1, 2}}, {3, {}}}}), print({{{0, {1}}, {2, {3}}}}));
+  EXPECT_NE(print({{{0, {1}}, {4, {}}}}), print({{{0, {}}, {2, {3}}}}));
 }
 
 TEST(Topology, NumbersHostsByFirstRank) {

@@ -163,6 +163,16 @@ TEST(MaterialisePerHost, EachHostGetsWhatItsTokensUse) {
   EXPECT_EQ(placement, (ExpertPlacement{{2, {0, 1}}, {0, {}}, {1, {}}, {0, {2, 3}}}));
 }
 
+TEST(MaterialisePerHost, WhatTheHostHasAlreadyIsNotSentThere) {
+  // Host 0 uses experts 0 and 1, its own, most; expert 2 is the hottest that must come from host 1.
+  const std::vector<int> owners = {0, 1, 2, 3};
+  const std::vector<int64_t> loads_HE = {50, 40, 30, 20, 0, 0, 50, 40};
+  const ExpertPlacement placement = MaterialisePerHost(owners, loads_HE, Hosts(2, 2), {1, 3});
+  EXPECT_EQ(placement, (ExpertPlacement{{0, {1}}, {1, {0}}, {2, {0, 1, 3}}, {3, {2}}}));
+  // With one host all count.
+  EXPECT_EQ(MaterialisePerHost({0, 1}, {9, 8}, Hosts(1, 2), {1, 1}), (ExpertPlacement{{0, {1}}, {1, {}}}));
+}
+
 TEST(MaterialisePerHost, KeepsMoreRowsOnTheirHostWhereTastesDiffer) {
   TraceOptions options;
   options.ranks = 16;

@@ -22,8 +22,9 @@ std::vector<int64_t> Owned(const OwnerMap& owners, int ranks) {
   return owned;
 }
 
-// Load of the fullest rank of each layer, the `overlap` hottest experts left out, summed over layers.
-int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, int ranks, int overlap) {
+// Load per rank of the fullest place (a rank or a host) of each layer without its `overlap` hottest experts, summed over layers.
+int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, absl::Span<const int> place_of_rank,
+                    absl::Span<const int> size_of_place, int overlap) {
   int64_t sum = 0;
   for (size_t layer = 0; layer < loads.size(); ++layer) {
     std::vector<int> order(loads[layer].size());
@@ -31,14 +32,28 @@ int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, int ranks, int o
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
       return loads[layer][static_cast<size_t>(a)] > loads[layer][static_cast<size_t>(b)];
     });
-    std::vector<int64_t> load(static_cast<size_t>(ranks));
+    std::vector<int64_t> load(size_of_place.size());
     for (size_t i = static_cast<size_t>(overlap); i < order.size(); ++i) {
       const size_t e = static_cast<size_t>(order[i]);
-      load[static_cast<size_t>(owners[layer][e])] += loads[layer][e];
+      load[static_cast<size_t>(place_of_rank[static_cast<size_t>(owners[layer][e])])] += loads[layer][e];
     }
+    for (size_t p = 0; p < load.size(); ++p) load[p] /= size_of_place[p];
     sum += *std::max_element(load.begin(), load.end());
   }
   return sum;
+}
+
+int64_t ColdMaximum(const Loads& loads, const OwnerMap& owners, int ranks, int overlap) {
+  std::vector<int> ranks_alone(static_cast<size_t>(ranks));
+  std::iota(ranks_alone.begin(), ranks_alone.end(), 0);
+  return ColdMaximum(loads, owners, ranks_alone, std::vector<int>(static_cast<size_t>(ranks), 1), overlap);
+}
+
+int64_t Unevenness(const Loads& loads, const Topology& topology, const OwnerMap& owners, int overlap) {
+  std::vector<int> sizes;
+  for (const std::vector<int>& ranks : topology.RanksByHost()) sizes.push_back(static_cast<int>(ranks.size()));
+  return ColdMaximum(loads, owners, topology.ranks(), overlap) +
+         ColdMaximum(loads, owners, topology.host_of_rank, sizes, overlap);
 }
 
 Topology HostsOfFour(int hosts) {
@@ -82,6 +97,14 @@ TEST(Reshard, EveryRankOwnsAsManyWhateverTheShape) {
     const std::vector<int64_t> owned = Owned(owners, ranks);
     EXPECT_LE(*std::max_element(owned.begin(), owned.end()) - *std::min_element(owned.begin(), owned.end()), 1);
     EXPECT_EQ(Reshard(loads, topology, current, overlap), owners);
+    // From an even start the sum of the fullest rank's and the fullest host's cold load never grows.
+    OwnerMap last = owners;
+    for (std::vector<int64_t>& layer : loads) std::shuffle(layer.begin(), layer.end(), random);
+    for (int round = 0; round < 3; ++round) {
+      const OwnerMap next = Reshard(loads, topology, last, overlap);
+      EXPECT_LE(Unevenness(loads, topology, next, overlap), Unevenness(loads, topology, last, overlap));
+      last = next;
+    }
   }
 }
 
@@ -103,6 +126,15 @@ TEST(Reshard, HotExpertsOfALayerGetDifferentHostsIfTheyMustMove) {
   for (size_t layer = 0; layer < 2; ++layer) {
     EXPECT_NE(owners[layer][0], owners[layer][1]) << layer;
     EXPECT_NE(topology.HostOf(owners[layer][2]), topology.HostOf(owners[layer][3])) << layer;
+  }
+}
+
+TEST(Reshard, HotExpertsThatMustMoveAreSpreadOverRanks) {
+  // Rank 0 owns all of both layers and keeps the cold of either and two hot ones of the first layer.
+  const Loads loads(2, {100, 100, 100, 100, 1, 1, 1, 1});
+  const OwnerMap owners = Reshard(loads, Topology::OneHost(4), OwnerMap(2, std::vector<int>(8, 0)), 4);
+  for (int rank = 1; rank < 4; ++rank) {
+    EXPECT_GE(std::count(owners[1].begin(), owners[1].begin() + 4, rank), 1) << rank;
   }
 }
 

@@ -54,6 +54,9 @@ TEST(TuneOwners, IsAsGoodAsBruteForceOnSmallCases) {
     const int64_t best = BruteForce(rows, topology, options.costs, options.experts_per_rank_max == 0 ? experts : 2);
     EXPECT_LE(tuned.forward_ps * 100, best * 102);
     EXPECT_GE(tuned.forward_ps, best);
+    for (int rank = 0; rank < 4 && options.experts_per_rank_max > 0; ++rank) {
+      EXPECT_LE(std::count(tuned.owners.begin(), tuned.owners.end(), rank), options.experts_per_rank_max);
+    }
   }
 }
 
@@ -106,6 +109,7 @@ TEST(TuneOwners, ExpertsGoToTheHostsThatUseThem) {
 }
 
 TEST(TuneOwners, IsNeverWorseThanWhereItStartsAndRepeats) {
+  int64_t with_restarts = 0, without = 0;
   for (uint32_t seed = 0; seed < 20; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
@@ -120,9 +124,11 @@ TEST(TuneOwners, IsNeverWorseThanWhereItStartsAndRepeats) {
     const TunedOwners tuned = TuneOwners(rows, linked, start, Hosts(3, 2), options);
     EXPECT_EQ(TuneOwners(rows, linked, start, Hosts(3, 2), options).owners, tuned.owners);
     EXPECT_LE(TuneOwners(rows, linked, tuned.owners, Hosts(3, 2), options).forward_ps, tuned.forward_ps);
+    with_restarts += tuned.forward_ps;
     options.restarts = 0;
-    EXPECT_LE(tuned.forward_ps, TuneOwners(rows, linked, {}, Hosts(3, 2), options).forward_ps);
+    without += TuneOwners(rows, linked, start, Hosts(3, 2), options).forward_ps;
   }
+  EXPECT_LT(with_restarts, without);
 }
 
 TEST(TuneOwners, EdgeShapes) {
@@ -130,6 +136,11 @@ TEST(TuneOwners, EdgeShapes) {
   options.costs.row_work_ps = 1;
   EXPECT_TRUE(TuneOwners({}, {}, {}, Hosts(1, 2), options).owners.empty());
   EXPECT_EQ(TuneOwners({3, 1}, {}, {}, Hosts(1, 1), options).owners, (std::vector<int>{0, 0}));
+  // Traffic would have all on rank 0, whose tokens use them; there is room for one each.
+  TuneOptions one_each{{1, 100, 100}, 1};
+  std::vector<int> spread = TuneOwners({9, 8, 7, 0, 0, 0, 0, 0, 0}, {}, {}, Hosts(1, 3), one_each).owners;
+  std::sort(spread.begin(), spread.end());
+  EXPECT_EQ(spread, (std::vector<int>{0, 1, 2}));
   const std::vector<int> two = TuneOwners({4, 4, 0, 0, 0, 0, 0, 0}, {}, {}, Hosts(2, 2), options).owners;
   EXPECT_NE(two[0], two[1]);
   EXPECT_EQ(TuneOwners(std::vector<int64_t>(12), {}, {}, Hosts(2, 2), options).forward_ps, 0);
