@@ -14,7 +14,8 @@ enum class DispatchRule : uint8_t {
   // Tokens of a rank that holds the expert stay; else the copies of its host share them equally; else all copies do
   // (Hecate, arXiv 2502.02581).
   kNearest,
-  // As kNearest, but where copies share, the rank with the fewest rows so far gets more (water-filling).
+  // As kNearest, but where copies share, they are levelled (water-filling): ranks that compute less get more. The busiest
+  // rank never has more rows than with kNearest, and shares are fewer.
   kWaterFill,
 };
 
@@ -27,7 +28,7 @@ struct DispatchShare {
 };
 
 // rows_SE: rows of each source rank for each expert, row-major [ranks, experts]. Returns for each source its shares, ordered by
-// expert; every row has exactly one. O(ranks * experts + shares).
+// expert, those of an expert by rank; every row is in exactly one. O(ranks * experts + shares), and sorting for kWaterFill.
 std::vector<std::vector<DispatchShare>> SplitTokens(DispatchRule rule, const Topology& topology,
                                                     const ExpertPlacement& placement, absl::Span<const int64_t> rows);
 
