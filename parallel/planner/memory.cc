@@ -13,6 +13,10 @@ namespace {
 
 constexpr int64_t kF32 = 4;
 
+// What HostMemory gives for a tensor: small ones as they are, others in whole pages.
+constexpr int64_t kSmallBytes = 1 << 18, kPageBytes = 1 << 21;
+int64_t Held(int64_t bytes) { return bytes < kSmallBytes ? bytes : (bytes + kPageBytes - 1) / kPageBytes * kPageBytes; }
+
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The most experts of a layer that one rank owns, and that it holds copies of.
@@ -68,7 +72,7 @@ class MemoryCount {
       const bool split = sharded && layer;
       use_.weights += split ? owned * b_ : bytes[static_cast<size_t>(bucket)];
       use_.gradients += kF32 * (split ? owned : count);
-      use_.optimizer += owned * (2 * kF32 + (bucket == 0 ? 0 : master_bytes()));
+      use_.optimizer += 2 * Held(owned * kF32) + Held(bucket == 0 ? 0 : owned * master_bytes());
       if (split) largest = std::max(largest, count);
     }
     const int64_t buffers = std::min(layout_.prefetch + 1, buckets.layers);
@@ -90,31 +94,35 @@ class MemoryCount {
     const int64_t expert = model_.expert_elements();
     use_.weights += slots * expert * b_;
     use_.gradients += slots * expert * kF32;
-    use_.optimizer += slots * expert * (2 * kF32 + master_bytes());
+    use_.optimizer += 2 * Held(slots * expert * kF32) + Held(slots * expert * master_bytes());
     const int64_t rooms = layout_.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout_.prefetch + 1, layers);
     use_.copies += rooms * room * expert * (b_ + kF32);
   }
 
   int64_t AttentionKept() const {
-    return tokens_ * (b_ * (model_.width + 2 * model_.query_size + 2 * model_.kv_size) + kF32 * (1 + model_.heads));
+    return Held(tokens_ * b_ * model_.width) + Held(tokens_ * b_ * (model_.query_size + 2 * model_.kv_size)) +
+           Held(tokens_ * b_ * model_.query_size) + Held(tokens_ * kF32) + Held(tokens_ * kF32 * model_.heads);
   }
   int64_t LayerKept(size_t layer) const {
-    const int64_t normed = tokens_ * model_.width * (kF32 + b_);
-    if (!model_.moe[layer]) return AttentionKept() + normed + tokens_ * (kF32 + 2 * b_ * model_.dense_inner);
+    const int64_t normed = Held(tokens_ * model_.width * kF32) + Held(tokens_ * model_.width * b_) + Held(tokens_ * kF32);
+    if (!model_.moe[layer]) return AttentionKept() + normed + Held(tokens_ * 2 * b_ * model_.dense_inner);
     const Rows& rows = rows_[static_cast<size_t>(out_.work.experts_of_layer[layer])];
-    const int64_t routing = tokens_ * kF32 * (2 + model_.experts + 2 * model_.choices) + rows.sent * 2 * kF32;
-    const int64_t travelled = b_ * (rows.arrived * (model_.width + 2 * model_.expert_inner) + rows.sent * model_.width);
-    return AttentionKept() + normed + routing + travelled + 2 * b_ * tokens_ * model_.shared_inner;
+    const int64_t routing = Held(tokens_ * kF32) + Held(tokens_ * kF32 * model_.experts) +
+                            2 * Held(tokens_ * kF32 * model_.choices) + 2 * Held(rows.sent * kF32);
+    const int64_t travelled = Held(b_ * rows.arrived * model_.width) + Held(b_ * rows.arrived * 2 * model_.expert_inner) +
+                              Held(b_ * rows.sent * model_.width);
+    return AttentionKept() + normed + routing + travelled + Held(2 * b_ * tokens_ * model_.shared_inner);
   }
-  // Of a layer's backward pass, beside what it keeps.
+  // Of a layer's backward pass, beside what it keeps: the gradient and those by rows, or by a dense layer's inner vectors.
   int64_t LayerWorking(size_t layer) const {
-    const int64_t gradients = tokens_ * model_.width * 2 * kF32;
-    const int64_t attention = tokens_ * b_ * (2 * model_.width + 2 * model_.query_size + 2 * model_.kv_size);
-    if (!model_.moe[layer]) return gradients + std::max(attention, tokens_ * b_ * (model_.width + model_.dense_inner));
+    const int64_t gradient = Held(tokens_ * model_.width * kF32);
+    if (!model_.moe[layer]) {
+      const int64_t narrow = b_ == kF32 ? 0 : Held(tokens_ * b_ * model_.width);
+      return gradient + narrow + Held(tokens_ * b_ * model_.width) + Held(tokens_ * b_ * model_.dense_inner);
+    }
     const Rows& rows = rows_[static_cast<size_t>(out_.work.experts_of_layer[layer])];
-    const int64_t rows_bytes =
-        rows.sent * kF32 + b_ * (rows.arrived * (model_.width + model_.expert_inner) + rows.sent * model_.width);
-    return gradients + std::max(attention, rows_bytes);
+    return gradient + Held(rows.sent * kF32) + Held(b_ * rows.arrived * model_.width) + Held(b_ * rows.sent * model_.width) +
+           Held(b_ * rows.arrived * model_.expert_inner);
   }
 
   void CountActivations() {
@@ -125,10 +133,11 @@ class MemoryCount {
       kept += here;
       working = std::max(working, LayerWorking(layer));
     }
-    const int64_t inputs = (model_.layers() + 1) * tokens_ * model_.width * kF32;  // Of each layer, and of the head.
+    const int64_t inputs = (model_.layers() + 1) * Held(tokens_ * model_.width * kF32);  // Of each layer, and of the head.
     use_.activations = inputs + (layout_.recompute ? largest : kept);
     const int64_t chunk = std::min(model_.loss_chunk, tokens_);
-    const int64_t head = tokens_ * model_.width * (b_ + 2 * kF32) + chunk * model_.vocab * (kF32 + (b_ == kF32 ? 0 : b_));
+    const int64_t head = Held(tokens_ * model_.width * b_) + 2 * Held(tokens_ * model_.width * kF32) +
+                         Held(chunk * model_.vocab * kF32) + Held(b_ == kF32 ? 0 : chunk * model_.vocab * b_);
     use_.working = std::max(head, working);
     if (!out_.shape.dispatch) return;
     int64_t most = 0;

@@ -1,4 +1,5 @@
-// Peak memory of a rank, from what training keeps. Bytes of the tensors; allocators round up a little.
+// Peak memory of a rank, from what training keeps. Tensors of 256 KiB and more of one rank occupy whole pages of 2 MiB
+// (runtime/device/memory.h); those that ranks share (weights, gradients, copies, buffers) do not.
 //
 // With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
 // experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:
@@ -9,7 +10,7 @@
 //   activations  of a layer: x 4TD; attention bT(D + 2q + 2kv) + 4T(1 + heads); experts 4TD + bTD + 4T(2 + E + 2K) + 8S +
 //                b(RD + 2RF + SD); shared 2bTF'; dense 4TD + bTD + 4T + 2bTF. With recompute x of every layer, the rest of one.
 //   buffers      two for rows on their way, b max(S, R) D each, where rows travel.
-//   working      the larger of the head (bTD + 8TD + logits of a chunk) and one layer's backward pass.
+//   working      the larger of the head (bTD + 8TD + logits of a chunk) and a layer's backward pass (4TD + 4S + b(RD + SD + RF)).
 #pragma once
 
 #include <cstdint>
