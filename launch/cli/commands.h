@@ -26,6 +26,8 @@ int RunCoordinate(absl::Span<const std::string> args);
 int RunPlan(absl::Span<const std::string> args);
 int RunSimulate(absl::Span<const std::string> args);
 int RunBench(absl::Span<const std::string> args);
+int RunTrace(absl::Span<const std::string> args);
+int RunProfile(absl::Span<const std::string> args);
 int RunVersion(absl::Span<const std::string> args);
 
 // Usage, description and the table of commands.

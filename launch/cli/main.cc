@@ -28,6 +28,8 @@ const std::vector<Command>& Commands() {
       {"plan", "find the fastest layout of a model on a described cluster", RunPlan},
       {"simulate", "predict a step on a described cluster", RunSimulate},
       {"bench", "measure the speed of training", RunBench},
+      {"trace", "show when the tasks of training steps run", RunTrace},
+      {"profile", "show what tasks of training steps cost", RunProfile},
       {"version", "print the version", RunVersion},
       {"help", "explain a command", RunHelp},
   };

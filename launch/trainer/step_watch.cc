@@ -27,17 +27,6 @@ absl::StatusOr<std::string> BroadcastText(Communicator& world, const std::string
   return std::string(content.data<uint8_t>(), content.data<uint8_t>() + bytes);
 }
 
-// In place.
-Work ReduceIntegers(Communicator& world, const Tensor& integers, ReduceOp op) {
-  return integers.elements() == 0 ? Work() : world.AllReduce(integers, integers, op, {.label = "step times"});
-}
-
-Tensor ToTensor(const std::vector<int64_t>& integers) {
-  Tensor tensor = Empty({static_cast<int64_t>(integers.size())}, DType::kI64);
-  std::copy(integers.begin(), integers.end(), tensor.data<int64_t>());
-  return tensor;
-}
-
 // What the costs say of a step in which every rank did what this one did.
 Prediction PredictStep(Graph graph, const StepRecord& record, const CostTable& costs, Record with_record) {
   for (size_t i = 0; i < graph.tasks.size(); ++i) graph.tasks[i].units = record.tasks[i].units;
@@ -51,15 +40,16 @@ double Seconds(int64_t ns) { return static_cast<double>(ns) * 1e-9; }
 std::string ProfilePath(const std::string& run_dir) { return run_dir + "/profile.json"; }
 std::string TracePath(const std::string& run_dir, int64_t step) { return absl::StrCat(run_dir, "/trace-step-", step, ".json"); }
 
-absl::StatusOr<std::unique_ptr<StepWatch>> StepWatch::Create(StepWatchOptions options, Communicator& world) {
-  std::unique_ptr<StepWatch> watch(new StepWatch(std::move(options), world));
-  SHOAL_RETURN_IF_ERROR(watch->ReadPrior(), "reading the profile of an earlier run");
+absl::StatusOr<std::unique_ptr<StepWatch>> StepWatch::Create(StepWatchOptions options, Communicator& world, Profiler& profiler) {
+  std::unique_ptr<StepWatch> watch(new StepWatch(std::move(options), world, profiler));
+  if (!watch->options_.run_dir.empty()) SHOAL_RETURN_IF_ERROR(watch->ReadProfile(), "the profile of an earlier run");
+  watch->costs_ = profiler.table();
   return watch;
 }
 
-absl::Status StepWatch::ReadPrior() {
+absl::Status StepWatch::ReadProfile() {
   std::string text;
-  if (world_->index() == 0) {
+  if (world_.index() == 0) {
     const std::string path = ProfilePath(options_.run_dir);
     absl::StatusOr<std::string> read = ReadFile(path);
     if (read.ok()) {
@@ -68,62 +58,51 @@ absl::Status StepWatch::ReadPrior() {
       if (!file.ok()) SHOAL_LOG(kWarning) << path << ": " << file.status().message() << "; it is not used";
       if (file.ok() && file->about == options_.about) text = *std::move(read);
     } else if (!absl::IsNotFound(read.status())) {
-      SHOAL_LOG(kWarning) << read.status().message();
+      SHOAL_LOG(kWarning) << read.status().message() << "; no profile is used";
     }
   }
-  SHOAL_ASSIGN_OR_RETURN(text, BroadcastText(*world_, text));
+  SHOAL_ASSIGN_OR_RETURN(text, BroadcastText(world_, text));
   if (text.empty()) return absl::OkStatus();
   SHOAL_ASSIGN_OR_RETURN(const ProfileFile file, ProfileFromJson(text));
   profiler_.StartFrom(file.profile);
   return absl::OkStatus();
 }
 
-absl::Status StepWatch::WriteProfile() const {
-  if (world_->index() != 0) return absl::OkStatus();
-  return WriteFileAtomic(ProfilePath(options_.run_dir), ToJson({.about = options_.about, .profile = profiler_.profile()}));
-}
-
-absl::Status StepWatch::Learn(const Graph& graph, const StepRecord& record) {
-  MeasuredTimes times = TimesOf(graph, record);
-  if (world_->size() > 1) {
-    const Tensor least = ToTensor(times.least), total = ToTensor(times.total);
-    const Work first = ReduceIntegers(*world_, least, ReduceOp::kMin), second = ReduceIntegers(*world_, total, ReduceOp::kSum);
-    SHOAL_RETURN_IF_ERROR(first.Await(), "agreeing on the times of tasks");
-    SHOAL_RETURN_IF_ERROR(second.Await(), "agreeing on the times of tasks");
-    times.least.assign(least.data<int64_t>(), least.data<int64_t>() + least.elements());
-    times.total.assign(total.data<int64_t>(), total.data<int64_t>() + total.elements());
-  }
-  profiler_.Add(graph, times, world_->size());
-  return absl::OkStatus();
-}
-
-absl::Status StepWatch::AfterStep(int64_t step, const Graph& graph, const StepRecord& record) {
-  const bool traced = std::find(options_.trace_steps.begin(), options_.trace_steps.end(), step) != options_.trace_steps.end();
-  // By what was known before it.
-  const Prediction prediction = PredictStep(graph, record, profiler_.table(), traced ? Record::kYes : Record::kNo);
-  SHOAL_RETURN_IF_ERROR(Learn(graph, record));
+void StepWatch::FeedMetrics(const Graph& graph, const StepRecord& record) {
   const StepSummary summary = Summarise(graph, record);
   const Metrics& metrics = options_.metrics;
   for (size_t lane = 0; lane < kStepLanes.size(); ++lane) metrics.lane_busy[lane].Add(Seconds(summary.busy_ns[lane]));
   metrics.exposed_communication.Add(Seconds(summary.exposed_ns));
   metrics.scheduling_overhead.Add(Seconds(summary.overhead_ns));
-  if (prediction.step_ns > 0) metrics.predicted_step_duration.Set(prediction.step_ns * 1e-9);
+  if (predicted_seconds_ > 0) metrics.predicted_step_duration.Set(predicted_seconds_);
   metrics.task_prediction_error.Set(profiler_.prediction_error());
   metrics.cost_changes.Add(static_cast<double>(profiler_.jumps() - jumps_));
   jumps_ = profiler_.jumps();
-  unwritten_ = true;
-  if (traced) {
-    SHOAL_RETURN_IF_ERROR(WriteTrace(step, graph, record, prediction.record, TracePath(options_.run_dir, step), *world_),
-                          "tracing");
-  }
-  if (options_.write_interval > 0 && (step + 1) % options_.write_interval == 0) return Finish();
+}
+
+absl::Status StepWatch::Trace(int64_t step, const Graph& graph, const StepRecord& record, const StepRecord& predicted) {
+  SHOAL_ASSIGN_OR_RETURN(std::string trace, GatherTrace(step, graph, record, predicted, world_));
+  if (world_.index() != 0) return absl::OkStatus();
+  if (!options_.run_dir.empty()) return WriteFileAtomic(TracePath(options_.run_dir, step), trace);
+  traces_.push_back(std::move(trace));
   return absl::OkStatus();
 }
 
+absl::Status StepWatch::AfterStep(int64_t step, const Graph& graph, const StepRecord& record) {
+  const bool traced = std::find(options_.trace_steps.begin(), options_.trace_steps.end(), step) != options_.trace_steps.end();
+  const Prediction prediction = PredictStep(graph, record, costs_, traced ? Record::kYes : Record::kNo);
+  predicted_seconds_ = prediction.step_ns * 1e-9;
+  costs_ = profiler_.table();
+  FeedMetrics(graph, record);
+  unwritten_ = true;
+  if (traced) SHOAL_RETURN_IF_ERROR(Trace(step, graph, record, prediction.record), "tracing");
+  return options_.write_interval > 0 && (step + 1) % options_.write_interval == 0 ? Finish() : absl::OkStatus();
+}
+
 absl::Status StepWatch::Finish() {
-  if (!unwritten_) return absl::OkStatus();
+  if (!unwritten_ || options_.run_dir.empty() || world_.index() != 0) return absl::OkStatus();
   unwritten_ = false;
-  return WriteProfile();
+  return WriteFileAtomic(ProfilePath(options_.run_dir), ToJson({.about = options_.about, .profile = profiler_.profile()}));
 }
 
 }  // namespace shoal

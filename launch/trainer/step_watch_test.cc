@@ -53,54 +53,59 @@ TEST(ClockOffset, FindsHowFarClocksAreApart) {
   });
 }
 
-TEST(StepWatch, EveryRankLearnsTheSameAndRankZeroWritesIt) {
+TEST(StepWatch, RankZeroWritesTheProfileAndAllRanksGoOnFromIt) {
   const TempDir folder;
   const Graph graph = TwoRankStep();
-  std::mutex mutex;
-  std::vector<std::vector<int64_t>> tables;
   RunRanks(2, "auto", [&](Communicator& world) {
-    auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this", .trace_steps = {1, 2}}, world);
+    Profiler profiler;
+    auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world, profiler);
     ASSERT_TRUE(watch.ok()) << watch.status();
     Executor executor;
     for (int64_t step = 0; step < 4; ++step) {
-      ASSERT_TRUE((*watch)->AfterStep(step, graph, RunStep(executor, graph, world.index())).ok());
+      const StepRecord record = RunStep(executor, graph, world.index());
+      profiler.Add(graph, record);
+      ASSERT_TRUE((*watch)->AfterStep(step, graph, record).ok());
+      EXPECT_EQ((*watch)->predicted_seconds() > 0, step > 0);
     }
     ASSERT_TRUE((*watch)->Finish().ok());
-    const std::lock_guard<std::mutex> lock(mutex);
-    tables.push_back(ToIntegers((*watch)->costs()));
   });
-  ASSERT_EQ(tables.size(), 2u);
-  EXPECT_EQ(tables[0], tables[1]);
   const auto text = ReadFile(ProfilePath(folder.path()));
   ASSERT_TRUE(text.ok()) << text.status();
   const auto file = ProfileFromJson(*text);
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_EQ(file->about, "this");
   EXPECT_GT(file->profile.costs.size(), 10u);
-  EXPECT_TRUE(absl::IsNotFound(ReadFile(TracePath(folder.path(), 0)).status()));
 
-  // The next run begins with it, unless it is another one.
+  std::mutex mutex;
+  std::vector<std::vector<int64_t>> tables;
   RunRanks(2, "auto", [&](Communicator& world) {
-    const auto same = StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world);
-    ASSERT_TRUE(same.ok()) << same.status();
-    EXPECT_EQ((*same)->costs().models.size(), file->profile.costs.size());
-    const auto other = StepWatch::Create({.run_dir = folder.path(), .about = "that"}, world);
-    ASSERT_TRUE(other.ok()) << other.status();
-    EXPECT_TRUE((*other)->costs().models.empty());
+    Profiler same, other;
+    ASSERT_TRUE(StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world, same).ok());
+    ASSERT_TRUE(StepWatch::Create({.run_dir = folder.path(), .about = "that"}, world, other).ok());
+    EXPECT_TRUE(other.table().models.empty());
+    const std::lock_guard<std::mutex> lock(mutex);
+    tables.push_back(ToIntegers(same.table()));
   });
+  ASSERT_EQ(tables.size(), 2u);
+  EXPECT_EQ(tables[0], tables[1]);
+  EXPECT_EQ(FromIntegers(tables[0]).models.size(), file->profile.costs.size());
 }
 
 TEST(StepWatch, TracesHaveAllRanksOnOneClockBesideThePrediction) {
   const TempDir folder;
   const Graph graph = TwoRankStep();
   RunRanks(2, "auto", [&](Communicator& world) {
-    auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this", .trace_steps = {1}}, world);
+    Profiler profiler;
+    auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this", .trace_steps = {1}}, world, profiler);
     ASSERT_TRUE(watch.ok()) << watch.status();
     Executor executor;
-    for (int64_t step = 0; step < 2; ++step) {
-      ASSERT_TRUE((*watch)->AfterStep(step, graph, RunStep(executor, graph, world.index())).ok());
+    for (int64_t step = 0; step < 3; ++step) {
+      const StepRecord record = RunStep(executor, graph, world.index());
+      profiler.Add(graph, record);
+      ASSERT_TRUE((*watch)->AfterStep(step, graph, record).ok());
     }
   });
+  for (int64_t step : {0, 2}) EXPECT_TRUE(absl::IsNotFound(ReadFile(TracePath(folder.path(), step)).status()));
   const auto text = ReadFile(TracePath(folder.path(), 1));
   ASSERT_TRUE(text.ok()) << text.status();
   const Json trace = Json::parse(*text, nullptr, /*allow_exceptions=*/false);
@@ -127,24 +132,28 @@ TEST(StepWatch, ABrokenProfileIsNoReasonNotToTrain) {
   const TempDir folder;
   ASSERT_TRUE(WriteFileAtomic(ProfilePath(folder.path()), "{").ok());
   RunRanks(1, "auto", [&](Communicator& world) {
-    const auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world);
+    Profiler profiler;
+    const auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world, profiler);
     ASSERT_TRUE(watch.ok()) << watch.status();
   });
 }
 
 TEST(StepWatch, FeedsMetrics) {
-  const TempDir folder;
   const Graph graph = TwoRankStep();
   auto server = MetricsServer::Create("127.0.0.1", MetricsServer::kNoPort);
   ASSERT_TRUE(server.ok()) << server.status();
   RunRanks(1, "auto", [&](Communicator& world) {
-    auto watch = StepWatch::Create({.run_dir = folder.path(), .about = "this", .metrics = (*server)->metrics()}, world);
+    Profiler profiler;
+    auto watch = StepWatch::Create({.about = "this", .metrics = (*server)->metrics()}, world, profiler);
     ASSERT_TRUE(watch.ok()) << watch.status();
     StepRecord record;
     int64_t now = 0;
     for (size_t i = 0; i < graph.tasks.size(); ++i, now += 1'000'000) record.tasks.push_back({now, now + 1'000'000, 1});
     record.end_ns = now;
-    for (int64_t step = 0; step < 2; ++step) ASSERT_TRUE((*watch)->AfterStep(step, graph, record).ok());
+    for (int64_t step = 0; step < 2; ++step) {
+      profiler.Add(graph, record);
+      ASSERT_TRUE((*watch)->AfterStep(step, graph, record).ok());
+    }
   });
   const Metrics& metrics = (*server)->metrics();
   double busy = 0;

@@ -12,7 +12,6 @@
 #include "parallel/schedule/trace.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
-#include "runtime/files/file.h"
 
 namespace shoal {
 namespace {
@@ -92,8 +91,8 @@ absl::StatusOr<int64_t> ClockOffset(Communicator& world, const std::function<int
   return 0;
 }
 
-absl::Status WriteTrace(int64_t step, const Graph& graph, const StepRecord& measured, const StepRecord& predicted,
-                        const std::string& path, Communicator& world) {
+absl::StatusOr<std::string> GatherTrace(int64_t step, const Graph& graph, const StepRecord& measured, const StepRecord& predicted,
+                                        Communicator& world) {
   SHOAL_CHECK_EQ(measured.tasks.size(), graph.tasks.size());
   SHOAL_ASSIGN_OR_RETURN(const int64_t clock_ns, ClockOffset(world, NowNs), "comparing clocks");
   const std::vector<int64_t> packed = Pack(clock_ns, measured, predicted);
@@ -103,12 +102,12 @@ absl::Status WriteTrace(int64_t step, const Graph& graph, const StepRecord& meas
   std::copy(packed.begin(), packed.end(), own.data<int64_t>());
   const std::vector<int64_t> counts(static_cast<size_t>(world.size()), count);
   SHOAL_RETURN_IF_ERROR(world.Gather(own, counts, all, 0, {.label = "trace"}).Await(), "gathering records");
-  if (!root) return absl::OkStatus();
+  if (!root) return std::string();
   std::vector<RankTrace> traces;
   for (int rank = 0; rank < world.size(); ++rank) {
     traces.push_back(Unpack(rank, all.data<int64_t>() + rank * count, measured.tasks.size(), predicted.tasks.size()));
   }
-  return WriteFileAtomic(path, TraceJson(graph, step, traces));
+  return TraceJson(graph, step, traces);
 }
 
 }  // namespace shoal

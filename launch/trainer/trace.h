@@ -17,9 +17,9 @@ namespace shoal {
 // the time that it took (Cristian 1989), some 10 us between hosts. `now_ns`: the clock.
 absl::StatusOr<int64_t> ClockOffset(Communicator& world, const std::function<int64_t()>& now_ns);
 
-// Gathers the records of a step on rank 0, which writes the trace to `path`. Graphs are equal on all ranks; `predicted` has no
-// tasks where nothing was predicted, on all ranks alike. Errors of writing name the file and are rank 0's alone.
-absl::Status WriteTrace(int64_t step, const Graph& graph, const StepRecord& measured, const StepRecord& predicted,
-                        const std::string& path, Communicator& world);
+// The trace of a step (TraceJson) on rank 0, "" elsewhere. Graphs are equal on all ranks; `predicted` has no tasks where nothing
+// was predicted, on all ranks alike.
+absl::StatusOr<std::string> GatherTrace(int64_t step, const Graph& graph, const StepRecord& measured, const StepRecord& predicted,
+                                        Communicator& world);
 
 }  // namespace shoal
