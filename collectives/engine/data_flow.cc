@@ -1,7 +1,9 @@
 #include "collectives/engine/data_flow.h"
 
+#include <linux/sockios.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 
 #include <algorithm>
@@ -33,12 +35,21 @@ DataFlow::DataFlow(Fd socket, uint64_t epoch)
   (void)setsockopt(socket_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentBytes, sizeof kUnsentBytes);
 }
 
-void DataFlow::Close() {
-  if (!socket_.valid()) return;
-  // Closing with unread bytes resets the connection, and what the peer has not got yet would be lost.
+bool DataFlow::Delivered() {
+  if (!socket_.valid()) return true;
   while (recv(socket_.get(), buffer_.data(), buffer_.size(), 0) > 0) {
   }
   (void)shutdown(socket_.get(), SHUT_WR);
+  tcp_info info = {};
+  socklen_t length = sizeof info;
+  if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 || info.tcpi_state == TCP_CLOSE) return true;
+  int unacknowledged = 0;
+  return ioctl(socket_.get(), SIOCOUTQ, &unacknowledged) != 0 || unacknowledged == 0;
+}
+
+void DataFlow::Close() {
+  // Closing with unread bytes resets the connection, and what the peer has not got yet would be lost.
+  (void)Delivered();
   socket_.Reset();
 }
 

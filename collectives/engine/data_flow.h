@@ -28,8 +28,10 @@ class DataFlow {
 
   int fd() const { return socket_.get(); }
   bool open() const { return socket_.valid(); }
-  void
-  Close();  // After reading what is there, so that the peer is not reset before it has read what we sent.
+  void Close();  // After reading what is there, so that the peer is not reset before it has read what we sent.
+  // Before that, for who can wait: nothing more is sent, and what comes is thrown away. True: the peer's system has all that
+  // was sent, or the connection is broken.
+  bool Delivered();
 
   // ---- Out. A frame's payload is borrowed until OnSent or Detach.
   struct Frame {

@@ -6,6 +6,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <ctime>
+#include <deque>
 #include <atomic>
 #include <cerrno>
 
@@ -32,6 +34,8 @@ constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake;
 // How long the control connection has to say why a peer's data connections closed.
 constexpr int64_t kGraceNs = 500'000'000;
 constexpr size_t kEarlyGroupsMax = 4096;
+constexpr size_t kClosedGroupsMax = 1 << 16;
+constexpr int64_t kDeliveryPauseNs = 500'000;
 constexpr uint64_t kWakeTag = ~uint64_t{0};
 
 }  // namespace
@@ -59,6 +63,7 @@ struct DataMesh::Impl {
   absl::Status Start(std::vector<DataPeer> data_peers);
 
   Port* Find(uint64_t group);
+  void Forget(uint64_t group);
   // Lets go of all memory of a failed port.
   void Detach(Port* port);
   void DetachFailed(Port* port) {
@@ -96,7 +101,9 @@ struct DataMesh::Impl {
   size_t open_flows = 0;
   bool some_closed = false;
   absl::flat_hash_map<uint64_t, std::unique_ptr<Port>> ports;
+  // What still comes for them is dropped. The oldest are forgotten, for which nothing can be under way any more.
   absl::flat_hash_set<uint64_t> closed_groups;
+  std::deque<uint64_t> closed_order;
   size_t early_groups = 0;
   Port* leader = nullptr;  // Whose thread asks the sockets; the other waiting threads sleep meanwhile.
   bool asleep = false;     // The leader, in the kernel.
@@ -180,6 +187,14 @@ absl::Status DataMesh::Impl::Start(std::vector<DataPeer> data_peers) {
 DataMesh::Port* DataMesh::Impl::Find(uint64_t group) {
   const auto found = ports.find(group);
   return found == ports.end() ? nullptr : found->second.get();
+}
+
+void DataMesh::Impl::Forget(uint64_t group) {
+  if (!closed_groups.insert(group).second) return;
+  closed_order.push_back(group);
+  if (closed_order.size() <= kClosedGroupsMax) return;
+  closed_groups.erase(closed_order.front());
+  closed_order.pop_front();
 }
 
 void DataMesh::Impl::Detach(Port* port) {
@@ -413,6 +428,17 @@ void DataMesh::Impl::Sleep(Port* port, int64_t until_ns) {
 
 DataMesh::DataMesh(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
+void DataMesh::AwaitDelivery(const std::vector<int>& dead, int64_t until_ns) {
+  Visit lock(impl_.get());
+  const auto delivered = [&dead](const std::unique_ptr<Impl::Flow>& flow) {
+    return std::find(dead.begin(), dead.end(), flow->rank) != dead.end() || flow->bytes.Delivered();
+  };
+  while (!std::all_of(impl_->flows.begin(), impl_->flows.end(), delivered) && NowNs() < until_ns) {
+    const timespec pause = {0, kDeliveryPauseNs};
+    (void)nanosleep(&pause, nullptr);
+  }
+}
+
 DataMesh::~DataMesh() {
   Visit lock(impl_.get());
   impl_->ports.clear();
@@ -442,7 +468,7 @@ void DataMesh::Close(Port* port) {
   Visit lock(impl_.get());
   port->Fail(absl::CancelledError("the group is closed"));
   impl_->Detach(port);
-  impl_->closed_groups.insert(port->key);
+  impl_->Forget(port->key);
   impl_->ports.erase(port->key);
 }
 

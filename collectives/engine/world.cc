@@ -23,6 +23,7 @@ namespace {
 // what has ended is in a hurry to recover, and its peers are too.
 constexpr int64_t kFarewellNs = 1'000'000'000;
 constexpr int64_t kHastyFarewellNs = 5'000'000;
+constexpr int64_t kDeliveryNs = 200'000'000;  // For data that peers who live have not got yet.
 
 }  // namespace
 
@@ -296,6 +297,7 @@ World::~World() {
   WakeMonitor();
   if (monitor_.joinable()) monitor_.join();
   watch_.reset();
+  if (mesh_ != nullptr) mesh_->AwaitDelivery(DeadRanks(), NowNs() + kDeliveryNs);
   mesh_.reset();
   root_.reset();
   {
@@ -385,6 +387,13 @@ void World::RunMonitor() {
 
 int64_t World::FarewellEndNs() const {
   return closing_since_ns_ + (root_->Ended() ? kHastyFarewellNs : kFarewellNs);
+}
+
+std::vector<int> World::DeadRanks() const {
+  MutexLock lock(&mutex_);
+  std::vector<int> ranks;
+  for (const auto& [rank, cause] : core_->dead()) ranks.push_back(rank);
+  return ranks;
 }
 
 // Nobody is left who could still be told.

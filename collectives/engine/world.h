@@ -141,6 +141,7 @@ class World {
   void AddPeerSegment(int rank, ControlMessage message);
   void FlushPeers();
   EpochCore::Doing Doing(int64_t now_ns) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  std::vector<int> DeadRanks() const;
   bool AllClosed() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   int64_t FarewellEndNs() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
