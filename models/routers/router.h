@@ -72,11 +72,12 @@ class Router {
   // Fills `sums` unless null.
   virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
                                        Stream& stream) = 0;
-  // `summaries`: those of all ranks, in rank order.
+  // `summaries`: those of all ranks, in rank order; where the router has no capacity (ModelConfig::has_capacity) this rank's alone
+  // will do, with tokens_of_rank of this rank alone. Adds to the sums of Score.
   virtual RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) = 0;
 
-  // dweight_S (f32): gradient by the weights of the list that Choose returned. Adds to dnormed_TD (f32); the router's weight
-  // gradients are overwritten or added to.
+  // dweight_S (f32): gradient by the weights of the list that Choose returned. Adds to dnormed_TD (f32); gradients of
+  // the router's matrices are overwritten or added to, those of vectors (DenseStore::ZeroVectorGradients) always added to.
   virtual void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing,
                         kernels::Accumulate accumulate, const Tensor& dnormed, Stream& stream) = 0;
 
