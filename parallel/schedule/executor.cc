@@ -105,14 +105,13 @@ struct Executor::Impl {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    std::thread& thread = lanes[Index(lane)].thread;
-    thread = std::thread([this, lane] { LaneThread(lane); });
-    (void)pthread_setname_np(thread.native_handle(), absl::StrCat("shoal/", AbslSv(Name(lane))).c_str());
+    lanes[Index(lane)].thread = std::thread([this, lane] { LaneThread(lane); });
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
   void LaneThread(Lane lane) {
     LaneState& own = lanes[Index(lane)];
+    (void)pthread_setname_np(pthread_self(), absl::StrCat("shoal/", AbslSv(Name(lane))).c_str());
     while (true) {
       {
         MutexLock lock(&mutex);
