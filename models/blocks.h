@@ -1,9 +1,9 @@
 // The fixed list of blocks of a model: the pieces in which parameters and their optimizer state are owned, moved and
 // stored. Depends on the model alone, never on the ranks. Pure.
 //
-// One block holds all vectors, norms and router temperatures (kept in f32 and not decayed), one each expert; all other matrices are cut by rows into
-// blocks of about 65 thousand elements. Blocks lie in the order of ParameterSpecs, so the parameters that one matrix product reads
-// together (q, k, v; w1, w3) are contiguous.
+// One block holds all vectors, norms and router temperatures (kept in f32 and not decayed), one each expert; all other matrices
+// are cut by rows into blocks of about 65 thousand elements. Blocks lie in the order of ParameterSpecs, so the parameters that one
+// matrix product reads together (q, k, v; w1, w3) are contiguous.
 #pragma once
 
 #include <string>

@@ -13,10 +13,10 @@ std::unique_ptr<Router> MakeRouter(const ModelConfig& config, int layer, RouterP
 }
 
 std::unique_ptr<Router> MakeRouter(const ModelConfig& config, int layer, const ParameterStore& store) {
-  return MakeRouter(config, layer,
-                    RouterParameters{
-                        .weight = [&store](const std::string& name, Shape shape) { return store.Weight(name, std::move(shape)); },
-                        .gradient = [&store](const std::string& name, Shape shape) { return store.Gradient(name, std::move(shape)); }});
+  RouterParameters parameters;
+  parameters.weight = [&store](const std::string& name, Shape shape) { return store.Weight(name, std::move(shape)); };
+  parameters.gradient = [&store](const std::string& name, Shape shape) { return store.Gradient(name, std::move(shape)); };
+  return MakeRouter(config, layer, std::move(parameters));
 }
 
 }  // namespace shoal

@@ -56,8 +56,8 @@ class SoftmaxRouter : public Router {
     for (int64_t count : batch.tokens_of_rank) tokens += count;
     const int64_t capacity = ExpertCapacity(config_.capacity_factor, tokens, experts());
     kept.pair = Empty(kept.chosen.shape(), DType::kI32);
-    RoutedTokens routed = KeepAdmitted(kept.chosen, kept.weights,
-                                       Admit(summaries.span<int32_t>(), choices(), experts(), capacity, batch), experts(), kept.pair);
+    Admission admission = Admit(summaries.span<int32_t>(), choices(), experts(), capacity, batch);
+    RoutedTokens routed = KeepAdmitted(kept.chosen, kept.weights, std::move(admission), experts(), kept.pair);
     if (sums != nullptr) CountRefused(kept, routed, sums);
     return routed;
   }

@@ -38,8 +38,8 @@ void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tenso
 // sums_QE (f64) = sum over the tokens of each sequence of their shares, in order.
 void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream);
 
-// Each expert's C best of T tokens by scores_TE (f32), of equal ones the earlier: score_E (f32) and token_E (i64) of the worst that it
-// takes. With C = 0 infinity and -1. T is below 2^32.
+// Each expert's C best of T tokens by scores_TE (f32), of equal ones the earlier: score_E (f32) and token_E (i64) of the worst
+// that it takes. With C = 0 infinity and -1. T is below 2^32.
 void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream& stream);
 
 // y_RN = x_RN over the Euclidean norm_R of its rows, at least kNormMin; all f32. y may be x.

@@ -122,9 +122,12 @@ void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stre
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
   CheckTensor(probs, DType::kF32, {T, E}, "probs");
   CheckTensor(logz, DType::kF32, {T}, "logz");
-  SoftmaxArgs args = {.logits = logits.data<float>(), .probs = probs.data<float>(), .max = logz.data<float>(), .sum = nullptr, .width = E};
   const Tensor sums = Empty({T}, DType::kF32);
-  args.sum = sums.data<float>();
+  const SoftmaxArgs args = {.logits = logits.data<float>(),
+                            .probs = probs.data<float>(),
+                            .max = logz.data<float>(),
+                            .sum = sums.data<float>(),
+                            .width = E};
   const auto softmax = Inner().softmax;
   ParallelFor(T, GrainOfRows(2 * E), [&](int64_t begin, int64_t end) {
     softmax(args, begin, end);
