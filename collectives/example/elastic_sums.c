@@ -38,8 +38,9 @@ static int coordinate(const char *listen, double seconds) {
   return 0;
 }
 
-/* Sums until the group ends (SHOAL_ABORTED), until all want to let newcomers in, or until the time is over (both SHOAL_OK). */
-static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double end, long *sums) {
+/* Sums until the group ends (SHOAL_ABORTED), until all want to let newcomers in, or until the time of one is over, so that all
+ * stop (both SHOAL_OK). */
+static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double end, long *sums, int *stop) {
   for (long i = 1;; ++i) {
     const float ranks = (float)shoal_group_size(group);
     for (int k = 0; k < kCount; ++k) x[k] = 1;
@@ -54,6 +55,7 @@ static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double
     /* What to do next is decided by all together: stop (2), let newcomers in (1), go on (0). */
     int32_t next = now() > end ? 2 : shoal_joiners_waiting(member) > 0 ? 1 : 0;
     code = shoal_await(shoal_all_reduce(group, &next, &next, 1, SHOAL_I32, SHOAL_MAX, NULL), SHOAL_FOREVER);
+    *stop = code == SHOAL_OK && next == 2;
     if (code != SHOAL_OK || next > 0) return code;
   }
 }
@@ -69,17 +71,18 @@ int main(int argc, char **argv) {
   shoal_group *group;
   shoal_memory *memory = NULL;
   long sums = 0;
+  int stop = 0;
   const double end = now() + atof(argv[argc - 1]);
   shoal_member_options_init(&options);
   if (argc == 3) options.coordinators = argv[1];
   if (shoal_join(&options, &member) != SHOAL_OK) return fail("join");
-  while (now() < end) {
+  while (!stop) {
     if (shoal_next_epoch(member, 30, &group) != SHOAL_OK) return fail("next epoch");
     printf("epoch %llu: rank %d of %d, %ld sums so far\n", (unsigned long long)shoal_group_epoch(group),
            shoal_group_index(group), shoal_group_size(group), sums);
     fflush(stdout);
     if (memory == NULL && shoal_allocate(group, kCount * sizeof(float), &memory) != SHOAL_OK) return fail("memory");
-    const shoal_code code = sum(member, group, shoal_memory_data(memory), end, &sums);
+    const shoal_code code = sum(member, group, shoal_memory_data(memory), end, &sums, &stop);
     if (code == SHOAL_ABORTED) printf("%s\n", shoal_error());
     shoal_group_free(group);
     if (code != SHOAL_OK && code != SHOAL_ABORTED) return fail("sum");

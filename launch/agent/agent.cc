@@ -333,8 +333,8 @@ void Agent::ReadSignals() {
     }
     ended_by_signal_ = number;
     if (phase_ >= Phase::kEnding) continue;
-    Say(absl::StrCat("shoal: SIG", sigabbrev_np(number), ": ending ", ranks_.size(),
-                     ranks_.size() == 1 ? " rank\n" : " ranks\n"));
+    const auto running = std::count_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.running; });
+    Say(absl::StrCat("shoal: SIG", sigabbrev_np(number), ": ending ", running, running == 1 ? " rank\n" : " ranks\n"));
     EndAll(number);
   }
 }

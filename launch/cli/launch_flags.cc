@@ -19,12 +19,14 @@ void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch) {
   const bool elastic = launch->may_be_elastic;
   flags->Heading("Ranks (torchrun's names; each may also come from PET_<NAME> in the environment)");
   add("nproc-per-node", "N|auto",
-      "Ranks of this host; auto: one for each core that may be used. Default: parallel.nproc_per_node.");
+      absl::StrCat("Ranks of this host; auto: one for each core that may be used. Default: ",
+                   elastic ? "1." : "parallel.nproc_per_node."));
   add("nnodes", elastic ? "N|MIN:MAX" : "N", absl::StrCat("Hosts of the job. Run the same command on each.", elastic ? " MIN:MAX: they may come and go." : "",
                    " Default: 1."));
   add("node-rank", "R", "Which of the hosts this is, from 0. Default: 0.");
   add("rdzv-endpoint", "HOST[:PORT]",
-      "Where host 0 is reached. Default with several hosts: 127.0.0.1:29500; with one, no port is used.");
+      absl::StrCat("Where host 0 is reached. Default with several hosts: 127.0.0.1:29500",
+                   elastic ? " (29400 unless static)" : "", "; with one, no port is used."));
   if (elastic) {
     add("rdzv-backend", "static|shoal|etcd",
         "static: a fixed number of ranks, each of which is told its number. shoal (or c10d): ranks join through a "
@@ -36,7 +38,7 @@ void AddLaunchFlags(FlagSet* flags, RawLaunchFlags* launch) {
   }
   add("rdzv-id", "ID", "Name of the job; ranks of another job are refused. Default: none.");
   add("master-addr", "HOST", "The host of --rdzv-endpoint, when that is not given. Default: 127.0.0.1.");
-  add("master-port", "PORT", "The port of --rdzv-endpoint, when that is not given. Default: 29500.");
+  add("master-port", "PORT", "The port of --rdzv-endpoint, when that is not given. Default: as there.");
   add("standalone", "", "One host, no port.");
   add("log-dir", "DIR",
       elastic ? "Where rank-N.log of each rank goes. Default: nowhere."
