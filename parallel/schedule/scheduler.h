@@ -31,8 +31,8 @@ struct ScheduleChoice {
   std::vector<std::string> reasons;  // A line each, for people.
 };
 
-// Never predicted slower than PlainSchedule or than the same number of chunks everywhere, of those to choose from. Some
-// milliseconds; tens where every layer of 32 has rows of its own.
+// Never predicted slower than PlainSchedule (unless chunks are given) or, with up to two parts, than the same number of chunks
+// everywhere, of those to choose from. Some milliseconds for 32 layers, tens where there are many parts.
 ScheduleChoice ChooseSchedule(const StepShape& shape, const CostTable& costs, const Workload& workload, const Topology& topology,
                               const SchedulerOptions& options);
 

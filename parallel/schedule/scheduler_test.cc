@@ -228,6 +228,9 @@ TEST(ChooseSchedule, IsTheSameEveryTimeAndQuick) {
     return Fingerprint(EmitStep(p.shape, choice.schedule));
   };
   EXPECT_EQ(choose("alike"), choose("alike"));
+  p.shape.parts = 16;
+  choose("16 parts");
+  p.shape.parts = 1;
   std::mt19937 random(7);
   p.work.experts.assign(32, p.work.experts[0]);
   for (size_t layer = 0; layer < 32; ++layer) {
