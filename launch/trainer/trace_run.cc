@@ -16,6 +16,8 @@
 namespace shoal {
 namespace {
 
+constexpr int64_t kWarmup = 3;
+
 absl::StatusOr<Dataset> OpenData(const Config& config) {
   SHOAL_ASSIGN_OR_RETURN(const DataKind kind, ParseDataKind(config.data().kind()));
   SHOAL_ASSIGN_OR_RETURN(const DataOrder order, ParseDataOrder(config.data().order()));
@@ -41,14 +43,34 @@ absl::StatusOr<std::vector<Tensor>> ReadParts(const Config& config, const BatchS
   return tensors;
 }
 
-void PrintSummary(const StepSummary& summary, double predicted_seconds, const Profiler& profiler, const std::string& about) {
+// Field by field: single steps are disturbed by whatever else runs on the machine.
+StepSummary MedianOf(const std::vector<StepSummary>& steps) {
+  const auto median = [&](const auto& field) {
+    std::vector<int64_t> values;
+    for (const StepSummary& step : steps) values.push_back(field(step));
+    std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+    return values[values.size() / 2];
+  };
+  StepSummary summary;
+  summary.step_ns = median([](const StepSummary& step) { return step.step_ns; });
+  summary.exposed_ns = median([](const StepSummary& step) { return step.exposed_ns; });
+  summary.overhead_ns = median([](const StepSummary& step) { return step.overhead_ns; });
+  for (size_t lane = 0; lane < kLanes; ++lane) {
+    summary.busy_ns[lane] = median([lane](const StepSummary& step) { return step.busy_ns[lane]; });
+  }
+  return summary;
+}
+
+void PrintSummary(const std::vector<StepSummary>& steps, double predicted_seconds, const Profiler& profiler,
+                  const std::string& about) {
+  const StepSummary summary = MedianOf(steps);
   const double step = static_cast<double>(std::max<int64_t>(summary.step_ns, 1));
   const auto line = [&](const std::string& what, int64_t ns) {
     absl::PrintF("  %-24s %10.2f ms %6.1f %%\n", what, static_cast<double>(ns) / 1e6, 100 * static_cast<double>(ns) / step);
   };
-  absl::PrintF("The last step, on rank 0:\n");
+  absl::PrintF("Rank 0, medians of the last %d steps:\n", steps.size());
   line("step", summary.step_ns);
-  line("  predicted", static_cast<int64_t>(predicted_seconds * 1e9));
+  line("  the last, predicted", static_cast<int64_t>(predicted_seconds * 1e9));
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t busy = summary.busy_ns[static_cast<size_t>(lane)];
     if (busy > 0) line(absl::StrCat("lane ", AbslSv(Name(static_cast<Lane>(lane))), " busy"), busy);
@@ -67,19 +89,19 @@ absl::Status TrainAndTrace(const Config& config, const TraceOptions& options, Ra
   }
   Profiler& profiler = model.tuner()->profiler();
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<StepWatch> watch, StepWatch::Create(std::move(watched), world, profiler));
-  StepSummary summary;
+  std::vector<StepSummary> summaries;
   for (int64_t step = 0; step < options.steps; ++step) {
     SHOAL_ASSIGN_OR_RETURN(const std::vector<Tensor> parts, ReadParts(config, *data.train, step, model), "data");
     const Graph graph = model.graph();  // After the step it may be the next one's.
     SHOAL_ASSIGN_OR_RETURN(const StepResult result, model.Train(parts, LearningRate(config, step), step + 1), "step ", step);
     if (!result.finite) return absl::FailedPreconditionError(absl::StrCat("step ", step, ": loss ", result.loss, " is not finite"));
     SHOAL_RETURN_IF_ERROR(watch->AfterStep(step, graph, model.record()), "step ", step);
-    summary = Summarise(graph, model.record());
+    if (step >= std::min(kWarmup, options.steps - 1)) summaries.push_back(Summarise(graph, model.record()));
   }
   if (world.index() != 0) return absl::OkStatus();
   SHOAL_ASSIGN_OR_RETURN(const std::string trace, JoinTraces(watch->traces()));
   SHOAL_RETURN_IF_ERROR(WriteFileAtomic(options.path, trace), "writing the trace");
-  PrintSummary(summary, watch->predicted_seconds(), profiler, about);
+  PrintSummary(summaries, watch->predicted_seconds(), profiler, about);
   absl::PrintF("\nWrote %s (%d steps, all ranks): open it in https://ui.perfetto.dev\n", options.path, watch->traces().size());
   return absl::OkStatus();
 }

@@ -16,7 +16,7 @@ struct TraceOptions {
 };
 
 // As this process's rank, collective: trains `steps` steps from random weights. Rank 0 writes the trace to `path` and prints where
-// the time of the last step went and what its tasks cost.
+// the time of steps went and what their tasks cost.
 absl::Status TraceRank(const LoadedConfig& loaded, const RankEnvironment& environment, const TraceOptions& options);
 
 }  // namespace shoal
