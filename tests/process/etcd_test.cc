@@ -109,6 +109,21 @@ TEST(Etcd, AnotherCoordinatorTakesOverWhenTheLeaderDies) {
   for (auto& member : members) EXPECT_THAT(member->LineWith("epoch"), ::testing::HasSubstr("size 4"));
 }
 
+// Members on other hosts cannot dial 0.0.0.0.
+TEST(Etcd, WhoListensOnEveryInterfaceTellsTheOneThatReachesEtcd) {
+  const Etcd etcd;
+  for (const char* listen : {"0.0.0.0:0", "[::]:0", ""}) {
+    CoordinatorServerOptions options;
+    options.job_id = listen;
+    options.listen = listen;
+    options.etcd = {etcd.endpoint()};
+    const auto server = CoordinatorServer::Start(options);
+    if (!server.ok() && listen[0] == '[') continue;  // No IPv6 here.
+    ASSERT_TRUE(server.ok()) << server.status();
+    EXPECT_THAT((*server)->address(), ::testing::StartsWith("127.0.0.1:"));
+  }
+}
+
 TEST(Etcd, NobodyLeadsIsSaid) {
   const Etcd etcd;
   const absl::Status none = FindLeader({etcd.endpoint()}, "nobody's job", NowNs() + 5'000'000'000).status();
