@@ -110,6 +110,14 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
   return shape;
 }
 
+std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& model, const StepShape& shape) {
+  if (model.has_capacity()) return {1};
+  if (config.schedule().waves() > 0) return {config.schedule().waves()};
+  const int64_t rows = config.train().global_batch_size() / config.train().gradient_accumulation_steps();
+  // With one sequence there is nothing to take turns; without rows that travel there is nothing to hide.
+  return shape.dispatch && rows >= 2 * shape.ranks ? std::vector<int>{1, 2} : std::vector<int>{1};
+}
+
 DispatchRule DispatchRuleFor(const Config& config) {
   return config.parallel().dispatch() == "water_fill" ? DispatchRule::kWaterFill : DispatchRule::kNearest;
 }

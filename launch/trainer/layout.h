@@ -25,6 +25,8 @@ absl::StatusOr<std::vector<ExpertPlacement>> InitialPlacement(const Config& conf
 
 StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Topology& topology,
                        const std::vector<ExpertPlacement>& placement);
+// Schedule::waves to choose from, ascending.
+std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& model, const StepShape& shape);
 DispatchRule DispatchRuleFor(const Config& config);
 
 // "data parallel, optimizer sharded": for people.

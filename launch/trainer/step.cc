@@ -70,6 +70,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .dense = shape.dense,
                                                  .experts = shape.experts,
                                                  .prefetch = config.schedule().prefetch(),
+                                                 .waves_max = WavesToChooseFrom(config, model, shape).back(),
                                                  .copies = CopiesFor(config, model, world.size())}));
   const bool several = rank_model->topology_.hosts() > 1;
   rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
@@ -112,12 +113,14 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
   options.scheduler.chunks_backward = wanted.chunks_backward();
   options.scheduler.slice_gradients = wanted.gradient_slices() == "auto";
   options.scheduler.prefetch = {wanted.prefetch()};
+  options.scheduler.waves = WavesToChooseFrom(config_, model_, shape);
   forward_.shape = shape;
   forward_.shape.mode = StepShape::Mode::kForward;
   forward_.shape.parts = 1;
   auto tuner = std::make_unique<StepTuner>(shape, topology_, WorkloadOf(shape), world_->size() > 1 ? control_.get() : nullptr,
                                            options);
   forward_.schedule = tuner->schedule();
+  forward_.schedule.waves = 1;
   forward_.graph = EmitStep(forward_.shape, forward_.schedule);
   if (!training) return absl::OkStatus();
   if (HasSparseExperts(config_, model_, world_->size())) {
@@ -268,7 +271,7 @@ absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, do
 absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step) {
   switch (task.op) {
     case Op::kEmbed:
-      if (task.phase == Phase::kForward) BeginPart(task.part, step);
+      if (task.phase == Phase::kForward && task.wave == 0) BeginPart(task.part, step);
       return decoder_->Run(task, stream_);
     case Op::kTotals:
       return SumRouting(step);
@@ -286,7 +289,8 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
       return step->result.finite ? Update(task, *step) : 0;
     case Op::kHead: {
       SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, stream_));
-      if (task.phase == Phase::kForward) step->cross_entropy += decoder_->cross_entropy();
+      // The decoder sums the waves of a part.
+      if (task.phase == Phase::kForward && task.wave + 1 == train_.schedule.waves) step->cross_entropy += decoder_->cross_entropy();
       return units;
     }
     default:
@@ -458,7 +462,7 @@ void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
 absl::Status RankModel::RunForward(Decoder::Pass pass) {
   pass.schedule = &forward_.schedule;
   return Execute(forward_, [&](const Task& task) -> absl::StatusOr<double> {
-    if (task.op == Op::kEmbed) decoder_->Begin(pass);
+    if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass);
     return task.op == Op::kHead ? decoder_->Run(task, stream_) : RunStoreTask(task);
   });
 }

@@ -27,6 +27,7 @@ StepTuner::StepTuner(const StepShape& shape, const Topology& topology, Workload 
   const SchedulerOptions& fixed = options_.scheduler;
   Schedule plain = PlainSchedule(shape_, workload_.bucket_elements);
   plain.prefetch = fixed.prefetch.front();
+  plain.waves = fixed.waves.front();
   schedule_ = WithChunks(plain, std::max(1, fixed.chunks_forward), std::max(1, fixed.chunks_backward));
   if (!options_.choose || shape_.ranks == 1) return;
   state_ = State::kProbing;

@@ -60,27 +60,27 @@ MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, 
 
 void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved,
                      RoutingSums* sums, Stream& stream) {
-  batch_ = std::move(batch);
-  chunks_ = chunks;
-  batch_.pieces = PiecesFor(chunks.forward, chunks.backward);
-  batch_.rank = context_->rank;
+  saved->chunks = chunks;
+  saved->batch = std::move(batch);
+  saved->batch.pieces = PiecesFor(chunks.forward, chunks.backward);
+  saved->batch.rank = context_->rank;
   if (context_->control == nullptr) {
-    batch_.tokens_of_rank = {x.dim(0)};
-    batch_.rank = 0;
+    saved->batch.tokens_of_rank = {x.dim(0)};
+    saved->batch.rank = 0;
   }
   saved->x = Empty(x.shape(), DType::kF32);
   saved->normed = Empty(x.shape(), delta.dtype());
   saved->rstd = Empty({x.dim(0)}, DType::kF32);
   kernels::RmsNorm(x, delta, store_->Weight(norm_, {config_.hidden_size}), epsilon_, saved->x, saved->normed, saved->rstd,
                    stream);
-  saved->summary = Empty({router_->SummaryElements(x.dim(0), batch_.pieces)}, router_->SummaryType());
-  saved->routing = router_->Score(saved->normed, batch_, saved->summary, sums, stream);
+  saved->summary = Empty({router_->SummaryElements(x.dim(0), saved->batch.pieces)}, router_->SummaryType());
+  saved->routing = router_->Score(saved->normed, saved->batch, saved->summary, sums, stream);
 }
 
 absl::StatusOr<int64_t> MoeLayer::Exchange(Saved* saved) {
   if (context_->control == nullptr) return 0;
   std::vector<int64_t> counts;
-  for (int64_t tokens : batch_.tokens_of_rank) counts.push_back(router_->SummaryElements(tokens, batch_.pieces));
+  for (int64_t tokens : saved->batch.tokens_of_rank) counts.push_back(router_->SummaryElements(tokens, saved->batch.pieces));
   saved->summaries = Empty({std::accumulate(counts.begin(), counts.end(), int64_t{0})}, router_->SummaryType());
   SHOAL_RETURN_IF_ERROR(
       context_->control->AllGather(saved->summary, counts, saved->summaries, {.label = "routing"}).Await(),
@@ -90,21 +90,21 @@ absl::StatusOr<int64_t> MoeLayer::Exchange(Saved* saved) {
 
 absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved) {
   if (saved.plan->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype());
-  return context_->exchange->SendBuffer(use, rows, config_.hidden_size, saved.normed.dtype());
+  return context_->exchange->SendBuffer(use, saved.wave, rows, config_.hidden_size, saved.normed.dtype());
 }
 
 absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) {
   const bool alone = context_->control == nullptr;
   // Computing the layer again, its ranks need not ask each other again.
   const Tensor& summaries = alone ? saved->summary : saved->summaries;
-  saved->routed = router_->Choose(summaries, batch_, *saved->routing, sums, stream);
+  saved->routed = router_->Choose(summaries, saved->batch, *saved->routing, sums, stream);
   saved->plan = DispatchPlan::Make(
       alone ? Topology::OneHost(1) : context_->topology,
       alone ? Alone(config_.num_local_experts) : store_->experts().placement()[static_cast<size_t>(layer_)],
       store_->experts().Local(layer_), saved->routed.rows,
       {.rank = alone ? 0 : context_->rank,
-       .forward_chunks = chunks_.forward,
-       .backward_chunks = chunks_.backward,
+       .forward_chunks = saved->chunks.forward,
+       .backward_chunks = saved->chunks.backward,
        .rule = context_->rule});
   const DispatchPlan& plan = *saved->plan;
   saved->slot = Empty({plan.sent()}, DType::kI32);
@@ -121,7 +121,7 @@ absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) 
 
 void MoeLayer::AddRows(const Saved& saved, std::vector<int64_t>* rows) const {
   if (context_->control == nullptr) return;
-  const size_t ranks = static_cast<size_t>(context_->topology.ranks()), pieces = static_cast<size_t>(batch_.pieces);
+  const size_t ranks = static_cast<size_t>(context_->topology.ranks()), pieces = static_cast<size_t>(saved.batch.pieces);
   const size_t experts = saved.routed.rows.size() / (ranks * pieces);
   rows->resize(ranks * experts);
   for (size_t i = 0; i < saved.routed.rows.size(); ++i) {
@@ -181,7 +181,7 @@ void MoeLayer::Shared(Saved* saved, Stream& stream) {
 
 int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
   if (saved->out.rank() == 1) saved->out = Empty(saved->x.shape(), DType::kF32);
-  const PairsOfChunk pairs = PairsOf(*saved, chunks_.forward, chunk);
+  const PairsOfChunk pairs = PairsOf(*saved, saved->chunks.forward, chunk);
   const Range tokens = pairs.tokens;
   const Tensor out = saved->out.Rows(tokens.begin, tokens.count);
   kernels::CombineSlots(shared_.has_value() ? out : saved->x.Rows(tokens.begin, tokens.count), saved->y, pairs.offset,
@@ -225,7 +225,7 @@ int64_t MoeLayer::ExpertsBackward(int chunk, Saved* saved, Stream& stream) {
 
 int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& stream) {
   const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
-  const Accumulate accumulate = chunk == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
+  const Accumulate accumulate = chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
   kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
   kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
   int64_t rows = 0;

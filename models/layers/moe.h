@@ -26,8 +26,14 @@ struct ExpertContext {
 
 class MoeLayer {
  public:
-  // What one pass leaves for the next task and for the backward pass.
+  struct Chunks {
+    int forward = 1, backward = 1;
+  };
+  // What one pass of one wave leaves for the next task and for the backward pass. `wave` is given.
   struct Saved {
+    int wave = 0;
+    Router::Batch batch;
+    Chunks chunks;
     Tensor x, normed, rstd;  // x: the sum that was normalised.
     std::unique_ptr<Router::Saved> routing;
     Tensor summary, summaries;  // Of this rank and of all.
@@ -39,9 +45,6 @@ class MoeLayer {
     Tensor shared_gate_up, out;     // [T, 2F'], [T, D]
     // Of the backward pass.
     Tensor dweight, dy_home, dy, dh, dx, dx_home;
-  };
-  struct Chunks {
-    int forward = 1, backward = 1;
   };
 
   // Borrows `store` and `context` for life.
@@ -92,8 +95,6 @@ class MoeLayer {
   const std::string norm_;
   std::unique_ptr<Router> router_;
   std::optional<GatedMlp> shared_;
-  Router::Batch batch_;  // Of the pass at hand.
-  Chunks chunks_;
 };
 
 }  // namespace shoal

@@ -91,7 +91,7 @@ absl::Status DenseStore::AllocateBuffers(int layers) {
   int64_t largest = 0;
   for (const Bucket& bucket : buckets_) largest = bucket.sharded ? std::max(largest, bucket.elements) : largest;
   if (largest == 0) return absl::OkStatus();
-  for (int i = 0; i < std::min(options_.prefetch + 1, layers); ++i) {
+  for (int i = 0; i < std::min(options_.buffers, layers); ++i) {
     SHOAL_ASSIGN_OR_RETURN(Tensor weights, AllocateFor(*group_, largest * SizeOf(options_.compute), DType::kU8));
     weight_buffers_.push_back({std::move(weights), Tensor(), -1});
     if (!options_.training) continue;

@@ -29,7 +29,7 @@ class DenseStore {
     DType compute = DType::kF32;
     bool training = true;
     DensePolicy policy = DensePolicy::kReplicated;
-    int prefetch = 1;  // Layers ahead that are gathered.
+    int buffers = 2;  // Layers that are here at a time, where they are sharded.
   };
   // Borrows all but `options` for life. RESOURCE_EXHAUSTED: too little shared memory.
   static absl::StatusOr<std::unique_ptr<DenseStore>> Create(const std::vector<ParameterSpec>& parameters,

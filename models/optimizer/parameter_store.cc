@@ -21,7 +21,7 @@ absl::StatusOr<std::unique_ptr<ParameterStore>> ParameterStore::Create(std::vect
                                                            {.compute = options.compute,
                                                             .training = options.training,
                                                             .policy = options.dense,
-                                                            .prefetch = options.prefetch}));
+                                                            .buffers = DenseBuffers(options.prefetch, options.waves_max)}));
   SHOAL_ASSIGN_OR_RETURN(store->experts_, ExpertStore::Create(store->parameters_, store->blocks_, std::move(placement), group,
                                                               {.compute = options.compute,
                                                                .training = options.training,

@@ -21,6 +21,7 @@ class ParameterStore {
     DensePolicy dense = DensePolicy::kReplicated;
     ExpertPolicy experts = ExpertPolicy::kKeep;
     int prefetch = 1;
+    int waves_max = 1;  // Of schedules.
     int copies = -1;  // ExpertStore::Options::copies.
   };
   // `placement` is by layer, empty for dense layers. `group` has every rank; borrowed for life. RESOURCE_EXHAUSTED: too little

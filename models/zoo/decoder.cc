@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "parallel/placement/placement.h"
 #include "runtime/kernels/cross_entropy.h"
 #include "runtime/kernels/embedding.h"
 #include "runtime/kernels/norm.h"
@@ -58,55 +59,100 @@ std::vector<Router*> Decoder::routers() {
 
 void Decoder::Begin(Pass pass) {
   pass_ = std::move(pass);
-  rows_ = pass_.tokens.dim(0);
-  seq_ = pass_.mode == Pass::Mode::kNextLogits ? pass_.tokens.dim(1) : pass_.tokens.dim(1) - 1;
+  const bool next_logits = pass_.mode == Pass::Mode::kNextLogits;
+  seq_ = next_logits ? pass_.tokens.dim(1) : pass_.tokens.dim(1) - 1;
   SHOAL_CHECK_LE(seq_, options_.seq);
-  ids_ = Columns(pass_.tokens, 0, seq_);
-  targets_ = pass_.mode == Pass::Mode::kNextLogits ? Tensor() : Columns(pass_.tokens, 1, seq_);
-  states_.clear();
-  states_.resize(layers_.size());
-  routing_.assign(moe_layers_, {});
+  const int waves = pass_.schedule->waves;
+  waves_.clear();
+  waves_.resize(static_cast<size_t>(waves));
+  for (int index = 0; index < waves; ++index) {
+    Wave& wave = waves_[static_cast<size_t>(index)];
+    const Range mine = EvenPart(pass_.tokens.dim(0), waves, index);
+    const Tensor tokens = pass_.tokens.Rows(mine.begin, mine.count);
+    wave.index = index;
+    wave.rows = mine.count;
+    for (int64_t all : pass_.tokens_of_rank) wave.tokens_of_rank.push_back(EvenPart(all / seq_, waves, index).count * seq_);
+    wave.ids = Columns(tokens, 0, seq_);
+    if (!next_logits) wave.targets = Columns(tokens, 1, seq_);
+    wave.layers.resize(layers_.size());
+    for (LayerState& layer : wave.layers) layer.moe.wave = index;
+    wave.routing.resize(moe_layers_);
+  }
   if (pass_.part == 0) rows_by_rank_.assign(moe_layers_, {});
   routing_gradients_.clear();
   cross_entropy_ = 0;
 }
 
+std::vector<RoutingSums> Decoder::routing() const {
+  std::vector<RoutingSums> sums = waves_.front().routing;
+  const auto add = [](const Tensor& from, const Tensor& to) {
+    for (int64_t i = 0; i < from.elements(); ++i) {
+      if (from.dtype() == DType::kF64) {
+        to.data<double>()[i] += from.data<double>()[i];
+      } else {
+        to.data<int64_t>()[i] += from.data<int64_t>()[i];
+      }
+    }
+  };
+  for (size_t wave = 1; wave < waves_.size(); ++wave) {
+    for (size_t layer = 0; layer < sums.size(); ++layer) {
+      const RoutingSums& from = waves_[wave].routing[layer];
+      add(from.counts, sums[layer].counts);
+      add(from.prob_sums, sums[layer].prob_sums);
+      add(from.dropped, sums[layer].dropped);
+      sums[layer].z_sum += from.z_sum;
+      sums[layer].seq_aux_sum += from.seq_aux_sum;
+      sums[layer].unrouted += from.unrouted;
+    }
+  }
+  return sums;
+}
+
+Accumulate Decoder::AccumulateOf(int layer, const Wave& wave) const {
+  return wave.index > 0 ? Accumulate::kAdd : store_->dense().AccumulateOf(layer, pass_.part);
+}
+
+Accumulate Decoder::AccumulateOfHead(const Wave& wave) const {
+  return wave.index > 0 || pass_.part > 0 ? Accumulate::kAdd : Accumulate::kOverwrite;
+}
+
 absl::StatusOr<double> Decoder::Run(const Task& task, Stream& stream) {
-  LayerState* state = task.layer < 0 ? nullptr : &states_[static_cast<size_t>(task.layer)];
+  Wave* wave = &waves_[static_cast<size_t>(task.wave)];
+  LayerState* state = task.layer < 0 ? nullptr : &wave->layers[static_cast<size_t>(task.layer)];
   MoeLayer* moe = task.layer < 0 ? nullptr : layers_[static_cast<size_t>(task.layer)].moe.get();
   if (task.op == Op::kDispatch || task.op == Op::kReturn) return moe->Travel(task, &state->moe);
   if (task.op == Op::kStay) return moe->Stay(task, &state->moe);
   if (task.op == Op::kExchange) return moe->Exchange(&state->moe);
-  SHOAL_ASSIGN_OR_RETURN(const double units,
-                         task.phase == Phase::kBackward ? RunBackward(task, stream) : RunForward(task, stream));
+  SHOAL_ASSIGN_OR_RETURN(const double units, task.phase == Phase::kBackward ? RunBackward(task, wave, stream)
+                                                                            : RunForward(task, wave, stream));
   SHOAL_RETURN_IF_ERROR(stream.status());
   return units;
 }
 
-absl::StatusOr<double> Decoder::RunForward(const Task& task, Stream& stream) {
-  const double all = static_cast<double>(tokens());
-  if (task.op == Op::kEmbed) return Embed(stream), all;
-  if (task.op == Op::kHead) return Head(stream), all;
+absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream& stream) {
+  const double all = static_cast<double>(wave->tokens());
+  if (task.op == Op::kEmbed) return Embed(wave, stream), all;
+  if (task.op == Op::kHead) return Head(wave, stream), all;
   const size_t index = static_cast<size_t>(task.layer);
   Layer& layer = layers_[index];
-  LayerState& state = states_[index];
+  LayerState& state = wave->layers[index];
   const bool first = task.phase == Phase::kForward;
   switch (task.op) {
     case Op::kAttention:
-      if (first) state.x = x_;
-      state.delta = layer.attention.Forward(state.x, rows_, &state.attention, stream);
+      if (first) state.x = wave->x;
+      state.delta = layer.attention.Forward(state.x, wave->rows, &state.attention, stream);
       return all;
     case Op::kDense: {
       Tensor out = layer.dense->Forward(state.x, state.delta, &state.dense, stream);
       state.delta = Tensor();
-      if (first) FinishLayer(index, std::move(out));
+      if (first) FinishLayer(index, std::move(out), wave);
       return all;
     }
     case Op::kRoute:
-      Route(task, stream);
+      Route(task, wave, stream);
       return all;
     case Op::kArrange: {
-      RoutingSums* sums = first && training() ? &routing_[static_cast<size_t>(layer.moe_index)] : nullptr;
+      RoutingSums* sums = first && training() ? &wave->routing[static_cast<size_t>(layer.moe_index)] : nullptr;
       SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&state.moe, sums, stream));
       if (sums != nullptr) layer.moe->AddRows(state.moe, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
       return all;
@@ -120,7 +166,7 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Stream& stream) {
       return all;
     case Op::kCombine: {
       const int64_t rows = layer.moe->Combine(task.chunk, &state.moe, stream);
-      if (task.chunk + 1 == pass_.schedule->layers[index].forward_chunks) FinishLayer(index, std::move(state.moe.out));
+      if (task.chunk + 1 == pass_.schedule->layers[index].forward_chunks) FinishLayer(index, std::move(state.moe.out), wave);
       return static_cast<double>(rows);
     }
     default:
@@ -128,49 +174,51 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Stream& stream) {
   }
 }
 
-void Decoder::Route(const Task& task, Stream& stream) {
+void Decoder::Route(const Task& task, Wave* wave, Stream& stream) {
   const size_t index = static_cast<size_t>(task.layer);
   Layer& layer = layers_[index];
-  LayerState& state = states_[index];
+  LayerState& state = wave->layers[index];
   const LayerSchedule& chunks = pass_.schedule->layers[index];
   RoutingSums* sums =
-      task.phase == Phase::kForward && training() ? &routing_[static_cast<size_t>(layer.moe_index)] : nullptr;
-  layer.moe->Route(state.x, state.delta, {.seq = seq_, .tokens_of_rank = pass_.tokens_of_rank},
+      task.phase == Phase::kForward && training() ? &wave->routing[static_cast<size_t>(layer.moe_index)] : nullptr;
+  layer.moe->Route(state.x, state.delta, {.seq = seq_, .tokens_of_rank = wave->tokens_of_rank},
                    {chunks.forward_chunks, training() ? chunks.backward_chunks : chunks.forward_chunks}, &state.moe, sums, stream);
   state.delta = Tensor();
 }
 
-void Decoder::FinishLayer(size_t layer, Tensor out) {
-  x_ = std::move(out);
-  LayerState& state = states_[layer];
+void Decoder::FinishLayer(size_t layer, Tensor out, Wave* wave) {
+  wave->x = std::move(out);
+  LayerState& state = wave->layers[layer];
   if (!training()) {
-    state = {};
+    state = LayerState{};
+    state.moe.wave = wave->index;
   } else if (options_.recompute) {
     LayerState kept;
     kept.x = std::move(state.x);
+    kept.moe.wave = wave->index;
     kept.moe.summaries = std::move(state.moe.summaries);
     state = std::move(kept);
   }
 }
 
-absl::StatusOr<double> Decoder::RunBackward(const Task& task, Stream& stream) {
-  const double all = static_cast<double>(tokens());
-  if (task.op == Op::kEmbed) return EmbedBackward(stream), all;
-  if (task.op == Op::kHead) return HeadBackward(stream), all;
+absl::StatusOr<double> Decoder::RunBackward(const Task& task, Wave* wave, Stream& stream) {
+  const double all = static_cast<double>(wave->tokens());
+  if (task.op == Op::kEmbed) return EmbedBackward(wave, stream), all;
+  if (task.op == Op::kHead) return HeadBackward(wave, stream), all;
   const size_t index = static_cast<size_t>(task.layer);
   Layer& layer = layers_[index];
-  LayerState& state = states_[index];
+  LayerState& state = wave->layers[index];
   switch (task.op) {
     case Op::kAttention:
-      layer.attention.Backward(state.x, rows_, state.attention, AccumulateOf(task.layer), gradient_, stream);
+      layer.attention.Backward(state.x, wave->rows, state.attention, AccumulateOf(task.layer, *wave), wave->gradient, stream);
       state = {};
       return all;
     case Op::kDense:
-      layer.dense->Backward(state.dense, AccumulateOf(task.layer), gradient_, stream);
+      layer.dense->Backward(state.dense, AccumulateOf(task.layer, *wave), wave->gradient, stream);
       state.dense = {};
       return all;
     case Op::kPack: {
-      SHOAL_ASSIGN_OR_RETURN(const int64_t rows, layer.moe->PackBackward(task.chunk, gradient_, &state.moe, stream));
+      SHOAL_ASSIGN_OR_RETURN(const int64_t rows, layer.moe->PackBackward(task.chunk, wave->gradient, &state.moe, stream));
       return static_cast<double>(rows);
     }
     case Op::kExperts:
@@ -178,10 +226,10 @@ absl::StatusOr<double> Decoder::RunBackward(const Task& task, Stream& stream) {
     case Op::kExpertsWeight:
       return static_cast<double>(layer.moe->ExpertsWeight(task.chunk, pass_.part, &state.moe, stream));
     case Op::kShared:
-      layer.moe->SharedBackward(gradient_, AccumulateOf(task.layer), &state.moe, stream);
+      layer.moe->SharedBackward(wave->gradient, AccumulateOf(task.layer, *wave), &state.moe, stream);
       return all;
     case Op::kRoute:
-      layer.moe->RouteBackward(routing_gradients_[static_cast<size_t>(layer.moe_index)], AccumulateOf(task.layer), gradient_,
+      layer.moe->RouteBackward(routing_gradients_[static_cast<size_t>(layer.moe_index)], AccumulateOf(task.layer, *wave), wave->gradient,
                                &state.moe, stream);
       state.moe = {};
       return all;
@@ -190,59 +238,60 @@ absl::StatusOr<double> Decoder::RunBackward(const Task& task, Stream& stream) {
   }
 }
 
-void Decoder::Embed(Stream& stream) {
-  x_ = Empty({tokens(), config_.hidden_size}, DType::kF32);
-  kernels::Embedding(store_->Weight(kEmbeddingName, {config_.vocab_size, config_.hidden_size}), ids_, x_, stream);
+void Decoder::Embed(Wave* wave, Stream& stream) {
+  wave->x = Empty({wave->tokens(), config_.hidden_size}, DType::kF32);
+  kernels::Embedding(store_->Weight(kEmbeddingName, {config_.vocab_size, config_.hidden_size}), wave->ids, wave->x, stream);
 }
 
-void Decoder::EmbedBackward(Stream& stream) {
+void Decoder::EmbedBackward(Wave* wave, Stream& stream) {
   const Tensor embedding = store_->Gradient(kEmbeddingName, {config_.vocab_size, config_.hidden_size});
-  if (pass_.part == 0 && !config_.tie_word_embeddings) {
+  if (pass_.part == 0 && wave->index == 0 && !config_.tie_word_embeddings) {
     std::memset(embedding.raw(), 0, static_cast<size_t>(embedding.bytes()));
   }
-  kernels::EmbeddingBackward(gradient_, ids_, embedding, stream);
-  gradient_ = Tensor();
+  kernels::EmbeddingBackward(wave->gradient, wave->ids, embedding, stream);
+  wave->gradient = Tensor();
 }
 
-void Decoder::Head(Stream& stream) {
+void Decoder::Head(Wave* wave, Stream& stream) {
   const Tensor norm = store_->Weight(kNormName, {config_.hidden_size});
   const Tensor head = store_->Weight(head_name_, {config_.vocab_size, config_.hidden_size});
   const float epsilon = static_cast<float>(config_.rms_norm_eps);
   // Of generation only the last token counts.
   const bool last = pass_.mode == Pass::Mode::kNextLogits;
-  const Tensor x = last ? x_.Rows(tokens() - 1, 1) : x_;
+  const Tensor x = last ? wave->x.Rows(wave->tokens() - 1, 1) : wave->x;
   const Tensor normed = Empty(x.shape(), head.dtype());
-  final_rstd_ = Empty({x.dim(0)}, DType::kF32);
-  kernels::RmsNorm(x, Tensor(), norm, epsilon, Tensor(), normed, final_rstd_, stream);
+  wave->final_rstd = Empty({x.dim(0)}, DType::kF32);
+  kernels::RmsNorm(x, Tensor(), norm, epsilon, Tensor(), normed, wave->final_rstd, stream);
   if (last) {
     const Tensor logits = Empty({1, config_.vocab_size}, DType::kF32);
     MatMul(normed, Transpose::kNo, head, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
     next_logits_ = logits.Reshape({config_.vocab_size});
     return;
   }
-  if (training()) final_gradient_ = Empty(x.shape(), DType::kF32);
-  cross_entropy_ = Loss(normed, targets_, training() ? pass_.loss_scale : 0, final_gradient_, stream);
+  if (training()) wave->final_gradient = Empty(x.shape(), DType::kF32);
+  cross_entropy_ += Loss(normed, training() ? pass_.loss_scale : 0, *wave, stream);
 }
 
-double Decoder::Loss(const Tensor& normed, const Tensor& targets, float scale, const Tensor& dnormed, Stream& stream) {
-  const int64_t chunk = std::min(options_.loss_chunk, std::max<int64_t>(tokens(), 1));
+double Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream) {
+  const int64_t tokens = wave.tokens();
+  const int64_t chunk = std::min(options_.loss_chunk, std::max<int64_t>(tokens, 1));
   const Shape shape = {config_.vocab_size, config_.hidden_size};
   const Tensor head = store_->Weight(head_name_, shape);
   const Tensor head_gradient = scale > 0 ? store_->Gradient(head_name_, shape) : Tensor();
   const Tensor logits_all = Empty({chunk, config_.vocab_size}, DType::kF32);
   const bool narrow = head.dtype() != DType::kF32;
   const Tensor dlogits_all = narrow && scale > 0 ? Empty({chunk, config_.vocab_size}, head.dtype()) : logits_all;
-  const Tensor losses = Empty({tokens()}, DType::kF32);
-  const Accumulate accumulate = pass_.part == 0 ? Accumulate::kOverwrite : Accumulate::kAdd;
+  const Tensor losses = Empty({tokens}, DType::kF32);
+  const Accumulate accumulate = AccumulateOfHead(wave);
   // At least one pass, so that gradients are written when there are no tokens.
-  for (int64_t begin = 0; begin == 0 || begin < tokens(); begin += chunk) {
-    const int64_t count = std::min(chunk, tokens() - begin);
+  for (int64_t begin = 0; begin == 0 || begin < tokens; begin += chunk) {
+    const int64_t count = std::min(chunk, tokens - begin);
     const Tensor x = normed.Rows(begin, count), logits = logits_all.Rows(0, count);
     MatMul(x, Transpose::kNo, head, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
     const Tensor dlogits = scale > 0 ? dlogits_all.Rows(0, count) : Tensor();
-    kernels::CrossEntropy(logits, targets.Rows(begin, count), scale, losses.Rows(begin, count), dlogits, stream);
+    kernels::CrossEntropy(logits, wave.targets.Rows(begin, count), scale, losses.Rows(begin, count), dlogits, stream);
     if (scale <= 0) continue;
-    MatMul(dlogits, Transpose::kNo, head, Transpose::kNo, Accumulate::kOverwrite, dnormed.Rows(begin, count), stream);
+    MatMul(dlogits, Transpose::kNo, head, Transpose::kNo, Accumulate::kOverwrite, wave.final_gradient.Rows(begin, count), stream);
     MatMul(dlogits, Transpose::kYes, x, Transpose::kNo, begin == 0 ? accumulate : Accumulate::kAdd, head_gradient, stream);
   }
   double sum = 0;
@@ -250,12 +299,12 @@ double Decoder::Loss(const Tensor& normed, const Tensor& targets, float scale, c
   return sum;
 }
 
-void Decoder::HeadBackward(Stream& stream) {
-  if (pass_.part == 0) store_->dense().ZeroVectorGradients();
-  gradient_ = Zeros(x_.shape(), DType::kF32);
-  kernels::RmsNormBackward(final_gradient_, x_, store_->Weight(kNormName, {config_.hidden_size}), final_rstd_, gradient_,
+void Decoder::HeadBackward(Wave* wave, Stream& stream) {
+  if (pass_.part == 0 && wave->index == 0) store_->dense().ZeroVectorGradients();
+  wave->gradient = Zeros(wave->x.shape(), DType::kF32);
+  kernels::RmsNormBackward(wave->final_gradient, wave->x, store_->Weight(kNormName, {config_.hidden_size}), wave->final_rstd, wave->gradient,
                            store_->Gradient(kNormName, {config_.hidden_size}), stream);
-  x_ = final_gradient_ = final_rstd_ = Tensor();
+  wave->x = wave->final_gradient = wave->final_rstd = Tensor();
 }
 
 }  // namespace shoal

@@ -43,7 +43,7 @@ class Decoder {
 
   // Sums over this rank's tokens, when the forward tasks are done.
   double cross_entropy() const { return cross_entropy_; }
-  const std::vector<RoutingSums>& routing() const { return routing_; }  // Per MoE layer.
+  std::vector<RoutingSums> routing() const;  // Per MoE layer.
   const Tensor& next_logits() const { return next_logits_; }            // kNextLogits: [V] (f32), of the token after the last.
   // Rows of every rank for each expert, [ranks, E] per MoE layer, summed over the parts of a batch so far: the same on every rank.
   // Empty where ranks do not tell each other.
@@ -68,21 +68,32 @@ class Decoder {
     DenseLayer::Saved dense;
     MoeLayer::Saved moe;
   };
+  // Some sequences of the pass (Schedule::waves).
+  struct Wave {
+    int index = 0;
+    int64_t rows = 0;
+    std::vector<int64_t> tokens_of_rank;
+    Tensor ids, targets, x, gradient, final_rstd, final_gradient;
+    std::vector<LayerState> layers;
+    std::vector<RoutingSums> routing;  // Per MoE layer.
+    int64_t tokens() const { return ids.elements(); }
+  };
 
   bool training() const { return pass_.mode == Pass::Mode::kTrain; }
-  int64_t tokens() const { return ids_.elements(); }
-  kernels::Accumulate AccumulateOf(int layer) const { return store_->dense().AccumulateOf(layer, pass_.part); }
-  void Embed(Stream& stream);
-  void EmbedBackward(Stream& stream);
-  absl::StatusOr<double> RunForward(const Task& task, Stream& stream);
-  absl::StatusOr<double> RunBackward(const Task& task, Stream& stream);
-  void Route(const Task& task, Stream& stream);
+  // Of the first wave; those after it add.
+  kernels::Accumulate AccumulateOf(int layer, const Wave& wave) const;
+  kernels::Accumulate AccumulateOfHead(const Wave& wave) const;
+  void Embed(Wave* wave, Stream& stream);
+  void EmbedBackward(Wave* wave, Stream& stream);
+  absl::StatusOr<double> RunForward(const Task& task, Wave* wave, Stream& stream);
+  absl::StatusOr<double> RunBackward(const Task& task, Wave* wave, Stream& stream);
+  void Route(const Task& task, Wave* wave, Stream& stream);
   // The output of a layer is the input of the next; what the backward pass does not need goes.
-  void FinishLayer(size_t layer, Tensor out);
-  void Head(Stream& stream);
-  void HeadBackward(Stream& stream);
+  void FinishLayer(size_t layer, Tensor out, Wave* wave);
+  void Head(Wave* wave, Stream& stream);
+  void HeadBackward(Wave* wave, Stream& stream);
   // Sum of cross-entropies; with a positive scale also gradients of the head and of the final norm's output.
-  double Loss(const Tensor& normed, const Tensor& targets, float scale, const Tensor& dnormed, Stream& stream);
+  double Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream);
 
   const ModelConfig config_;
   const Options options_;
@@ -93,11 +104,10 @@ class Decoder {
   size_t moe_layers_ = 0;
 
   Pass pass_;
-  int64_t seq_ = 0, rows_ = 0;
-  Tensor ids_, targets_, x_, gradient_, final_rstd_, final_gradient_, next_logits_;
-  std::vector<LayerState> states_;
+  int64_t seq_ = 0;
+  std::vector<Wave> waves_;
+  Tensor next_logits_;
   double cross_entropy_ = 0;
-  std::vector<RoutingSums> routing_;
   std::vector<std::vector<int64_t>> rows_by_rank_;
   std::vector<RoutingGradient> routing_gradients_;
 };

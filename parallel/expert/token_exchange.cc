@@ -55,9 +55,10 @@ TokenExchange::TokenExchange(Communicator* inter, Communicator* intra, const Top
   for (int peer = 0; peer < topology.ranks(); ++peer) lanes_[1].members.push_back(peer);
 }
 
-absl::StatusOr<Tensor> TokenExchange::SendBuffer(Use use, int64_t rows, int64_t width, DType dtype) {
+absl::StatusOr<Tensor> TokenExchange::SendBuffer(Use use, int wave, int64_t rows, int64_t width, DType dtype) {
   if (any_ == nullptr) return Empty({rows, width}, dtype);
-  Tensor& buffer = buffers_[static_cast<size_t>(use)];
+  if (buffers_.size() <= static_cast<size_t>(wave)) buffers_.resize(static_cast<size_t>(wave) + 1);
+  Tensor& buffer = buffers_[static_cast<size_t>(wave)][static_cast<size_t>(use)];
   const int64_t bytes = rows * width * SizeOf(dtype);
   if (buffer.bytes() < bytes) {
     buffer = Tensor();

@@ -20,10 +20,10 @@ class TokenExchange {
   // all; null where a host has only one.
   TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank);
 
-  // A buffer for rows about to travel: peers read it in place. Valid until the next call with the same `use`; on one rank it is
-  // fresh memory.
+  // A buffer for rows about to travel: peers read it in place. Valid until the next call with the same `use` and `wave`; on one
+  // rank it is fresh memory.
   enum class Use : uint8_t { kDispatch = 0, kReturn = 1 };
-  absl::StatusOr<Tensor> SendBuffer(Use use, int64_t rows, int64_t width, DType dtype);
+  absl::StatusOr<Tensor> SendBuffer(Use use, int wave, int64_t rows, int64_t width, DType dtype);
 
   enum class Way : uint8_t { kThere, kBack };  // [S, D] -> [R, D], or [R, D] -> [S, D].
   struct Chunk {
@@ -47,7 +47,7 @@ class TokenExchange {
 
   Communicator* any_ = nullptr;  // For memory; null on one rank.
   std::array<LaneState, 2> lanes_;  // kIntra, kInter.
-  std::array<Tensor, 2> buffers_;   // Raw bytes in communicator memory, one for each Use.
+  std::vector<std::array<Tensor, 2>> buffers_;  // By wave and Use: raw bytes in communicator memory.
 };
 
 }  // namespace shoal

@@ -40,6 +40,7 @@ std::string Name(const Task& task) {
   if (task.phase != Phase::kUpdate) absl::StrAppend(&name, " ", Text(Name(task.phase)));
   if (task.back) absl::StrAppend(&name, " back");
   if (task.chunk >= 0) absl::StrAppend(&name, " ", task.chunk);
+  if (task.wave > 0) absl::StrAppend(&name, " (wave ", task.wave, ")");
   if (task.part > 0) absl::StrAppend(&name, " (part ", task.part, ")");
   return name;
 }
@@ -48,7 +49,7 @@ uint64_t Fingerprint(const Graph& graph) {
   uint64_t hash = 0xcbf29ce484222325ULL;
   for (const Task& task : graph.tasks) {
     for (int64_t value : {static_cast<int64_t>(task.op), static_cast<int64_t>(task.phase), static_cast<int64_t>(task.lane),
-                          static_cast<int64_t>(task.back), static_cast<int64_t>(task.part), static_cast<int64_t>(task.layer),
+                          static_cast<int64_t>(task.back), static_cast<int64_t>(task.part), static_cast<int64_t>(task.wave), static_cast<int64_t>(task.layer),
                           static_cast<int64_t>(task.chunk), static_cast<int64_t>(task.slice),
                           static_cast<int64_t>(task.after.size())}) {
       Mix(&hash, value);

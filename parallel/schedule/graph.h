@@ -61,6 +61,7 @@ struct Task {
   Lane lane = Lane::kCompute;
   bool back = false;   // kStay: of the way home.
   int part = -1;       // Part of the batch (gradient accumulation); -1: none.
+  int wave = -1;       // Of the part (Schedule::waves); -1: of all.
   int layer = -1;
   int chunk = -1;      // Chunk of the pipeline, or a dense bucket.
   int slice = -1;      // kReduce: index in Schedule::gradients.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <utility>
 
 #include "runtime/base/check.h"
 
@@ -26,6 +27,14 @@ class Buffers {
   std::vector<int> freed_;  // Tasks, in order.
 };
 
+// Some sequences of the part, on their way through the layers.
+struct Wave {
+  int x = kNone;                            // What made its input of the next layer.
+  int combining = kNone;                    // The layer of experts whose results have to be combined yet.
+  std::vector<std::vector<int>> arrived;    // By chunk: what brings its rows to the experts,
+  std::vector<std::vector<int>> returned;   // and home.
+};
+
 // Emits the tasks of one step in order. Members are the tasks that produced what later ones wait for.
 class Emitter {
  public:
@@ -43,6 +52,7 @@ class Emitter {
         experts_here_(shape.layers.size()),
         experts_released_(shape.layers.size(), kNone),
         experts_reduced_(shape.layers.size(), kNone) {
+    waves_.resize(static_cast<size_t>(schedule.waves));
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
   }
 
@@ -69,6 +79,7 @@ class Emitter {
     task.phase = phase;
     task.lane = lane;
     task.part = part_;
+    task.wave = wave_;
     task.layer = layer;
     task.chunk = chunk;
     for (int before : after) {
@@ -80,11 +91,19 @@ class Emitter {
     return static_cast<int>(graph_.tasks.size()) - 1;
   }
   int Compute(Op op, Phase phase, int layer, int chunk, std::initializer_list<int> after) {
-    return last_compute_ = Add(op, phase, Lane::kCompute, layer, chunk, after);
+    return Add(op, phase, Lane::kCompute, layer, chunk, after);
   }
   void Wait(int task, int before) {
     if (before != kNone) graph_.tasks[static_cast<size_t>(task)].after.push_back(before);
   }
+  void Wait(int task, const std::vector<int>& before) {
+    for (int one : before) Wait(task, one);
+  }
+  template <typename Emit> void ForEachWave(const Emit& emit) {
+    for (wave_ = 0; wave_ < schedule_.waves; ++wave_) emit();
+    wave_ = kNone;
+  }
+  Wave& wave() { return waves_[static_cast<size_t>(wave_)]; }
 
   // ---- Weights on their way here and away.
 
@@ -99,7 +118,7 @@ class Emitter {
     if (here_[at]) return;
     here_[at] = true;
     gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket,
-                        {dense_buffers_.Take(schedule_.prefetch + 1), released_[at]});
+                        {dense_buffers_.Take(DenseBuffers(schedule_.prefetch, schedule_.waves)), released_[at]});
   }
   void Release(int bucket, Phase phase) {
     if (!sharded(bucket)) return;
@@ -144,8 +163,11 @@ class Emitter {
     Gather(BucketIndex::kVectors, Phase::kForward);
     Gather(BucketIndex::kEmbedding, Phase::kForward);
     for (int layer = 0; layer < schedule_.prefetch; ++layer) GatherLayer(layer, Phase::kForward);
-    x_ = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
-                 {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
+    ForEachWave([&] {
+      wave() = {};
+      wave().x = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
+                         {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
+    });
     for (int layer = 0; layer < layers(); ++layer) {
       GatherLayer(layer + schedule_.prefetch, Phase::kForward);
       if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
@@ -165,45 +187,63 @@ class Emitter {
     if (training() && shape_.ranks > 1) {
       totals = Add(Op::kTotals, Phase::kForward, Lane::kControl, kNone, kNone, {routed_});
     }
-    const int head = Compute(Op::kHead, Phase::kForward, kNone, kNone, {x_, gathered_[static_cast<size_t>(buckets_.OfHead())]});
+    int head = kNone;
+    ForEachWave([&] {
+      Combine();
+      head = Compute(Op::kHead, Phase::kForward, kNone, kNone, {wave().x, gathered_[static_cast<size_t>(buckets_.OfHead())]});
+    });
     if (!training()) return;
     if (!shape_.tied_head) Complete(buckets_.OfHead(), head);
     balanced_ = Compute(Op::kBalance, Phase::kForward, kNone, kNone, {totals});
   }
 
+  // Each wave up to the departure of its rows, then each wave's experts: while the rows of one wave travel, another computes. What
+  // comes home is combined when the wave goes on.
   void EmitLayer(int layer, Phase phase) {
     const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
-    const int attention = Compute(Op::kAttention, phase, layer, kNone, {x_, bucket});
-    if (!layer_shape(layer).moe) {
-      x_ = Compute(Op::kDense, phase, layer, kNone, {});
-      return;
-    }
-    const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
-    const int exchange =
-        shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
-    const int arrange = Compute(Op::kArrange, phase, layer, kNone, {exchange});
-    if (phase == Phase::kForward) routed_ = arrange;
     const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
-    std::vector<std::vector<int>> arrived(static_cast<size_t>(chunks));
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int pack = Compute(Op::kPack, phase, layer, chunk, {arrange});
-      arrived[static_cast<size_t>(chunk)] = Travel(Op::kDispatch, phase, layer, chunk, pack);
-    }
-    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
-    std::vector<std::vector<int>> returned;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int experts =
-          Compute(Op::kExperts, phase, layer, chunk, {materialised_[static_cast<size_t>(layer)]});
-      for (int before : arrived[static_cast<size_t>(chunk)]) Wait(experts, before);
-      returned.push_back(Travel(Op::kReturn, phase, layer, chunk, experts));
-    }
-    if (phase == Phase::kRecompute) {  // The backward pass needs the rows, not their sum.
-      for (const std::vector<int>& before : returned) recomputed_.insert(recomputed_.end(), before.begin(), before.end());
-      return;
-    }
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      x_ = Compute(Op::kCombine, phase, layer, chunk, {});
-      for (int before : returned[static_cast<size_t>(chunk)]) Wait(x_, before);
+    ForEachWave([&] {
+      Combine();
+      wave().arrived.clear();
+      const int attention = Compute(Op::kAttention, phase, layer, kNone, {wave().x, bucket});
+      if (!layer_shape(layer).moe) {
+        wave().x = Compute(Op::kDense, phase, layer, kNone, {});
+        return;
+      }
+      const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
+      const bool exchange = shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward;
+      const int exchanged = exchange ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
+      const int arrange = Compute(Op::kArrange, phase, layer, kNone, {exchanged});
+      if (phase == Phase::kForward) routed_ = arrange;
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int pack = Compute(Op::kPack, phase, layer, chunk, {arrange});
+        wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
+      }
+    });
+    if (!layer_shape(layer).moe) return;
+    ForEachWave([&] {
+      if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+      wave().returned.clear();
+      for (int chunk = 0; chunk < chunks; ++chunk) wave().returned.push_back(Experts(phase, layer, chunk));
+      // The backward pass needs the rows, not their sum.
+      wave().combining = phase == Phase::kRecompute ? kNone : layer;
+    });
+  }
+
+  // Returns what to wait for until their results are home.
+  std::vector<int> Experts(Phase phase, int layer, int chunk) {
+    const int experts = Compute(Op::kExperts, phase, layer, chunk, {materialised_[static_cast<size_t>(layer)]});
+    Wait(experts, wave().arrived[static_cast<size_t>(chunk)]);
+    return Travel(Op::kReturn, phase, layer, chunk, experts);
+  }
+
+  // What is left of the wave's last layer of experts.
+  void Combine() {
+    const int layer = std::exchange(wave().combining, kNone);
+    if (layer == kNone) return;
+    for (size_t chunk = 0; chunk < wave().returned.size(); ++chunk) {
+      wave().x = Compute(Op::kCombine, Phase::kForward, layer, static_cast<int>(chunk), {});
+      Wait(wave().x, wave().returned[chunk]);
     }
   }
 
@@ -223,20 +263,21 @@ class Emitter {
   void EmitBackward() {
     const int top = layers() - 1;
     for (int layer = top; layer > top - schedule_.prefetch; --layer) GatherLayer(layer, Phase::kBackward);
-    x_ = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
-    if (sharded()) {  // The buffers of the part before.
-      for (int task : reduced_) Wait(x_, task);
-    }
+    ForEachWave([&] {
+      const int head = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
+      if (sharded()) Wait(head, reduced_);  // The buffers of the part before.
+    });
     for (int layer = top; layer >= 0; --layer) {
       GatherLayer(layer - schedule_.prefetch, Phase::kBackward);
       WaitForGradientBuffer(layer);
       if (shape_.recompute) EmitLayer(layer, Phase::kRecompute);
       EmitLayerBackward(layer);
-      Release(buckets_.OfLayer(layer), Phase::kBackward);
     }
-    x_ = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {});
-    Complete(BucketIndex::kEmbedding, x_);
-    Complete(BucketIndex::kVectors, x_);
+    FinishLayerBackward([] {});
+    int embed = kNone;
+    ForEachWave([&] { embed = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {}); });
+    Complete(BucketIndex::kEmbedding, embed);
+    Complete(BucketIndex::kVectors, embed);
     SendGradients(kNone);
   }
 
@@ -250,47 +291,66 @@ class Emitter {
         << "gradients of layer " << other << " must be sent before the backward pass of layer " << layer;
   }
 
+  // As EmitLayer: each wave up to the departure of its gradients, behind what is left of the layer above.
   void EmitLayerBackward(int layer) {
     const Phase phase = Phase::kBackward;
     const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
-    if (!layer_shape(layer).moe) {
-      Compute(Op::kDense, phase, layer, kNone, {bucket, gradient_buffer_});
-      SendGradients(layer);
-    } else {
-      EmitExpertsBackward(layer, bucket);
-    }
-    x_ = Compute(Op::kAttention, phase, layer, kNone, {});
-    Complete(buckets_.OfLayer(layer), x_);
+    const int chunks = schedule_.layers[static_cast<size_t>(layer)].backward_chunks;
+    const bool moe = layer_shape(layer).moe;
+    FinishLayerBackward([&] {
+      if (!moe) {
+        Compute(Op::kDense, phase, layer, kNone, {bucket, gradient_buffer_});
+        return;
+      }
+      const std::vector<std::vector<int>> recomputed =
+          shape_.recompute ? std::move(wave().returned) : std::vector<std::vector<int>>();
+      wave().arrived.clear();
+      for (int chunk = 0; chunk < chunks; ++chunk) {
+        const int pack = Compute(Op::kPack, phase, layer, chunk, {bucket, gradient_buffer_});
+        if (chunk == 0) {
+          for (const std::vector<int>& before : recomputed) Wait(pack, before);
+        }
+        wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
+      }
+    });
+    SendGradients(layer);
+    if (moe) EmitExpertsBackward(layer, chunks);
+    finishing_ = layer;
+    if (schedule_.waves == 1) FinishLayerBackward([] {});
   }
 
-  void EmitExpertsBackward(int layer, int bucket) {
+  void EmitExpertsBackward(int layer, int chunks) {
     const Phase phase = Phase::kBackward;
-    const int chunks = schedule_.layers[static_cast<size_t>(layer)].backward_chunks;
-    std::vector<std::vector<int>> arrived, returned;
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int pack = Compute(Op::kPack, phase, layer, chunk, {bucket, gradient_buffer_});
-      for (int before : recomputed_) Wait(pack, before);
-      recomputed_.clear();
-      arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
-    }
-    SendGradients(layer);
-    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int experts = Compute(Op::kExperts, phase, layer, chunk, {materialised_[static_cast<size_t>(layer)]});
-      for (int before : arrived[static_cast<size_t>(chunk)]) Wait(experts, before);
-      returned.push_back(Travel(Op::kReturn, phase, layer, chunk, experts));
-    }
     int weights = kNone;
-    for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
-    if (shape_.materialise && (last_part() || rematerialise())) {
-      const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
-      experts_reduced_[static_cast<size_t>(layer)] = reduced;
-      if (rematerialise()) FreeExperts(layer, reduced);
-    }
-    const int route = Compute(Op::kRoute, phase, layer, kNone, {balanced_});
-    for (const std::vector<int>& before : returned) {
-      for (int task : before) Wait(route, task);
-    }
+    ForEachWave([&] {
+      if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+      wave().returned.clear();
+      for (int chunk = 0; chunk < chunks; ++chunk) wave().returned.push_back(Experts(phase, layer, chunk));
+      for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
+    });
+    if (!shape_.materialise || !(last_part() || rematerialise())) return;
+    const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
+    experts_reduced_[static_cast<size_t>(layer)] = reduced;
+    if (rematerialise()) FreeExperts(layer, reduced);
+  }
+
+  // What is left of the layer above, wave by wave, each followed by what `then` emits.
+  template <typename Then> void FinishLayerBackward(const Then& then) {
+    const int layer = std::exchange(finishing_, kNone);
+    int attention = kNone;
+    ForEachWave([&] {
+      if (layer != kNone) {
+        if (layer_shape(layer).moe) {
+          const int route = Compute(Op::kRoute, Phase::kBackward, layer, kNone, {balanced_});
+          for (const std::vector<int>& before : wave().returned) Wait(route, before);
+        }
+        attention = Compute(Op::kAttention, Phase::kBackward, layer, kNone, {});
+      }
+      then();
+    });
+    if (layer == kNone) return;
+    Complete(buckets_.OfLayer(layer), attention);
+    Release(buckets_.OfLayer(layer), Phase::kBackward);
   }
 
   // ---- Gradients.
@@ -313,8 +373,8 @@ class Emitter {
   void EmitUpdate() {
     const Phase phase = Phase::kUpdate;
     const int norm = Compute(Op::kNorm, phase, kNone, kNone, {});
-    for (int task : reduced_) Wait(norm, task);
-    for (int task : experts_reduced_) Wait(norm, task);
+    Wait(norm, reduced_);
+    Wait(norm, experts_reduced_);
     const int sum = shape_.ranks > 1 ? Add(Op::kNormSum, phase, Lane::kControl, kNone, kNone, {norm}) : kNone;
     for (int bucket = 0; bucket < buckets_.count(); ++bucket) Compute(Op::kUpdate, phase, kNone, bucket, {sum});
     for (int layer = 0; layer < layers(); ++layer) {
@@ -328,7 +388,10 @@ class Emitter {
   const Lane world_lane_;
   Graph graph_;
   int part_ = 0;
-  int x_ = kNone, routed_ = kNone, balanced_ = kNone, last_compute_ = kNone, gradient_buffer_ = kNone;
+  int wave_ = kNone;
+  std::vector<Wave> waves_;
+  int routed_ = kNone, balanced_ = kNone, gradient_buffer_ = kNone;
+  int finishing_ = kNone;  // The layer whose backward pass lacks what waits for its rows.
   // By bucket. Of those that are sharded, too: is it here, and the task that released it. It has one place at a time.
   std::vector<int> gathered_;
   std::vector<bool> here_;
@@ -336,11 +399,15 @@ class Emitter {
   std::vector<int> materialised_;  // By layer; the next two as here_ and released_.
   std::vector<bool> experts_here_;
   std::vector<int> experts_released_, experts_reduced_;
-  std::vector<int> recomputed_;  // What brings the rows of a layer that is computed again.
   Buffers dense_buffers_, expert_buffers_;
 };
 
 }  // namespace
+
+int DenseBuffers(int prefetch, int waves) {
+  // Those gathered ahead, the one in use; with several waves also the one above, of which the last wave is not done yet.
+  return prefetch + 1 + (waves > 1 ? 1 : 0);
+}
 
 int CompletedBy(const StepShape& shape, int bucket) {
   const int layer = bucket - 2;

@@ -74,10 +74,16 @@ struct Schedule {
   std::vector<LayerSchedule> layers;
   std::vector<GradientSlice> gradients;  // All elements of all buckets exactly once, in the order of sending.
   int prefetch = 1;                      // Layers ahead that weights are gathered.
+  // Parts of this rank's sequences (EvenPart) that take turns in each layer: while the rows of one wave travel, another computes
+  // attention or experts, so that communication hides behind all work of a layer and not only behind its experts.
+  int waves = 1;
 };
 
 // One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);
+
+// Buffers that sharded layers take in turn.
+int DenseBuffers(int prefetch, int waves);
 
 // The layer whose backward pass completes the gradients of a bucket; -1: only the end of the pass does (vectors, embedding).
 int CompletedBy(const StepShape& shape, int bucket);

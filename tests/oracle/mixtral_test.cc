@@ -42,6 +42,7 @@ struct Case {
   bool rematerialise = false;
   int prefetch = 1;
   int ranks_per_host = 0;  // 0: one host.
+  int waves = 1;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -50,6 +51,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "")
              << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
+             << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "")
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
 
@@ -109,6 +111,7 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_schedule()->set_chunks_forward(c.chunks);
   config.mutable_schedule()->set_chunks_backward(c.chunks_backward < 0 ? c.chunks : c.chunks_backward);
   config.mutable_schedule()->set_prefetch(c.prefetch);
+  config.mutable_schedule()->set_waves(c.waves);
   config.mutable_parallel()->set_rematerialise(c.rematerialise);
   // Copies from the second step on, other owners every few steps.
   config.mutable_parallel()->set_expert_overlap(2);
@@ -281,6 +284,9 @@ std::vector<Case> PlacementCases() {
     cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 1, .chunks_backward = 2});
     cases.push_back({.folder = folder, .ranks = 3, .dense = "sharded", .prefetch = 2});
     cases.push_back({.folder = folder, .ranks = 4, .expert = 4, .chunks = 2, .chunks_backward = 3, .ranks_per_host = 2});
+    cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 2, .ranks_per_host = 1, .waves = 2});
+    cases.push_back({.folder = folder, .ranks = 2, .accumulation = 2, .recompute = true, .dense = "sharded", .experts = "sparse",
+                     .rematerialise = true, .prefetch = 2, .waves = 3});
     cases.push_back({.folder = folder, .ranks = 4, .expert = 2, .transport = "tcp", .chunks = 2, .ranks_per_host = 1});
     cases.push_back({.folder = folder, .ranks = 2, .recompute = true, .dense = "sharded", .rematerialise = true});
     cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .chunks = 2, .ranks_per_host = 2});
