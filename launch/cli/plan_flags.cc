@@ -96,6 +96,10 @@ SchedulerOptions SchedulerOptionsOf(const Config& config) {
   options.chunks_backward = config.schedule().chunks_backward();
   options.slice_gradients = config.schedule().gradient_slices() == "auto";
   options.prefetch = {config.schedule().prefetch()};
+  const std::string& router = config.model().router();
+  const bool needs_all = router == "expert_choice" || config.model().capacity_factor() > 0;
+  options.waves = {std::max(1, config.schedule().waves())};
+  if (config.schedule().waves() == 0 && !needs_all) options.waves = {1, 2};
   return options;
 }
 

@@ -90,6 +90,7 @@ void DrawLoads(const ModelShape& model, const Cluster& cluster, const StepLayout
 Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, bool skewed) {
   Workload work;
   work.tokens = TokensOfRanks(model, layout, cluster.ranks());
+  work.sequence_tokens = model.sequence_length;
   work.choices = model.choices;
   work.row_bytes = model.width * model.compute_bytes;
   work.dispatch = layout.dispatch;
@@ -147,6 +148,7 @@ absl::StatusOr<LaidOut> LayOut(const ModelShape& model, const Cluster& cluster, 
     out.costs = CostsOf(model, cluster, out.work, out.topology);
   }
   DescribeTraffic(out.work, out.topology, &out.shape);
+  out.shape.exchange = out.shape.dispatch;
   return out;
 }
 

@@ -34,8 +34,8 @@ ExpertCounts CountExperts(const ExpertPlacement& placement, int ranks) {
 
 class MemoryCount {
  public:
-  MemoryCount(const ModelShape& model, const StepLayout& layout, const LaidOut& out)
-      : model_(model), layout_(layout), out_(out), ranks_(out.topology.ranks()), b_(model.compute_bytes) {
+  MemoryCount(const ModelShape& model, const StepLayout& layout, const LaidOut& out, int waves)
+      : model_(model), layout_(layout), out_(out), waves_(waves), ranks_(out.topology.ranks()), b_(model.compute_bytes) {
     for (int64_t tokens : out.work.tokens) tokens_ = std::max(tokens_, tokens);
     for (const ExpertWork& experts : out.work.experts) {
       double sent = 0, arrived = 0;
@@ -75,7 +75,7 @@ class MemoryCount {
       use_.optimizer += 2 * Held(owned * kF32) + Held(bucket == 0 ? 0 : owned * master_bytes());
       if (split) largest = std::max(largest, count);
     }
-    const int64_t buffers = std::min(layout_.prefetch + 1, buckets.layers);
+    const int64_t buffers = std::min(DenseBuffers(layout_.prefetch, waves_), buckets.layers);
     use_.weights += buffers * largest * b_;
     use_.gradients += buffers * largest * kF32;
   }
@@ -148,7 +148,7 @@ class MemoryCount {
   const ModelShape& model_;
   const StepLayout& layout_;
   const LaidOut& out_;
-  const int ranks_;
+  const int waves_, ranks_;
   const int64_t b_;
   int64_t tokens_ = 0;
   std::vector<Rows> rows_;  // By entry of Workload::experts, of the rank with most.
@@ -157,8 +157,8 @@ class MemoryCount {
 
 }  // namespace
 
-MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out) {
-  return MemoryCount(model, layout, laid_out).Count();
+MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out, int waves) {
+  return MemoryCount(model, layout, laid_out, waves).Count();
 }
 
 std::string BytesText(int64_t bytes) {

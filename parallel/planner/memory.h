@@ -3,7 +3,7 @@
 //
 // With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
 // experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:
-//   weights      dense: b each, replicated; sharded layers b/ranks and prefetch + 1 buffers. Owned experts: b each.
+//   weights      dense: b each, replicated; sharded layers b/ranks and buffers (DenseBuffers). Owned experts: b each.
 //   gradients    as weights, 4 bytes each.
 //   optimizer    of owned elements two moments of 4 bytes, and master weights of 4 where b is 2.
 //   copies       of experts that others own, b + 4 each: of all layers, or prefetch + 1 rooms when they are rematerialised.
@@ -26,8 +26,8 @@ struct MemoryUse {
   std::string ToString() const;  // "3.2 GiB: activations 2.0, weights 0.6, ..." by size.
 };
 
-// Of the rank that needs most.
-MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out);
+// Of the rank that needs most. `waves`: the most that a schedule may have (Schedule::waves).
+MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out, int waves);
 
 // "1.5 GiB", "20 MiB".
 std::string BytesText(int64_t bytes);

@@ -64,6 +64,8 @@ struct Candidate {
   double plain_ns = 0;
 };
 
+int MostWaves(const SchedulerOptions& options) { return *std::max_element(options.waves.begin(), options.waves.end()); }
+
 double PlainTime(const LaidOut& out) {
   const Schedule schedule = PlainSchedule(out.shape, out.work.bucket_elements);
   return PredictStep(out.shape, out.costs, out.work, out.topology, schedule);
@@ -78,8 +80,12 @@ absl::StatusOr<StepEstimate> EstimateStep(const ModelShape& model, const Cluster
   estimate.layout = layout;
   SchedulerOptions options = scheduler;
   options.prefetch = {layout.prefetch};
+  // Waves are whole sequences.
+  const int64_t sequences = *std::max_element(out.work.tokens.begin(), out.work.tokens.end()) / model.sequence_length;
+  std::erase_if(options.waves, [&](int waves) { return waves > std::max<int64_t>(1, sequences); });
+  if (options.waves.empty()) options.waves = {1};
   estimate.choice = ChooseSchedule(out.shape, out.costs, out.work, out.topology, options);
-  estimate.memory = PeakMemory(model, layout, out);
+  estimate.memory = PeakMemory(model, layout, out, MostWaves(scheduler));
   Graph graph = EmitStep(out.shape, estimate.choice.schedule);
   const StepUnits units(out.work, out.topology);
   ClusterPrediction predicted =
@@ -107,7 +113,7 @@ absl::StatusOr<Plan> FindPlan(const ModelShape& model, const Cluster& cluster, c
     // Without copies nothing can be rematerialised: the same step as with kKeep.
     if (layout.experts == ExpertPolicy::kRematerialise && !out.shape.materialise) continue;
     ++plan.considered;
-    Candidate candidate = {layout, PeakMemory(model, layout, out)};
+    Candidate candidate = {layout, PeakMemory(model, layout, out, MostWaves(options.scheduler))};
     const bool fits = candidate.memory.total() <= limit;
     if (fits) candidate.plain_ns = PlainTime(out);
     (fits ? fitting : excluded).push_back(std::move(candidate));

@@ -96,7 +96,7 @@ TEST(EstimateStep, SaysWhyALayoutDoesNotFit) {
 MemoryUse Memory(const ModelShape& model, const Cluster& cluster, const StepLayout& layout) {
   auto out = LayOut(model, cluster, layout, {});
   EXPECT_TRUE(out.ok()) << out.status();
-  return PeakMemory(model, layout, *out);
+  return PeakMemory(model, layout, *out, /*waves=*/1);
 }
 
 TEST(PeakMemory, OneRankByHand) {

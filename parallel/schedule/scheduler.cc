@@ -85,6 +85,7 @@ class Search {
     ScheduleChoice choice;
     choice.schedule = PlainSchedule(shape_, workload_.bucket_elements);
     choice.schedule.prefetch = options_.prefetch.front();
+    choice.schedule.waves = options_.waves.front();
     choice.plain_ns = all_parts_.Time(choice.schedule);
     best_ = choice.schedule;
     for (LayerGroup& group : groups_) {
@@ -100,6 +101,7 @@ class Search {
       SliceGradients();
       if (shape_.dispatch) RefineBackward();
     }
+    if (shape_.dispatch) TryWaves();
     for (int prefetch : options_.prefetch) {
       Schedule schedule = best_;
       schedule.prefetch = prefetch;
@@ -190,6 +192,7 @@ class Search {
     const StepScorer scorer(small.shape, costs_, small.workload, topology_);
     Schedule schedule = PlainSchedule(small.shape, small.workload.bucket_elements);
     schedule.prefetch = options_.prefetch.front();
+    schedule.waves = options_.waves.front();
     std::pair<int, int> best = {forward_.front(), backward_.front()};
     double best_ns = -1;
     const auto consider = [&](int forward, int backward) {
@@ -219,6 +222,29 @@ class Search {
         Apply(group, &schedule);
       }
       Try(schedule);
+    }
+  }
+
+  // Where waves hide communication, few chunks are enough.
+  void TryWaves() {
+    const int before = best_.waves;
+    for (int waves : options_.waves) {
+      if (waves == before) continue;
+      for (size_t i = 0; i < std::min<size_t>(3, std::max(forward_.size(), backward_.size())); ++i) {
+        Schedule schedule = best_;
+        schedule.waves = waves;
+        for (LayerGroup group : groups_) {
+          group.forward = forward_[std::min(i, forward_.size() - 1)];
+          group.backward = backward_[std::min(i, backward_.size() - 1)];
+          Apply(group, &schedule);
+        }
+        Try(schedule);
+      }
+    }
+    if (best_.waves == before || groups_.size() > kFewGroups) return;
+    for (const LayerGroup& group : groups_) {
+      for (int forward : forward_) TryChunks(group, forward, group.backward);
+      for (int backward : backward_) TryChunks(group, group.forward, backward);
     }
   }
 
@@ -305,6 +331,12 @@ class Search {
       choice->reasons.push_back(absl::StrCat("dense gradients in ", best_.gradients.size(), " slices: ", TimeText(choice->predicted_ns),
                                              " instead of ", TimeText(plain_ns), " with those of a layer at once"));
     }
+    if (best_.waves != options_.waves.front()) {
+      Schedule without = best_;
+      without.waves = options_.waves.front();
+      choice->reasons.push_back(absl::StrCat(best_.waves, " waves: ", TimeText(choice->predicted_ns), " instead of ",
+                                             TimeText(all_parts_.Time(without)), " with ", without.waves));
+    }
     if (best_.prefetch != options_.prefetch.front()) {
       choice->reasons.push_back(absl::StrCat("weights are gathered ", best_.prefetch, " layers ahead"));
     }
@@ -328,7 +360,7 @@ class Search {
 
 ScheduleChoice ChooseSchedule(const StepShape& shape, const CostTable& costs, const Workload& workload, const Topology& topology,
                               const SchedulerOptions& options) {
-  SHOAL_CHECK(!options.chunks.empty() && !options.prefetch.empty());
+  SHOAL_CHECK(!options.chunks.empty() && !options.prefetch.empty() && !options.waves.empty());
   return Search(shape, costs, workload, topology, options).Run();
 }
 

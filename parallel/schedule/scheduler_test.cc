@@ -205,6 +205,17 @@ TEST(ChooseSchedule, PrefetchesAsFarAsItPays) {
   EXPECT_LE(any.predicted_ns, near.predicted_ns);
 }
 
+// Chunks hide rows behind experts alone, waves behind attention too.
+TEST(ChooseSchedule, TakesWavesWhereAttentionCanHideRows) {
+  Problem p = Make(6);
+  p.work.sequence_tokens = 128;
+  const CostTable costs = CostsOf({.token = 300, .row = 50, .inter_byte = 0.4, .fixed_compute = 500, .fixed_link = 2000});
+  const ScheduleChoice one = ChooseSchedule(p.shape, costs, p.work, p.topology, {});
+  const ScheduleChoice any = ChooseSchedule(p.shape, costs, p.work, p.topology, {.waves = {1, 2}});
+  EXPECT_EQ(any.schedule.waves, 2);
+  EXPECT_LT(any.predicted_ns, 0.97 * one.predicted_ns);
+}
+
 TEST(ChooseSchedule, FasterLinksNeverMakeSlowerSteps) {
   const Problem p = Make(4);
   double before = 0;

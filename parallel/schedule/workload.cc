@@ -163,8 +163,21 @@ const ExpertShare& StepUnits::Share(int layer, int rank) const {
   return rank == kEveryRank ? shares.back() : shares[At(rank)];
 }
 
-double StepUnits::Tokens(int rank) const {
-  return static_cast<double>(rank == kEveryRank ? tokens_max_ : workload_.TokensOf(rank));
+int64_t StepUnits::Tokens(int rank) const { return rank == kEveryRank ? tokens_max_ : workload_.TokensOf(rank); }
+
+int64_t StepUnits::TokensOfWave(const Task& task, const Schedule& schedule, int rank) const {
+  const int64_t tokens = Tokens(rank);
+  if (task.wave < 0) return tokens;
+  return EvenPart(tokens / workload_.sequence_tokens, schedule.waves, task.wave).count * workload_.sequence_tokens;
+}
+
+// Of the rows of all waves.
+double StepUnits::ShareOfChunk(const Task& task, const Schedule& schedule, int rank) const {
+  const LayerSchedule& layer = schedule.layers[At(task.layer)];
+  const int chunks = task.phase == Phase::kBackward ? layer.backward_chunks : layer.forward_chunks;
+  const int64_t tokens = Tokens(rank), of_wave = TokensOfWave(task, schedule, rank);
+  const double wave = task.wave < 0 ? 1 : tokens == 0 ? 1.0 / schedule.waves : static_cast<double>(of_wave) / static_cast<double>(tokens);
+  return wave * Fraction(of_wave, chunks, task.chunk);
 }
 
 double StepUnits::ElementsOwned(int rank) const {
@@ -178,7 +191,7 @@ double StepUnits::ElementsOwned(int rank) const {
 }
 
 std::vector<double> StepUnits::KeyOfRank(int rank) const {
-  std::vector<double> key = {Tokens(rank)};
+  std::vector<double> key = {static_cast<double>(Tokens(rank))};
   for (const std::vector<ExpertShare>& shares : shares_) {
     const ExpertShare& share = shares[At(rank)];
     key.insert(key.end(), {share.rows, share.arrived, share.stay, share.intra, share.inter, share.copies, share.owned});
@@ -188,11 +201,7 @@ std::vector<double> StepUnits::KeyOfRank(int rank) const {
 
 double StepUnits::Of(const Task& task, const Schedule& schedule, int rank) const {
   const double row_bytes = static_cast<double>(workload_.row_bytes);
-  const auto piece = [&] {
-    const LayerSchedule& layer = schedule.layers[At(task.layer)];
-    const int chunks = task.phase == Phase::kBackward ? layer.backward_chunks : layer.forward_chunks;
-    return Fraction(static_cast<int64_t>(Tokens(rank)), chunks, task.chunk);
-  };
+  const auto piece = [&] { return ShareOfChunk(task, schedule, rank); };
   switch (task.op) {
     case Op::kGather:
       return static_cast<double>(workload_.bucket_bytes[At(task.chunk)]);
@@ -210,7 +219,7 @@ double StepUnits::Of(const Task& task, const Schedule& schedule, int rank) const
     case Op::kArrange:
     case Op::kShared:
     case Op::kHead:
-      return Tokens(rank);
+      return static_cast<double>(TokensOfWave(task, schedule, rank));
     case Op::kExchange:
       return static_cast<double>(workload_.summary_bytes * ranks_);
     case Op::kTotals:

@@ -22,6 +22,7 @@ struct ExpertWork {
 
 struct Workload {
   std::vector<int64_t> tokens;  // By rank, of one part; a single entry holds for every rank.
+  int64_t sequence_tokens = 1;  // Waves (Schedule::waves) are made of whole sequences.
   int choices = 1;              // Experts of a token.
   int64_t row_bytes = 0;        // Of a token's vector on its way to an expert.
   DispatchRule dispatch = DispatchRule::kNearest;
@@ -69,7 +70,9 @@ class StepUnits {
 
  private:
   const ExpertShare& Share(int layer, int rank) const;
-  double Tokens(int rank) const;
+  int64_t Tokens(int rank) const;
+  int64_t TokensOfWave(const Task& task, const Schedule& schedule, int rank) const;
+  double ShareOfChunk(const Task& task, const Schedule& schedule, int rank) const;
   double ElementsOwned(int rank) const;
 
   const Workload& workload_;

@@ -126,6 +126,24 @@ TEST(StepUnits, CountsEachTaskAsItsCostModelDoes) {
   EXPECT_DOUBLE_EQ(of(reduce), 120);
 }
 
+TEST(StepUnits, WavesAreWholeSequences) {
+  Workload work = OneExpertEach();
+  work.sequence_tokens = 4;  // Three sequences: two waves of 8 and 4 tokens.
+  const StepUnits units(work, {{0, 0, 1, 1}});
+  Schedule schedule;
+  schedule.layers = {{.forward_chunks = 2, .backward_chunks = 1}};
+  schedule.waves = 2;
+  const auto of = [&](Task task, int wave) {
+    task.wave = wave;
+    return units.Of(task, schedule, 0);
+  };
+  EXPECT_DOUBLE_EQ(of(Of(Op::kAttention, Lane::kCompute, 0, -1), 0), 8);
+  EXPECT_DOUBLE_EQ(of(Of(Op::kAttention, Lane::kCompute, 0, -1), 1), 4);
+  EXPECT_DOUBLE_EQ(of(Of(Op::kPack, Lane::kCompute, 0, 1), 0), 8);   // Of 24 rows.
+  EXPECT_DOUBLE_EQ(of(Of(Op::kPack, Lane::kCompute, 0, 1), 1), 4);
+  EXPECT_DOUBLE_EQ(of(Of(Op::kExperts, Lane::kCompute, 0, 0, Phase::kBackward), 1), 8);
+}
+
 TEST(StepUnits, EveryRankIsTheLargestOfAll) {
   Workload work = OneExpertEach();
   work.tokens = {12, 4};
