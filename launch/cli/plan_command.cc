@@ -67,17 +67,19 @@ absl::Status WriteFile(const std::string& path, const std::string& text) {
 }  // namespace
 
 int RunPlan(absl::Span<const std::string> args) {
-  FlagSet flags("shoal plan",
-                "Finds the layout of a model on a cluster that is only described: expert groups, how weights are kept, recomputation, "
-                "parts of the batch, each with its best schedule; those that fit the devices' memory, fastest first.");
+  FlagSet flags(
+      "shoal plan",
+      "Finds the layout of a model on a cluster that is only described: expert groups, how weights are kept, recomputation, "
+      "parts of the batch, each with its best schedule; those that fit the devices' memory, fastest first.");
   PlanFlags values;
   AddPlanFlags(&flags, &values);
   int64_t top = 5;
   std::string apply;
   flags.Add({.name = "top", .value = "K", .help = "Layouts to print.", .min = 1}, &top);
   flags.Add({.name = "apply", .value = "FILE", .help = "Writes CONFIG with the best layout, defaults included."}, &apply);
-  flags.Examples({"./shoal plan configs/bench-small.yaml --cluster configs/clusters/emulated-4.yaml",
-                  "./shoal plan configs/bench-small.yaml --cluster configs/clusters/h100-8x.yaml --ranks 16 --skew 1 --apply best.yaml"});
+  flags.Examples(
+      {"./shoal plan configs/bench-small.yaml --cluster configs/clusters/emulated-4.yaml",
+       "./shoal plan configs/bench-small.yaml --cluster configs/clusters/h100-8x.yaml --ranks 16 --skew 1 --apply best.yaml"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   auto inputs = LoadPlanInputs(values);
   if (!inputs.ok()) return Fail(flags.command(), inputs.status());

@@ -2,9 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
-#include <sstream>
-
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
@@ -32,9 +31,9 @@ std::string Read(const std::string& path) {
 
 TEST(PlanFlags, ReadAConfigurationAsThePlannerSeesIt) {
   const auto loaded = LoadConfig(kConfig,
-                                 Args{"parallel.expert=-1", "parallel.dense=sharded", "parallel.rematerialise=true", "train.recompute=true",
-                                  "train.gradient_accumulation_steps=2", "schedule.prefetch=3", "model.dense_layers=[1]",
-                                  "train.precision=bf16", "schedule.chunks_forward=5"},
+                                 Args{"parallel.expert=-1", "parallel.dense=sharded", "parallel.rematerialise=true",
+                                      "train.recompute=true", "train.gradient_accumulation_steps=2", "schedule.prefetch=3",
+                                      "model.dense_layers=[1]", "train.precision=bf16", "schedule.chunks_forward=5"},
                                  Files::kMayBeMissing);
   ASSERT_TRUE(loaded.ok()) << loaded.status();
   const StepLayout layout = LayoutOf(loaded->config, 4);

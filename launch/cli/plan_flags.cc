@@ -15,8 +15,8 @@ absl::Status Shrink(const PlanFlags& flags, Cluster* cluster) {
   const int devices = cluster->devices_per_host;
   if (ranks > kRanksMax || (ranks > devices && ranks % devices != 0)) {
     return absl::InvalidArgumentError(absl::StrCat("--ranks ", flags.ranks, " does not fit ", flags.cluster, " with ", devices,
-                                                   " devices per host; at most ", devices, ", or a multiple of it up to ", kRanksMax,
-                                                   " would fit"));
+                                                   " devices per host; at most ", devices, ", or a multiple of it up to ",
+                                                   kRanksMax, " would fit"));
   }
   cluster->hosts = std::max(1, ranks / devices);
   cluster->devices_per_host = std::min(ranks, devices);
@@ -28,14 +28,20 @@ absl::Status Shrink(const PlanFlags& flags, Cluster* cluster) {
 void AddPlanFlags(FlagSet* flags, PlanFlags* values) {
   flags->AddPositional("CONFIG", "A YAML file, for example configs/quickstart.yaml. Files that it names need not exist.",
                        &values->config);
-  flags->Add({.name = "cluster", .value = "FILE", .help = "The cluster, for example configs/clusters/h100-8x.yaml.", .required = true},
-             &values->cluster);
-  flags->Add({.name = "set", .value = "KEY=VALUE", .help = "Changes a key of CONFIG, for example train.recompute=true. May be repeated."},
+  flags->Add(
+      {.name = "cluster", .value = "FILE", .help = "The cluster, for example configs/clusters/h100-8x.yaml.", .required = true},
+      &values->cluster);
+  flags->Add({.name = "set",
+              .value = "KEY=VALUE",
+              .help = "Changes a key of CONFIG, for example train.recompute=true. May be repeated."},
              &values->overrides);
-  flags->Add({.name = "ranks", .value = "N", .help = "Ranks of the job, with the hosts that they need. Default: all devices of the cluster.",
+  flags->Add({.name = "ranks",
+              .value = "N",
+              .help = "Ranks of the job, with the hosts that they need. Default: all devices of the cluster.",
               .min = 1},
              &values->ranks);
-  flags->Add({.name = "skew", .value = "SIGMA",
+  flags->Add({.name = "skew",
+              .value = "SIGMA",
               .help = "How unequal the loads of experts are: sigma of the logarithm of their popularity. 1 is what training "
                       "without a strong balance loss shows.",
               .min = 0},

@@ -1,6 +1,5 @@
 #include <cerrno>
 #include <fstream>
-
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
@@ -21,10 +20,12 @@ absl::Status WriteTrace(const StepEstimate& estimate, const std::string& path) {
   nlohmann::json events = nlohmann::json::array();
   for (size_t i = 0; i < estimate.classes.size(); ++i) {
     const RankClass& ranks = estimate.classes[i];
-    const std::string name = absl::StrCat("rank ", ranks.first_rank, ranks.ranks > 1 ? absl::StrCat(" and ", ranks.ranks - 1, " alike") : "");
+    const std::string name =
+        absl::StrCat("rank ", ranks.first_rank, ranks.ranks > 1 ? absl::StrCat(" and ", ranks.ranks - 1, " alike") : "");
     events.push_back({{"ph", "M"}, {"name", "process_name"}, {"pid", i}, {"args", {{"name", name}}}});
     for (int lane = 0; lane < kLanes; ++lane) {
-      events.push_back({{"ph", "M"}, {"name", "thread_name"}, {"pid", i}, {"tid", lane}, {"args", {{"name", Name(static_cast<Lane>(lane))}}}});
+      events.push_back(
+          {{"ph", "M"}, {"name", "thread_name"}, {"pid", i}, {"tid", lane}, {"args", {{"name", Name(static_cast<Lane>(lane))}}}});
     }
     for (size_t t = 0; t < estimate.graph.tasks.size(); ++t) {
       const TaskRecord& record = ranks.prediction.record.tasks[t];
@@ -46,7 +47,8 @@ absl::Status WriteTrace(const StepEstimate& estimate, const std::string& path) {
 
 void Print(const PlanInputs& inputs, const StepEstimate& estimate) {
   const double step = estimate.step_ns;
-  absl::PrintF("ranks        %d on %d host%s\n", inputs.cluster.ranks(), inputs.cluster.hosts, inputs.cluster.hosts == 1 ? "" : "s");
+  absl::PrintF("ranks        %d on %d host%s\n", inputs.cluster.ranks(), inputs.cluster.hosts,
+               inputs.cluster.hosts == 1 ? "" : "s");
   absl::PrintF("layout       %s\n", estimate.layout.ToString());
   for (size_t i = 0; i < estimate.choice.reasons.size(); ++i) {
     absl::PrintF("%s%s\n", i == 0 ? "schedule     " : "             ", estimate.choice.reasons[i]);
@@ -57,23 +59,26 @@ void Print(const PlanInputs& inputs, const StepEstimate& estimate) {
   std::string busy;
   for (int lane = 0; lane < kLanes; ++lane) {
     const double share = estimate.busy_ns[static_cast<size_t>(lane)] / step;
-    absl::StrAppendFormat(&busy, "%s%s %.0f%%", busy.empty() ? "" : ", ", std::string(Name(static_cast<Lane>(lane))), 100 * share);
+    absl::StrAppendFormat(&busy, "%s%s %.0f%%", busy.empty() ? "" : ", ", std::string(Name(static_cast<Lane>(lane))),
+                          100 * share);
   }
   absl::PrintF("busy         %s\n", busy);
   absl::PrintF("peak memory  %s\n", estimate.memory.ToString());
 }
 
 int RunSweep(absl::Span<const std::string> args) {
-  FlagSet flags("shoal simulate sweep",
-                "Simulates the experiments of a paper with Shoal's own scheduler and placements, and prints the results beside the "
-                "paper's: fsmoe (arXiv 2501.10714, 1,458 layers on two testbeds) or hecate (arXiv 2502.02581, load skew on two "
-                "clusters).");
+  FlagSet flags(
+      "shoal simulate sweep",
+      "Simulates the experiments of a paper with Shoal's own scheduler and placements, and prints the results beside the "
+      "paper's: fsmoe (arXiv 2501.10714, 1,458 layers on two testbeds) or hecate (arXiv 2502.02581, load skew on two "
+      "clusters).");
   std::string name;
   flags.AddPositional("NAME", "fsmoe or hecate.", &name);
   flags.Examples({"./shoal simulate sweep fsmoe"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   if (name != "fsmoe" && name != "hecate") {
-    return Fail(flags.command(), absl::InvalidArgumentError(absl::StrCat("NAME: ", name, " is no sweep; fsmoe or hecate would fit")));
+    return Fail(flags.command(),
+                absl::InvalidArgumentError(absl::StrCat("NAME: ", name, " is no sweep; fsmoe or hecate would fit")));
   }
   absl::PrintF("%s", name == "fsmoe" ? FsmoeSweepReport() : HecateSweepReport());
   return kExitOk;
@@ -83,15 +88,18 @@ int RunSweep(absl::Span<const std::string> args) {
 
 int RunSimulate(absl::Span<const std::string> args) {
   if (!args.empty() && args[0] == "sweep") return RunSweep(args.subspan(1));
-  FlagSet flags("shoal simulate",
-                "Predicts a training step on a cluster that is only described: time, communication that nothing hides, peak memory "
-                "of a rank. `shoal simulate sweep` regenerates published experiments (docs/planning.md).");
+  FlagSet flags(
+      "shoal simulate",
+      "Predicts a training step on a cluster that is only described: time, communication that nothing hides, peak memory "
+      "of a rank. `shoal simulate sweep` regenerates published experiments (docs/planning.md).");
   PlanFlags values;
   AddPlanFlags(&flags, &values);
   std::string trace;
-  flags.Add({.name = "trace", .value = "FILE", .help = "Writes the predicted timeline for chrome://tracing or ui.perfetto.dev."}, &trace);
+  flags.Add({.name = "trace", .value = "FILE", .help = "Writes the predicted timeline for chrome://tracing or ui.perfetto.dev."},
+            &trace);
   flags.Examples({"./shoal simulate configs/bench-small.yaml --cluster configs/clusters/laptop.yaml",
-                  "./shoal simulate configs/bench-small.yaml --cluster configs/clusters/emulated-4.yaml --set parallel.expert=4 --trace step.json",
+                  "./shoal simulate configs/bench-small.yaml --cluster configs/clusters/emulated-4.yaml --set parallel.expert=4 "
+                  "--trace step.json",
                   "./shoal simulate sweep fsmoe"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   const auto inputs = LoadPlanInputs(values);
@@ -99,9 +107,8 @@ int RunSimulate(absl::Span<const std::string> args) {
   const int ranks = inputs->cluster.ranks();
   const absl::Status fits = CheckParallel(inputs->config.config, inputs->config.positions, ranks);
   if (!fits.ok()) return Fail(flags.command(), fits);
-  const auto estimate =
-      EstimateStep(inputs->model, inputs->cluster, LayoutOf(inputs->config.config, ranks), inputs->skew,
-                   SchedulerOptionsOf(inputs->config.config), trace.empty() ? Record::kNo : Record::kYes);
+  const auto estimate = EstimateStep(inputs->model, inputs->cluster, LayoutOf(inputs->config.config, ranks), inputs->skew,
+                                     SchedulerOptionsOf(inputs->config.config), trace.empty() ? Record::kNo : Record::kYes);
   if (!estimate.ok()) return Fail(flags.command(), estimate.status());
   Print(*inputs, *estimate);
   if (!trace.empty()) {

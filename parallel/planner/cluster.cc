@@ -49,8 +49,8 @@ absl::StatusOr<Cluster> LoadCluster(const std::string& path) {
   cluster.inter_bytes_per_ns = BytesPerNs(file.inter());
   cluster.interference = file.interference();
   if (cluster.ranks() > kRanksMax) {
-    return absl::InvalidArgumentError(absl::StrCat(path, ": hosts * devices_per_host is ", cluster.ranks(), "; at most ", kRanksMax,
-                                                   " ranks can be simulated"));
+    return absl::InvalidArgumentError(absl::StrCat(path, ": hosts * devices_per_host is ", cluster.ranks(), "; at most ",
+                                                   kRanksMax, " ranks can be simulated"));
   }
   return cluster;
 }

@@ -11,7 +11,8 @@ namespace {
 
 using testing::HasSubstr;
 
-constexpr char kDevice[] = "device: {bf16_tflops: 100, fp32_tflops: 10, efficiency: 0.5, memory_gbyte_per_s: 1000, memory_gib: 2}\n";
+constexpr char kDevice[] =
+    "device: {bf16_tflops: 100, fp32_tflops: 10, efficiency: 0.5, memory_gbyte_per_s: 1000, memory_gib: 2}\n";
 
 absl::StatusOr<Cluster> Load(const std::string& text) {
   const std::string path = testing::TempDir() + "/cluster.yaml";
@@ -20,8 +21,9 @@ absl::StatusOr<Cluster> Load(const std::string& text) {
 }
 
 TEST(LoadCluster, ConvertsUnits) {
-  const auto cluster = Load(std::string("hosts: 2\ndevices_per_host: 4\n") + kDevice +
-                            "intra: {latency_us: 3, bandwidth_gbit_per_s: 800}\ninter: {latency_us: 20, bandwidth_gbit_per_s: 80}\n");
+  const auto cluster =
+      Load(std::string("hosts: 2\ndevices_per_host: 4\n") + kDevice +
+           "intra: {latency_us: 3, bandwidth_gbit_per_s: 800}\ninter: {latency_us: 20, bandwidth_gbit_per_s: 80}\n");
   ASSERT_TRUE(cluster.ok()) << cluster.status();
   EXPECT_EQ(cluster->ranks(), 8);
   EXPECT_EQ(cluster->topology().HostOf(4), 1);
@@ -35,7 +37,8 @@ TEST(LoadCluster, ConvertsUnits) {
 }
 
 TEST(LoadCluster, NamesMistakes) {
-  EXPECT_THAT(std::string(Load(std::string(kDevice) + "host: 3\n").status().message()), HasSubstr("cluster.yaml:2:1: host: unknown key"));
+  EXPECT_THAT(std::string(Load(std::string(kDevice) + "host: 3\n").status().message()),
+              HasSubstr("cluster.yaml:2:1: host: unknown key"));
   EXPECT_THAT(std::string(Load("hosts: 2\n").status().message()), HasSubstr("device.bf16_tflops"));
   EXPECT_THAT(std::string(Load(std::string(kDevice) + "hosts: 16384\ndevices_per_host: 2\n").status().message()),
               HasSubstr("at most 16384 ranks"));

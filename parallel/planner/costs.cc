@@ -55,7 +55,8 @@ class CostBuilder {
     const double dense = 3 * width_ * static_cast<double>(model_.dense_inner), inner = static_cast<double>(model_.dense_inner);
     Compute(Op::kDense, Phase::kForward, 2 * dense, width_ * 4 * kF32 + inner * 5 * b_, dense * b_);
     Compute(Op::kDense, Phase::kBackward, 4 * dense, width_ * 8 * kF32 + inner * 9 * b_, 3 * dense * b_);
-    const double shared = 3 * width_ * static_cast<double>(model_.shared_inner), narrow = static_cast<double>(model_.shared_inner);
+    const double shared = 3 * width_ * static_cast<double>(model_.shared_inner),
+                 narrow = static_cast<double>(model_.shared_inner);
     Compute(Op::kShared, Phase::kForward, 2 * shared, width_ * 3 * kF32 + narrow * 5 * b_, shared * b_);
     Compute(Op::kShared, Phase::kBackward, 4 * shared, width_ * 6 * kF32 + narrow * 9 * b_, 3 * shared * b_);
     const double vocab = static_cast<double>(model_.vocab);
@@ -81,7 +82,8 @@ class CostBuilder {
     Compute(Op::kExpertsWeight, Phase::kBackward, 2 * expert, (2 * width_ + 3 * inner) * b_, here * expert * kF32);
     const double experts = static_cast<double>(model_.experts);
     Compute(Op::kRoute, Phase::kForward, 2 * width_ * experts, width_ * (3 * kF32 + 2 * b_) + experts * 3 * kF32, 0);
-    Compute(Op::kRoute, Phase::kBackward, 4 * width_ * experts, width_ * (6 * kF32 + model_.choices * b_) + experts * 4 * kF32, 0);
+    Compute(Op::kRoute, Phase::kBackward, 4 * width_ * experts, width_ * (6 * kF32 + model_.choices * b_) + experts * 4 * kF32,
+            0);
   }
 
   void AddMemoryBound() {

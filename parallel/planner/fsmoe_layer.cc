@@ -23,7 +23,8 @@ FlatCosts UnitCosts(double interference) {
 
 class Builder {
  public:
-  Builder(const FsmoeLayer& layer, const FsmoeSchedule& schedule, Phase phase) : layer_(layer), schedule_(schedule), phase_(phase) {}
+  Builder(const FsmoeLayer& layer, const FsmoeSchedule& schedule, Phase phase)
+      : layer_(layer), schedule_(schedule), phase_(phase) {}
 
   Graph Build() {
     const int chunks = schedule_.chunks;
@@ -37,7 +38,8 @@ class Builder {
     }
     AddGradients(schedule_.beside_experts);
     for (int chunk = 0; chunk < chunks; ++chunk) {
-      experts.push_back(Add(Op::kExperts, Lane::kCompute, layer_.experts.OfChunk(chunks), {gathered[static_cast<size_t>(chunk)]}));
+      experts.push_back(
+          Add(Op::kExperts, Lane::kCompute, layer_.experts.OfChunk(chunks), {gathered[static_cast<size_t>(chunk)]}));
     }
     std::vector<int> back;
     for (int chunk = 0; chunk < chunks; ++chunk) {

@@ -1,6 +1,6 @@
-// One layer as FSMoE (arXiv 2501.10714) lays it out, expert-sharding parallel: rows cross hosts by all-to-all and are gathered inside
-// a host, where every expert is cut over the devices; results are scattered and go back. So a chunk is five tasks, with both kinds
-// of communication in a row, and the backward pass can carry a slice of dense gradients. Pure.
+// One layer as FSMoE (arXiv 2501.10714) lays it out, expert-sharding parallel: rows cross hosts by all-to-all and are gathered
+// inside a host, where every expert is cut over the devices; results are scattered and go back. So a chunk is five tasks, with
+// both kinds of communication in a row, and the backward pass can carry a slice of dense gradients. Pure.
 #pragma once
 
 #include "parallel/schedule/graph.h"
@@ -14,8 +14,8 @@ struct FsmoeLayer {
     double OfChunk(int chunks) const { return fixed + whole / chunks; }
   };
   Term all_to_all, gather, scatter, experts;
-  double dense = 0;      // Attention: before the experts in the forward pass, after them in the backward pass.
-  Term gradients;        // All-reduce of what the layers above left to send.
+  double dense = 0;  // Attention: before the experts in the forward pass, after them in the backward pass.
+  Term gradients;    // All-reduce of what the layers above left to send.
 };
 
 struct FsmoeSchedule {

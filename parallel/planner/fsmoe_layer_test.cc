@@ -46,7 +46,8 @@ TEST(FsmoeTime, IsNearTheClosedForm) {
   for (unsigned seed = 0; seed < 300; ++seed) {
     std::mt19937 random(seed);
     const auto draw = [&] { return std::exp(std::uniform_real_distribution<>(0, 5)(random)); };
-    FsmoeLayer layer = {.all_to_all = {0.1 * draw(), draw()}, .gather = {0.1 * draw(), draw()}, .experts = {0.1 * draw(), draw()}};
+    FsmoeLayer layer = {
+        .all_to_all = {0.1 * draw(), draw()}, .gather = {0.1 * draw(), draw()}, .experts = {0.1 * draw(), draw()}};
     layer.scatter = layer.gather;
     for (int chunks : {1, 2, 4, 8}) {
       const double time = FsmoeTime(layer, {.chunks = chunks}, Phase::kForward, 1), formula = FsmoeClosedForm(layer, chunks, 0);

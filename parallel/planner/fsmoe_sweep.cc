@@ -28,7 +28,15 @@ struct Testbed {
 };
 constexpr Testbed kTestbeds[] = {
     {"A", 6, 8, {512, 1024, 2048}, {4.26e-2, 1.2e-10}, {.287, 2.21e-6}, {.337, 2.32e-7}, {.395, 2.34e-7}, {.511, 4.95e-6}},
-    {"B", 8, 4, {256, 512, 1024}, {9.24e-2, 1.3e-10}, {.175, 4 * 3.06e-7}, {.032, 4 * 1.68e-7}, {.0391, 4 * 1.67e-7}, {.0837, 4 * 5.99e-7}},
+    {"B",
+     8,
+     4,
+     {256, 512, 1024},
+     {9.24e-2, 1.3e-10},
+     {.175, 4 * 3.06e-7},
+     {.032, 4 * 1.68e-7},
+     {.0391, 4 * 1.67e-7},
+     {.0837, 4 * 5.99e-7}},
 };
 
 struct Size {
@@ -162,13 +170,13 @@ std::string FsmoeSweepReport() {
                       {"best chunks and slices, one communication at a time", 1.12, 1.16},
                       {"the same, both links at once, 1.4x slower meanwhile", 1.18, 1.22}};
   for (size_t i = 0; i < 3; ++i) {
-    absl::StrAppend(&text, absl::StrFormat("%-56s %7.2f %6.2f %7.2f %6.2f\n", rows[i].name, means[0][i], rows[i].paper_a, means[1][i],
-                                           rows[i].paper_b));
+    absl::StrAppend(&text, absl::StrFormat("%-56s %7.2f %6.2f %7.2f %6.2f\n", rows[i].name, means[0][i], rows[i].paper_a,
+                                           means[1][i], rows[i].paper_b));
   }
   absl::StrAppend(&text, absl::StrFormat("%-56s %7.2f %6s %7.2f\n", "the same, if links did not slow each other", means[0][3], "",
                                          means[1][3]));
-  absl::StrAppend(&text, absl::StrFormat("\nchunks differ between forward and backward in %d (A) and %d (B) of %d layers\n", differ[0],
-                                         differ[1], count[0]));
+  absl::StrAppend(&text, absl::StrFormat("\nchunks differ between forward and backward in %d (A) and %d (B) of %d layers\n",
+                                         differ[0], differ[1], count[0]));
   return text;
 }
 

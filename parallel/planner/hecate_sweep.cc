@@ -66,7 +66,8 @@ using Placements = std::vector<ExpertPlacement>;
 class Bench {
  public:
   explicit Bench(bool b) : cluster_(ClusterOf(b)), model_(GptMoeS()), out_(*LayOut(model_, cluster_, {.expert = 32}, {})) {
-    const double row_bytes = static_cast<double>(out_.work.row_bytes), expert_bytes = static_cast<double>(out_.work.expert_weight_bytes);
+    const double row_bytes = static_cast<double>(out_.work.row_bytes),
+                 expert_bytes = static_cast<double>(out_.work.expert_weight_bytes);
     const auto ps = [](double ns) { return static_cast<int64_t>(ns * kPsPerNs); };
     costs_ = {.row_work_ps = ps(2.0 * static_cast<double>(model_.expert_elements()) / cluster_.bf16_flops_per_ns),
               .row_send_ps = ps(row_bytes / cluster_.intra_bytes_per_ns),
@@ -82,8 +83,7 @@ class Bench {
     const double dense = static_cast<double>(out_.work.bucket_elements[2]);
     hidden_forward_ps_ = std::max<int64_t>(0, ps(out_.costs.Predict(attention, tokens)) - link_ps(2 * dense));
     hidden_backward_ps_ = std::max<int64_t>(0, ps(out_.costs.Predict(back, tokens)) - link_ps(4 * dense));
-    overlap_ = OverlapBudget(out_.topology, {.other_work_ns = static_cast<int64_t>(out_.costs.Predict(
-                                                 attention, tokens)),
+    overlap_ = OverlapBudget(out_.topology, {.other_work_ns = static_cast<int64_t>(out_.costs.Predict(attention, tokens)),
                                              .link_bytes_per_s = static_cast<int64_t>(1e9 * cluster_.inter_bytes_per_ns),
                                              .expert_bytes = out_.work.expert_weight_bytes});
   }
@@ -265,7 +265,7 @@ class Run {
     for (const auto& [overlap, memory] : kBudgets) {
       const MaterialiseBudget budget = {.overlap = overlap, .memory = memory};
       for (const ExpertPlacement& placement : std::array{Materialise(owners, loads, bench_.topology(), budget),
-                                                   MaterialisePerHost(owners, by_host, bench_.topology(), budget)}) {
+                                                         MaterialisePerHost(owners, by_host, bench_.topology(), budget)}) {
         const int64_t ps = bench_.LayerPs(owners, placement, rows);
         if (ps > best_ps - best_ps / 50) continue;  // Less than a fiftieth is noise.
         best_ps = ps;
@@ -297,7 +297,8 @@ class Run {
 
 std::string HecateSweepReport() {
   std::string text =
-      "Systems for unequal loads (Hecate, arXiv 2502.02581, section 5): mean speed-up of whole layers over expert parallelism, 32\n"
+      "Systems for unequal loads (Hecate, arXiv 2502.02581, section 5): mean speed-up of whole layers over expert parallelism, "
+      "32\n"
       "ranks on 4 hosts, GPT-MoE-S, 50 steps, moves of owners included. The paper has 1.34 to 1.78 (A) and 1.26 to 1.70 (B) for\n"
       "Hecate. \"by cost\": the copies that save most after what they cost, whether attention hides it or not.\n"
       "\"balanced\": expert parallelism with equal loads.\n\n";
@@ -313,7 +314,8 @@ std::string HecateSweepReport() {
       for (size_t i = 1; i < kSystems; ++i) absl::StrAppend(&text, absl::StrFormat(" %11.2f", times[kEp] / times[i]));
       absl::StrAppend(&text, "\n");
     }
-    absl::StrAppend(&text, absl::StrFormat("%-8s experts of a layer that travel behind its attention: %d\n", b ? "B" : "A", bench.overlap()));
+    absl::StrAppend(
+        &text, absl::StrFormat("%-8s experts of a layer that travel behind its attention: %d\n", b ? "B" : "A", bench.overlap()));
   }
   return text;
 }

@@ -104,7 +104,9 @@ Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const Ste
   work.totals_bytes = moe_layers * model.experts * 16;
   const int replicas = layout.sparse ? 1 : cluster.ranks() / layout.expert;
   // Owners are dealt in turn, so placements repeat after as many layers as there are replicas.
-  const int distinct = std::min<int>(static_cast<int>(moe_layers), skewed ? kDistinctLayers : layout.sparse || replicas > 1 ? 2 : 1);
+  const int distinct = std::min<int>(static_cast<int>(moe_layers), skewed                          ? kDistinctLayers
+                                                                   : layout.sparse || replicas > 1 ? 2
+                                                                                                   : 1);
   if (layout.sparse) {
     for (int layer = 0; layer < distinct; ++layer) {
       work.experts.push_back({.placement = OwnersOnly(EvenOwners(model.experts, cluster.ranks(), layer))});

@@ -168,10 +168,9 @@ std::string BytesText(int64_t bytes) {
 }
 
 std::string MemoryUse::ToString() const {
-  std::vector<std::pair<int64_t, const char*>> parts = {{weights, "weights"},   {gradients, "gradients"},
-                                                        {optimizer, "optimizer state"}, {copies, "copies of experts"},
-                                                        {activations, "activations"},   {buffers, "buffers of rows"},
-                                                        {working, "working memory"}};
+  std::vector<std::pair<int64_t, const char*>> parts = {
+      {weights, "weights"},         {gradients, "gradients"},     {optimizer, "optimizer state"}, {copies, "copies of experts"},
+      {activations, "activations"}, {buffers, "buffers of rows"}, {working, "working memory"}};
   std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   std::string text = BytesText(total());
   for (size_t i = 0; i < parts.size() && parts[i].first > 0; ++i) {

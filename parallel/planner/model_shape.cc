@@ -7,7 +7,8 @@ namespace shoal {
 std::vector<int64_t> ModelShape::BucketElements() const {
   std::vector<int64_t> elements = {(2 * layers() + 1) * width, vocab * width};
   for (const bool experts_here : moe) {
-    elements.push_back(AttentionElements() + (experts_here ? experts * width + 3 * width * shared_inner : 3 * width * dense_inner));
+    elements.push_back(AttentionElements() +
+                       (experts_here ? experts * width + 3 * width * shared_inner : 3 * width * dense_inner));
   }
   if (!tied_head) elements.push_back(vocab * width);
   return elements;
@@ -22,9 +23,10 @@ std::vector<int64_t> ModelShape::BucketBytes() const {
 double ModelShape::TrainFlopsPerToken() const {
   const double moe_layers = static_cast<double>(std::count(moe.begin(), moe.end(), true));
   const double dense_layers = layers() - moe_layers;
-  const double weights = layers() * static_cast<double>(AttentionElements()) +
-                         moe_layers * static_cast<double>(choices * expert_elements() + experts * width + 3 * width * shared_inner) +
-                         dense_layers * static_cast<double>(3 * width * dense_inner) + static_cast<double>(vocab * width);
+  const double weights =
+      layers() * static_cast<double>(AttentionElements()) +
+      moe_layers * static_cast<double>(choices * expert_elements() + experts * width + 3 * width * shared_inner) +
+      dense_layers * static_cast<double>(3 * width * dense_inner) + static_cast<double>(vocab * width);
   return 6 * weights + 6.0 * layers() * static_cast<double>(query_size * sequence_length);
 }
 

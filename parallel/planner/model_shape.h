@@ -14,7 +14,7 @@ struct ModelShape {
   int experts = 8, choices = 2;
   std::vector<bool> moe;  // By layer.
   bool tied_head = false;
-  int64_t compute_bytes = 4;  // Of an element of weights and activations: 2 in bf16.
+  int64_t compute_bytes = 4;                     // Of an element of weights and activations: 2 in bf16.
   int64_t sequences = 8, sequence_length = 256;  // Of a step, on all ranks together.
   int64_t loss_chunk = 1024;
 

@@ -121,14 +121,15 @@ absl::StatusOr<Plan> FindPlan(const ModelShape& model, const Cluster& cluster, c
   std::stable_sort(excluded.begin(), excluded.end(),
                    [](const Candidate& a, const Candidate& b) { return a.memory.total() < b.memory.total(); });
   for (const Candidate& candidate : excluded) {
-    plan.excluded.push_back(absl::StrCat(candidate.layout.ToString(), ": needs ", candidate.memory.ToString(), "; a device has ",
-                                         BytesText(limit)));
+    plan.excluded.push_back(
+        absl::StrCat(candidate.layout.ToString(), ": needs ", candidate.memory.ToString(), "; a device has ", BytesText(limit)));
   }
   if (fitting.empty()) {
     return absl::FailedPreconditionError(
         absl::StrCat("no layout fits; nearest is ", plan.excluded.empty() ? "none" : plan.excluded.front()));
   }
-  std::stable_sort(fitting.begin(), fitting.end(), [](const Candidate& a, const Candidate& b) { return a.plain_ns < b.plain_ns; });
+  std::stable_sort(fitting.begin(), fitting.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.plain_ns < b.plain_ns; });
   if (fitting.size() > kScheduledMax) fitting.resize(kScheduledMax);
   for (const Candidate& candidate : fitting) {
     SHOAL_ASSIGN_OR_RETURN(StepEstimate estimate,

@@ -39,7 +39,7 @@ struct PlanOptions {
 };
 
 struct Plan {
-  std::vector<StepEstimate> ranked;   // The fastest first.
+  std::vector<StepEstimate> ranked;  // The fastest first.
   int considered = 0;
   std::vector<std::string> excluded;  // A line each: the first limit that a layout does not meet. Nearest to the limit first.
 };

@@ -22,8 +22,9 @@ std::vector<double> Numbers(const std::string& report, const std::string& name) 
 
 TEST(FsmoeSweep, IsNearThePaper) {
   const std::string report = FsmoeSweepReport();
-  for (const char* name : {"gradients beside the dense part (Tutel improved)", "best chunks and slices, one communication at a time",
-                           "the same, both links at once, 1.4x slower meanwhile"}) {
+  for (const char* name :
+       {"gradients beside the dense part (Tutel improved)", "best chunks and slices, one communication at a time",
+        "the same, both links at once, 1.4x slower meanwhile"}) {
     const std::vector<double> row = Numbers(report, name);  // Here and in the paper, on A and on B.
     ASSERT_EQ(row.size(), 4u);
     EXPECT_NEAR(row[0], row[1], 0.06) << name;

@@ -18,7 +18,8 @@ CostModel PerElement(const CostTable& costs, Lane lane, int64_t bytes) {
 
 }  // namespace
 
-GradientSlicer::GradientSlicer(const StepShape& shape, const Workload& workload, const CostTable& costs, int64_t slice_elements_min)
+GradientSlicer::GradientSlicer(const StepShape& shape, const Workload& workload, const CostTable& costs,
+                               int64_t slice_elements_min)
     : shape_(shape),
       workload_(workload),
       lane_(shape.inter ? Lane::kInter : Lane::kIntra),
@@ -56,7 +57,8 @@ void GradientSlicer::Measure(const Graph& graph, const StepRecord& record) {
     int64_t idle = end[layer] - begin[layer];
     for (size_t i = 0; i < graph.tasks.size(); ++i) {
       if (graph.tasks[i].lane != lane_) continue;
-      idle -= std::max<int64_t>(0, std::min(record.tasks[i].end_ns, end[layer]) - std::max(record.tasks[i].begin_ns, begin[layer]));
+      idle -=
+          std::max<int64_t>(0, std::min(record.tasks[i].end_ns, end[layer]) - std::max(record.tasks[i].begin_ns, begin[layer]));
     }
     pause_ns_[layer] = static_cast<double>(std::max<int64_t>(0, idle));
   }

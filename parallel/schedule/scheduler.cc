@@ -328,8 +328,9 @@ class Search {
     plain.gradients = PlainSchedule(shape_, workload_.bucket_elements).gradients;
     const double plain_ns = all_parts_.Time(plain);
     if (Better(choice->predicted_ns, plain_ns)) {
-      choice->reasons.push_back(absl::StrCat("dense gradients in ", best_.gradients.size(), " slices: ", TimeText(choice->predicted_ns),
-                                             " instead of ", TimeText(plain_ns), " with those of a layer at once"));
+      choice->reasons.push_back(absl::StrCat("dense gradients in ", best_.gradients.size(),
+                                             " slices: ", TimeText(choice->predicted_ns), " instead of ", TimeText(plain_ns),
+                                             " with those of a layer at once"));
     }
     if (best_.waves != options_.waves.front()) {
       Schedule without = best_;
@@ -340,7 +341,8 @@ class Search {
     if (best_.prefetch != options_.prefetch.front()) {
       choice->reasons.push_back(absl::StrCat("weights are gathered ", best_.prefetch, " layers ahead"));
     }
-    if (choice->reasons.empty()) choice->reasons.push_back(absl::StrCat("nothing to gain by pieces: ", TimeText(choice->predicted_ns)));
+    if (choice->reasons.empty())
+      choice->reasons.push_back(absl::StrCat("nothing to gain by pieces: ", TimeText(choice->predicted_ns)));
   }
 
   const StepShape shape_;  // Of few parts.

@@ -16,19 +16,19 @@
 namespace shoal {
 
 struct SchedulerOptions {
-  std::vector<int> chunks = {1, 2, 3, 4, 6, 8};     // To choose from, ascending.
-  int chunks_forward = 0, chunks_backward = 0;      // Not 0: taken, not chosen.
-  std::vector<int> waves = {1};                     // To choose from; the first is where the search begins.
-  bool slice_gradients = true;                      // false: as PlainSchedule has them.
-  std::vector<int> prefetch = {1};                  // To choose from; the first is where the search begins.
-  int64_t slice_elements_min = 1 << 14;             // Smaller slices are not worth their messages.
-  int slice_trials = 24;                            // Simulations that improve the slices.
+  std::vector<int> chunks = {1, 2, 3, 4, 6, 8};  // To choose from, ascending.
+  int chunks_forward = 0, chunks_backward = 0;   // Not 0: taken, not chosen.
+  std::vector<int> waves = {1};                  // To choose from; the first is where the search begins.
+  bool slice_gradients = true;                   // false: as PlainSchedule has them.
+  std::vector<int> prefetch = {1};               // To choose from; the first is where the search begins.
+  int64_t slice_elements_min = 1 << 14;          // Smaller slices are not worth their messages.
+  int slice_trials = 24;                         // Simulations that improve the slices.
 };
 
 struct ScheduleChoice {
   Schedule schedule;
-  double predicted_ns = 0;   // Of the step, on the rank with the most work of each kind.
-  double plain_ns = 0;       // As predicted_ns, of PlainSchedule.
+  double predicted_ns = 0;           // Of the step, on the rank with the most work of each kind.
+  double plain_ns = 0;               // As predicted_ns, of PlainSchedule.
   std::vector<std::string> reasons;  // A line each, for people.
 };
 

@@ -27,14 +27,17 @@ CostTable CostsOf(const Rates& rates) {
     for (const Op op : {Op::kEmbed, Op::kAttention, Op::kDense, Op::kRoute, Op::kArrange, Op::kShared, Op::kHead}) {
       costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.token * more};
     }
-    for (const Op op : {Op::kExperts, Op::kExpertsWeight}) costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.row};
-    for (const Op op : {Op::kPack, Op::kCombine}) costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.row / 50};
+    for (const Op op : {Op::kExperts, Op::kExpertsWeight})
+      costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.row};
+    for (const Op op : {Op::kPack, Op::kCombine})
+      costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.row / 50};
     for (const Op op : {Op::kNorm, Op::kUpdate}) costs.models[{op, phase, Lane::kCompute}] = {rates.fixed_compute, rates.element};
     for (const Op op : {Op::kDispatch, Op::kReturn, Op::kGather, Op::kReduce, Op::kMaterialise, Op::kReduceExperts}) {
       costs.models[{op, phase, Lane::kInter}] = {rates.fixed_link, rates.inter_byte};
       costs.models[{op, phase, Lane::kIntra}] = {rates.fixed_link / 4, rates.intra_byte};
     }
-    for (const Op op : {Op::kExchange, Op::kTotals, Op::kNormSum}) costs.models[{op, phase, Lane::kControl}] = {rates.fixed_link, 0};
+    for (const Op op : {Op::kExchange, Op::kTotals, Op::kNormSum})
+      costs.models[{op, phase, Lane::kControl}] = {rates.fixed_link, 0};
   }
   costs.interference = 1.2;
   return costs;
@@ -64,9 +67,16 @@ Problem Make(int layers, int parts = 1) {
 }
 
 Rates RandomRates(std::mt19937* random) {
-  const auto draw = [&](double low, double high) { return low * std::pow(high / low, std::uniform_real_distribution<>(0, 1)(*random)); };
-  return {.token = draw(20, 500), .row = draw(20, 2000), .inter_byte = draw(0.05, 5), .intra_byte = draw(0.01, 1),
-          .element = 0.1, .fixed_compute = draw(100, 50000), .fixed_link = draw(500, 300000)};
+  const auto draw = [&](double low, double high) {
+    return low * std::pow(high / low, std::uniform_real_distribution<>(0, 1)(*random));
+  };
+  return {.token = draw(20, 500),
+          .row = draw(20, 2000),
+          .inter_byte = draw(0.05, 5),
+          .intra_byte = draw(0.01, 1),
+          .element = 0.1,
+          .fixed_compute = draw(100, 50000),
+          .fixed_link = draw(500, 300000)};
 }
 
 Schedule Uniform(const Problem& p, int forward, int backward) {
@@ -84,7 +94,8 @@ TEST(ChooseSchedule, IsTheBestOfAllPairsOnSmallSteps) {
     const ScheduleChoice choice = ChooseSchedule(p.shape, costs, p.work, p.topology, options);
     double best = std::numeric_limits<double>::infinity();
     for (int forward : options.chunks) {
-      for (int backward : options.chunks) best = std::min(best, PredictStep(p.shape, costs, p.work, p.topology, Uniform(p, forward, backward)));
+      for (int backward : options.chunks)
+        best = std::min(best, PredictStep(p.shape, costs, p.work, p.topology, Uniform(p, forward, backward)));
     }
     EXPECT_NEAR(choice.predicted_ns, best, 1e-6 * best) << "seed " << seed;
     EXPECT_DOUBLE_EQ(choice.predicted_ns, PredictStep(p.shape, costs, p.work, p.topology, choice.schedule));
@@ -100,7 +111,8 @@ TEST(ChooseSchedule, IsNearTheBestOfAllPairsOnLargeSteps) {
     const ScheduleChoice choice = ChooseSchedule(p.shape, costs, p.work, p.topology, options);
     double best = std::numeric_limits<double>::infinity();
     for (int forward : options.chunks) {
-      for (int backward : options.chunks) best = std::min(best, PredictStep(p.shape, costs, p.work, p.topology, Uniform(p, forward, backward)));
+      for (int backward : options.chunks)
+        best = std::min(best, PredictStep(p.shape, costs, p.work, p.topology, Uniform(p, forward, backward)));
     }
     EXPECT_LE(choice.predicted_ns, 1.005 * best) << "seed " << seed;
   }
@@ -129,7 +141,8 @@ TEST(ChooseSchedule, NearsTheBoundWhereLinksAndComputationAreEqual) {
   p.work.bucket_elements.assign(p.work.bucket_elements.size(), 3000);
   p.work.bucket_bytes.assign(p.work.bucket_elements.size(), 12000);
   // Per layer and rank 2048 rows, half of which cross: 512 KiB each way, four times.
-  const CostTable costs = CostsOf({.token = 20, .row = 500, .inter_byte = 1.5, .intra_byte = 0.1, .fixed_compute = 500, .fixed_link = 1000});
+  const CostTable costs =
+      CostsOf({.token = 20, .row = 500, .inter_byte = 1.5, .intra_byte = 0.1, .fixed_compute = 500, .fixed_link = 1000});
   const ScheduleChoice choice = ChooseSchedule(p.shape, costs, p.work, p.topology, {});
   Graph graph = EmitStep(p.shape, choice.schedule);
   FillUnits(p.work, p.topology, choice.schedule, 0, &graph);
@@ -156,8 +169,8 @@ TEST(ChooseSchedule, OneChunkWhereNothingCanBeGained) {
 
 TEST(ChooseSchedule, TakesChunksThatAreGiven) {
   const Problem p = Make(3);
-  const ScheduleChoice choice =
-      ChooseSchedule(p.shape, CostsOf({}), p.work, p.topology, {.chunks_forward = 5, .chunks_backward = 7, .slice_gradients = false});
+  const ScheduleChoice choice = ChooseSchedule(p.shape, CostsOf({}), p.work, p.topology,
+                                               {.chunks_forward = 5, .chunks_backward = 7, .slice_gradients = false});
   for (const LayerSchedule& layer : choice.schedule.layers) {
     EXPECT_EQ(layer.forward_chunks, 5);
     EXPECT_EQ(layer.backward_chunks, 7);

@@ -40,7 +40,8 @@ void Account(const std::array<bool, kLanes>& busy, double span, Prediction* out)
 
 class AlikeRun {
  public:
-  AlikeRun(const Graph& graph, const FlatCosts& costs) : graph_(graph), costs_(costs), lanes_(ByLane(graph)), done_(graph.tasks.size()) {}
+  AlikeRun(const Graph& graph, const FlatCosts& costs)
+      : graph_(graph), costs_(costs), lanes_(ByLane(graph)), done_(graph.tasks.size()) {}
 
   Prediction Run(Record record) {
     if (record == Record::kYes) prediction_.record.tasks.resize(graph_.tasks.size());
@@ -127,7 +128,7 @@ Reach ReachOf(const Task& task, bool one_host) {
 
 struct Classes {
   std::vector<RankClass> ranks;
-  std::vector<int> host_of;              // By class of ranks: the class of its host.
+  std::vector<int> host_of;             // By class of ranks: the class of its host.
   std::vector<std::vector<int>> hosts;  // By class of hosts: its classes of ranks.
 };
 
@@ -165,8 +166,8 @@ Classes Classify(const StepUnits& units, const Topology& topology) {
 
 class ClusterRun {
  public:
-  ClusterRun(const Graph& graph, const FlatCosts& costs, const Schedule& schedule, const StepUnits& units, const Topology& topology,
-             Record record)
+  ClusterRun(const Graph& graph, const FlatCosts& costs, const Schedule& schedule, const StepUnits& units,
+             const Topology& topology, Record record)
       : graph_(graph),
         costs_(costs),
         schedule_(schedule),
@@ -226,7 +227,7 @@ class ClusterRun {
     const std::vector<int>* members = nullptr;
     Lane lane = Lane::kIntra;
     size_t arrived = 0;
-    double cost_ns = 0;   // Of the member with the most.
+    double cost_ns = 0;  // Of the member with the most.
     bool running = false;
     double left_ns = 0, since = 0, factor = 1;  // At `since`.
     uint64_t version = 0;

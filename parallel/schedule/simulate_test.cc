@@ -36,9 +36,9 @@ CostTable UnitCosts() {
 
 TEST(SimulateAlike, RunsLanesInOrderAndTasksWhenReady) {
   Graph graph;
-  graph.tasks = {Of(Op::kPack, Lane::kCompute, 10, {}), Of(Op::kDispatch, Lane::kInter, 30, {0}), Of(Op::kPack, Lane::kCompute, 5, {}),
-                 Of(Op::kDispatch, Lane::kInter, 30, {2}), Of(Op::kExperts, Lane::kCompute, 20, {1}),
-                 Of(Op::kExperts, Lane::kCompute, 20, {3})};
+  graph.tasks = {Of(Op::kPack, Lane::kCompute, 10, {}),     Of(Op::kDispatch, Lane::kInter, 30, {0}),
+                 Of(Op::kPack, Lane::kCompute, 5, {}),      Of(Op::kDispatch, Lane::kInter, 30, {2}),
+                 Of(Op::kExperts, Lane::kCompute, 20, {1}), Of(Op::kExperts, Lane::kCompute, 20, {3})};
   const Prediction got = SimulateAlike(graph, FlatCosts(UnitCosts()), Record::kYes);
   EXPECT_DOUBLE_EQ(got.step_ns, 90);  // 10 + 30 + 30 + 20.
   EXPECT_EQ(got.record.tasks[3].begin_ns, 40);
@@ -78,7 +78,8 @@ TEST(SimulateAlike, EqualsTheLongestPathWithoutInterference) {
     }
     const Prediction got = SimulateAlike(graph, FlatCosts(UnitCosts()), Record::kYes);
     EXPECT_DOUBLE_EQ(got.step_ns, *std::max_element(ends.begin(), ends.end())) << "seed " << seed;
-    for (size_t i = 0; i < ends.size(); ++i) ASSERT_EQ(got.record.tasks[i].end_ns, static_cast<int64_t>(ends[i])) << "seed " << seed;
+    for (size_t i = 0; i < ends.size(); ++i)
+      ASSERT_EQ(got.record.tasks[i].end_ns, static_cast<int64_t>(ends[i])) << "seed " << seed;
   }
 }
 
@@ -123,7 +124,8 @@ TEST(SimulateCluster, ABalancedClusterIsOneRank) {
   EXPECT_NEAR(cluster.classes[0].prediction.exposed_ns, alone.exposed_ns, 1e-6 * alone.step_ns);
   for (size_t i = 0; i < c.graph.tasks.size(); ++i) {
     ASSERT_NEAR(static_cast<double>(cluster.classes[0].prediction.record.tasks[i].end_ns),
-                static_cast<double>(alone.record.tasks[i].end_ns), 1.0) << Name(c.graph.tasks[i]);
+                static_cast<double>(alone.record.tasks[i].end_ns), 1.0)
+        << Name(c.graph.tasks[i]);
   }
 }
 

@@ -60,7 +60,8 @@ void SpreadEvenly(const Workload& workload, const ExpertPlacement& placement, co
         (*shares)[At(members[i])].stay += rows;
         away -= rows;
       }
-      for (size_t i = begin; i < end; ++i) flows->intra_in[At(members[i])] += std::max(0.0, away) / static_cast<double>(end - begin);
+      for (size_t i = begin; i < end; ++i)
+        flows->intra_in[At(members[i])] += std::max(0.0, away) / static_cast<double>(end - begin);
     });
     const double from_far = std::max(0.0, all_rows - reached) / static_cast<double>(members.size());
     for (int member : members) flows->inter_in[At(member)] += from_far;
@@ -176,7 +177,9 @@ double StepUnits::ShareOfChunk(const Task& task, const Schedule& schedule, int r
   const LayerSchedule& layer = schedule.layers[At(task.layer)];
   const int chunks = task.phase == Phase::kBackward ? layer.backward_chunks : layer.forward_chunks;
   const int64_t tokens = Tokens(rank), of_wave = TokensOfWave(task, schedule, rank);
-  const double wave = task.wave < 0 ? 1 : tokens == 0 ? 1.0 / schedule.waves : static_cast<double>(of_wave) / static_cast<double>(tokens);
+  const double wave = task.wave < 0 ? 1
+                      : tokens == 0 ? 1.0 / schedule.waves
+                                    : static_cast<double>(of_wave) / static_cast<double>(tokens);
   return wave * Fraction(of_wave, chunks, task.chunk);
 }
 

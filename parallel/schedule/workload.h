@@ -31,9 +31,9 @@ struct Workload {
   std::vector<int64_t> bucket_elements;                        // Of dense buckets (BucketIndex).
   std::vector<int64_t> bucket_bytes;                           // Of their weights, as they are sent.
   int64_t gradient_bytes = 4;                                  // Of an element of a dense gradient, as it is sent.
-  int64_t summary_bytes = 0;  // What a rank tells all others about the routing of one layer.
-  int64_t totals_bytes = 0;   // Routing sums of all layers.
-  int64_t norm_bytes = 16;    // Sums of squares, and of the loss.
+  int64_t summary_bytes = 0;                                   // What a rank tells all others about the routing of one layer.
+  int64_t totals_bytes = 0;                                    // Routing sums of all layers.
+  int64_t norm_bytes = 16;                                     // Sums of squares, and of the loss.
   // Layers whose experts and rows are alike share an entry.
   std::vector<ExpertWork> experts;
   std::vector<int> experts_of_layer;  // Index into `experts`; -1: a dense layer.
@@ -43,9 +43,9 @@ struct Workload {
 
 // The part of one rank in one expert layer, in one part of the batch. Rows may be fractions where loads are spread evenly.
 struct ExpertShare {
-  double rows = 0;     // Of its own tokens.
-  double arrived = 0;  // That its experts compute, its own among them.
-  double stay = 0;     // That do not leave the rank.
+  double rows = 0;              // Of its own tokens.
+  double arrived = 0;           // That its experts compute, its own among them.
+  double stay = 0;              // That do not leave the rank.
   double intra = 0, inter = 0;  // Sent or received, the larger, inside the host and across hosts.
   double copies = 0;            // Experts whose weights it sends or receives, the larger, when copies are gathered.
   double owned = 0;             // Experts.

@@ -139,7 +139,7 @@ TEST(StepUnits, WavesAreWholeSequences) {
   };
   EXPECT_DOUBLE_EQ(of(Of(Op::kAttention, Lane::kCompute, 0, -1), 0), 8);
   EXPECT_DOUBLE_EQ(of(Of(Op::kAttention, Lane::kCompute, 0, -1), 1), 4);
-  EXPECT_DOUBLE_EQ(of(Of(Op::kPack, Lane::kCompute, 0, 1), 0), 8);   // Of 24 rows.
+  EXPECT_DOUBLE_EQ(of(Of(Op::kPack, Lane::kCompute, 0, 1), 0), 8);  // Of 24 rows.
   EXPECT_DOUBLE_EQ(of(Of(Op::kPack, Lane::kCompute, 0, 1), 1), 4);
   EXPECT_DOUBLE_EQ(of(Of(Op::kExperts, Lane::kCompute, 0, 0, Phase::kBackward), 1), 8);
 }
