@@ -106,6 +106,7 @@ void Print(const Config& config, const RankModel& model, const BenchOptions& opt
   absl::PrintF("  phases       forward %.1f ms, backward %.1f, gradient reduction %.1f, update %.1f (means)\n",
                1e3 * measured.phases.forward_seconds / steps, 1e3 * measured.phases.backward_seconds / steps,
                1e3 * measured.phases.reduce_seconds / steps, 1e3 * measured.phases.update_seconds / steps);
+  absl::PrintF("  schedule     %s\n", Describe(model.schedule()));
   absl::PrintF("  memory       rank 0 peak %.0f MiB resident: weights %.0f, gradients %.0f, optimizer state %.0f; private "
                "tensors at most %.0f\n",
                resident, static_cast<double>(memory.weights_bytes) * mib, static_cast<double>(memory.gradients_bytes) * mib,

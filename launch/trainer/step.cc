@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
+#include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {
@@ -155,6 +156,7 @@ Workload RankModel::WorkloadOf(const StepShape& shape) const {
   const int64_t act = config_.train().precision() == "bf16" ? 2 : 4, seq = config_.train().seq_length();
   Workload workload;
   workload.tokens = TokensOfRanks(config_.train().global_batch_size() / shape.parts, seq);
+  workload.sequence_tokens = seq;
   workload.choices = model_.num_experts_per_tok;
   workload.row_bytes = model_.hidden_size * act;
   workload.dispatch = DispatchRuleFor(config_);
@@ -190,8 +192,7 @@ std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
 // ---- Between steps.
 
 absl::Status RankModel::AfterStep() {
-  SHOAL_ASSIGN_OR_RETURN(const bool changed, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
-  if (changed) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "tuning the schedule");
+  SHOAL_ASSIGN_OR_RETURN(reschedule_, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
   return mover_ == nullptr ? absl::OkStatus() : MoveExperts();
 }
 
@@ -239,9 +240,14 @@ int RankModel::OverlapOf(const CostTable& costs) const {
 
 // ---- Running.
 
-absl::Status RankModel::Execute(const Program& program, const Executor::Body& body) {
+absl::Status RankModel::Execute(const Program& program, StepRecord* record, const Executor::Body& body) {
   const auto abort = [this](const absl::Status& status) { world_->Abort(status); };
-  SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, body, abort, &record_));
+  const auto on_lane = [&](const Task& task) -> absl::StatusOr<double> {
+    if (task.lane != Lane::kCompute) SetThreads(1);  // The team is the compute lane's.
+    return body(task);
+  };
+  SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, on_lane, abort, record));
+  SHOAL_RETURN_IF_ERROR(copy_stream_.status());
   return stream_.status();
 }
 
@@ -257,7 +263,8 @@ absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, do
                                             const OnGradients& on_gradients) {
   StepState step{.parts = &parts, .learning_rate = learning_rate, .update = update, .on_gradients = &on_gradients};
   SHOAL_CHECK_EQ(parts.size(), static_cast<size_t>(train_.shape.parts));
-  SHOAL_RETURN_IF_ERROR(Execute(train_, [&](const Task& task) { return RunTrainTask(task, &step); }));
+  if (std::exchange(reschedule_, false)) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "changing the schedule");
+  SHOAL_RETURN_IF_ERROR(Execute(train_, &record_, [&](const Task& task) { return RunTrainTask(task, &step); }));
   const std::vector<Router*> routers = decoder_->routers();
   for (size_t layer = 0; layer < routers.size(); ++layer) {
     if (step.result.finite) routers[layer]->EndStep(step.result.expert_counts[layer]);
@@ -272,7 +279,7 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
   switch (task.op) {
     case Op::kEmbed:
       if (task.phase == Phase::kForward && task.wave == 0) BeginPart(task.part, step);
-      return decoder_->Run(task, stream_);
+      return decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_);
     case Op::kTotals:
       return SumRouting(step);
     case Op::kBalance:
@@ -282,13 +289,13 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
       if (*step->on_gradients) (*step->on_gradients)(*store_);
       step->squares = store_->SquaresByBlock(stream_);
       if (world_->size() == 1) FinishNorm(step);
-      return static_cast<double>(step->squares.elements());
+      return static_cast<double>(store_->owned_elements());
     case Op::kNormSum:
       return SumNorm(step);
     case Op::kUpdate:
       return step->result.finite ? Update(task, *step) : 0;
     case Op::kHead: {
-      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, stream_));
+      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_));
       // The decoder sums the waves of a part.
       if (task.phase == Phase::kForward && task.wave + 1 == train_.schedule.waves) step->cross_entropy += decoder_->cross_entropy();
       return units;
@@ -325,7 +332,7 @@ absl::StatusOr<double> RankModel::RunStoreTask(const Task& task) {
       return static_cast<double>(bytes);
     }
     default:
-      return decoder_->Run(task, stream_);
+      return decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_);
   }
 }
 
@@ -429,8 +436,7 @@ absl::StatusOr<double> RankModel::Update(const Task& task, const StepState& step
   const double clip = optimizer.clip_grad(), norm = step.result.grad_norm;
   if (clip > 0 && norm > clip) adamw.grad_scale = static_cast<float>(clip / (norm + 1e-6));
   if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, stream_));
-  store_->dense().Update(task.chunk, adamw, stream_);
-  return static_cast<double>(store_->dense().elements(task.chunk));
+  return static_cast<double>(store_->dense().Update(task.chunk, adamw, stream_));
 }
 
 // From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.
@@ -461,9 +467,9 @@ void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
 
 absl::Status RankModel::RunForward(Decoder::Pass pass) {
   pass.schedule = &forward_.schedule;
-  return Execute(forward_, [&](const Task& task) -> absl::StatusOr<double> {
+  return Execute(forward_, /*record=*/nullptr, [&](const Task& task) -> absl::StatusOr<double> {
     if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass);
-    return task.op == Op::kHead ? decoder_->Run(task, stream_) : RunStoreTask(task);
+    return task.op == Op::kHead ? decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_) : RunStoreTask(task);
   });
 }
 

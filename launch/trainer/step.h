@@ -61,7 +61,7 @@ class RankModel {
   Stream& stream() { return stream_; }
   const Topology& topology() const { return topology_; }
   const ModelConfig& model() const { return model_; }
-  // The graph of a training step, and when its tasks ran last.
+  // The graph of the last training step, and when its tasks ran.
   const Graph& graph() const { return train_.graph; }
   const StepRecord& record() const { return record_; }
   const Schedule& schedule() const { return train_.schedule; }
@@ -98,7 +98,7 @@ class RankModel {
   absl::Status AfterStep();
   absl::Status MoveExperts();
   int OverlapOf(const CostTable& costs) const;
-  absl::Status Execute(const Program& program, const Executor::Body& body);
+  absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);
 
@@ -123,10 +123,11 @@ class RankModel {
   std::unique_ptr<Decoder> decoder_;
   Executor executor_;
   std::unique_ptr<StepTuner> tuner_;
+  bool reschedule_ = false;             // The next step has another schedule.
   std::unique_ptr<ExpertMover> mover_;  // Of sparse experts.
   Program train_, forward_;
   StepRecord record_;
-  Stream stream_;
+  Stream stream_, copy_stream_;  // Of the compute lane and of the copy lane.
 };
 
 }  // namespace shoal

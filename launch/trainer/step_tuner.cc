@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "runtime/base/status.h"
 
@@ -11,8 +12,10 @@ namespace {
 constexpr size_t kProbeSteps = 4;    // Of each schedule at the start.
 constexpr size_t kTrialSteps = 5;    // Until a new schedule is judged.
 constexpr size_t kReplanSteps = 10;  // Between looks at what another schedule would give.
-// A new schedule that is slower than the one before by more than this goes.
+// A schedule goes when another one was faster by more than this.
 constexpr double kSlower = 1.005;
+// A new schedule is tried when it is predicted to take at most this much of what one that was tried is predicted to take.
+constexpr double kWorthTrying = 0.98;
 
 Schedule WithChunks(Schedule schedule, int forward, int backward) {
   for (LayerSchedule& layer : schedule.layers) layer = {forward, backward};
@@ -31,6 +34,10 @@ StepTuner::StepTuner(const StepShape& shape, const Topology& topology, Workload 
   schedule_ = WithChunks(plain, std::max(1, fixed.chunks_forward), std::max(1, fixed.chunks_backward));
   if (!options_.choose || shape_.ranks == 1) return;
   state_ = State::kProbing;
+  if (fixed.waves.size() > 1) {
+    probes_.push_back(schedule_);
+    probes_.back().waves = fixed.waves.back();
+  }
   if (!shape_.dispatch || (fixed.chunks_forward > 0 && fixed.chunks_backward > 0)) return;
   probes_.push_back(WithChunks(plain, fixed.chunks_forward > 0 ? fixed.chunks_forward : 2,
                                fixed.chunks_backward > 0 ? fixed.chunks_backward : 2));
@@ -62,9 +69,10 @@ absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& 
   if (!options_.choose || shape_.ranks == 1) return false;
   if (state_ == State::kProbing) return Probe();
   if (!options_.replan && state_ == State::kSettled) return false;
-  if (profiler_.jumps() != jumps_) {  // What was judged before may be judged otherwise now.
-    jumps_ = profiler_.jumps();
-    rejected_.clear();
+  if (std::exchange(jumps_, profiler_.jumps()) != profiler_.jumps() && steps_ns_.size() > kTrialSteps) {
+    // Not the schedule has changed, but what tasks take: what was measured before may be different now.
+    tried_.clear();
+    steps_ns_.clear();
     state_ = State::kSettled;
     return Propose(/*first=*/false);
   }
@@ -74,44 +82,48 @@ absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& 
 
 bool StepTuner::Probe() {
   if (steps_ns_.size() < kProbeSteps) return false;
+  Remember();
   if (!probes_.empty()) {
-    before_ = schedule_;
-    before_ns_ = Median();
     Schedule next = std::move(probes_.back());
     probes_.pop_back();
-    return Take(std::move(next), State::kProbing);
+    return Take(std::move(next), {}, State::kProbing);
   }
   jumps_ = profiler_.jumps();
   state_ = State::kSettled;
-  return Propose(/*first=*/true);
+  return Propose(/*first=*/true) || Judge();
 }
 
 bool StepTuner::Propose(bool first) {
-  const CostTable costs = profiler_.table();
-  ScheduleChoice choice = ChooseSchedule(shape_, costs, workload_, topology_, options_.scheduler);
+  ScheduleChoice choice = ChooseSchedule(shape_, profiler_.table(), workload_, topology_, options_.scheduler);
   const uint64_t fingerprint = Fingerprint(EmitStep(shape_, choice.schedule));
-  if (fingerprint == Fingerprint(EmitStep(shape_, schedule_)) || rejected_.contains(fingerprint)) return false;
+  if (fingerprint == Fingerprint(EmitStep(shape_, schedule_)) || tried_.contains(fingerprint)) return false;
   const double noise = std::isfinite(profiler_.prediction_error()) ? profiler_.prediction_error() : 0;
   if (!first && !WorthReplanning(predicted_ns_, choice.predicted_ns, noise)) return false;
-  reasons_before_ = std::exchange(reasons_, std::move(choice.reasons));
-  before_ = schedule_;
-  before_ns_ = Median();
-  return Take(std::move(choice.schedule), State::kTrying);
-}
-
-// Back to the schedule before, if that was faster.
-bool StepTuner::Judge() {
-  if (Median() <= before_ns_ * kSlower) {
-    state_ = State::kSettled;
-    return false;
+  // What has been measured is worth more than a prediction.
+  for (const auto& [_, tried] : tried_) {
+    const double predicted = PredictStep(shape_, profiler_.table(), workload_, topology_, tried.schedule);
+    if (choice.predicted_ns > predicted * kWorthTrying) return false;
   }
-  rejected_.insert(Fingerprint(EmitStep(shape_, schedule_)));
-  reasons_ = std::move(reasons_before_);
-  return Take(std::move(before_), State::kSettled);
+  if (!steps_ns_.empty()) Remember();
+  return Take(std::move(choice.schedule), std::move(choice.reasons), State::kTrying);
 }
 
-bool StepTuner::Take(Schedule schedule, State state) {
+void StepTuner::Remember() { tried_[Fingerprint(EmitStep(shape_, schedule_))] = {schedule_, reasons_, Median()}; }
+
+// The schedule that was fastest so far.
+bool StepTuner::Judge() {
+  Remember();
+  state_ = State::kSettled;
+  const auto best = std::min_element(tried_.begin(), tried_.end(), [](const auto& a, const auto& b) {
+    return a.second.median_ns < b.second.median_ns;
+  });
+  if (best->second.median_ns * kSlower >= Median()) return false;
+  return Take(best->second.schedule, best->second.reasons, State::kSettled);
+}
+
+bool StepTuner::Take(Schedule schedule, std::vector<std::string> reasons, State state) {
   schedule_ = std::move(schedule);
+  reasons_ = std::move(reasons);
   state_ = state;
   steps_ns_.clear();
   return true;

@@ -1,13 +1,12 @@
 // Learns what the tasks of a step take while training, and chooses the schedule from it (parallel/schedule/scheduler.h). A thin shell:
 // measurements of all ranks are brought together by two small all-reduces after each step, so that every rank decides alike.
 //
-// It begins with plain schedules of one and of two chunks, to tell fixed costs from those per row. Then it takes what is predicted to
-// be fastest, but keeps it only if the steps really become faster; and looks again every so many steps, and as soon as the times of
-// some kind of task have changed.
+// It begins with plain schedules of one chunk, of two, and of two waves, to tell fixed costs from those per row. Then it takes what
+// is predicted to be fastest, but goes back to a schedule with which steps took less time if there was one; and looks again every so
+// many steps, and as soon as the times of some kind of task have changed.
 #pragma once
 
-#include <optional>
-#include <set>
+#include <map>
 #include <vector>
 
 #include "collectives/communicator.h"
@@ -44,8 +43,16 @@ class StepTuner {
   bool Probe();
   bool Judge();
   bool Propose(bool first);
-  bool Take(Schedule schedule, State state);
+  bool Take(Schedule schedule, std::vector<std::string> reasons, State state);
   double Median() const;  // Of the steps since the schedule was taken, without the first.
+
+  // A schedule and what steps took with it.
+  struct Tried {
+    Schedule schedule;
+    std::vector<std::string> reasons;
+    double median_ns = 0;
+  };
+  void Remember();
 
   const StepShape shape_;
   const Topology topology_;
@@ -53,14 +60,13 @@ class StepTuner {
   Communicator* const control_;
   const Options options_;
   Profiler profiler_;
-  Schedule schedule_, before_;
-  double before_ns_ = 0;      // What steps took with before_.
+  Schedule schedule_;
   State state_ = State::kSettled;
   std::vector<Schedule> probes_;
-  std::vector<int64_t> steps_ns_;
-  std::set<uint64_t> rejected_;  // Fingerprints of what turned out slower.
+  std::vector<int64_t> steps_ns_;     // Of schedule_.
+  std::map<uint64_t, Tried> tried_;   // By fingerprint; since the times of tasks changed last.
   int64_t jumps_ = 0;
-  std::vector<std::string> reasons_, reasons_before_;
+  std::vector<std::string> reasons_;
   double predicted_ns_ = 0;
 };
 

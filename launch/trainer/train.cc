@@ -10,6 +10,7 @@
 #include "launch/trainer/folder_lock.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
+#include "launch/trainer/step_watch.h"
 #include "models/data/prefetch.h"
 #include "nlohmann/json.hpp"
 #include "runtime/base/log.h"
@@ -92,6 +93,14 @@ class TrainingRun {
     SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, {.host = environment_.node_rank}), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
     SHOAL_RETURN_IF_ERROR(StartReporter());
+    const Telemetry& telemetry = config_.telemetry();
+    SHOAL_ASSIGN_OR_RETURN(
+        watch_, StepWatch::Create({.run_dir = run_dir_,
+                                   .about = absl::StrCat(ModelText(), "; ", LayoutText(config_, model_config_, world_->size()),
+                                                         "; ", config_.train().precision(), ", ", Threads(), " threads"),
+                                   .trace_steps = {telemetry.trace_steps().begin(), telemetry.trace_steps().end()},
+                                   .metrics = metrics_->metrics()},
+                                  *world_, model_->tuner()->profiler()));
     if (is_rank0()) SHOAL_RETURN_IF_ERROR(first_step_ == 0 ? PutOldCheckpointsAside() : PutLaterCheckpointsAside());
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group, world_->Split(AllRanks()));
     SHOAL_ASSIGN_OR_RETURN(checkpointer_,
@@ -312,6 +321,7 @@ class TrainingRun {
     const double data_seconds = SecondsSince(begin);
     const double learning_rate = LearningRate(config_, step);
     SHOAL_ASSIGN_OR_RETURN(const StepResult result, model_->Train(parts, learning_rate, updates_ + 1));
+    SHOAL_RETURN_IF_ERROR(watch_->AfterStep(step, model_->graph(), model_->record()), "telemetry");
     TrainRecord record;
     record.step = step;
     record.loss = result.loss;
@@ -426,6 +436,7 @@ class TrainingRun {
         record.checkpoint_dir = newest.value_or("");
       }
     }
+    SHOAL_RETURN_IF_ERROR(watch_->Finish(), "telemetry");
     const Telemetry& telemetry = config_.telemetry();
     if (!telemetry.sample_prompt().empty() && telemetry.sample_length() > 0 && config_.data().kind() == "text") {
       record.sample_prompt = telemetry.sample_prompt();
@@ -468,6 +479,7 @@ class TrainingRun {
   std::unique_ptr<RankModel> model_;
   std::vector<std::unique_ptr<Prefetcher>> batches_;
   std::unique_ptr<Reporter> reporter_;
+  std::unique_ptr<StepWatch> watch_;
   std::unique_ptr<Checkpointer> checkpointer_;
 };
 

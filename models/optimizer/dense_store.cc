@@ -201,13 +201,14 @@ absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int par
   return absl::OkStatus();
 }
 
-void DenseStore::Update(int index, kernels::AdamWStep step, Stream& stream) {
+int64_t DenseStore::Update(int index, kernels::AdamWStep step, Stream& stream) {
   Bucket& bucket = at(index);
   bucket.fresh = false;
-  if (bucket.own_count == 0) return;
+  if (bucket.own_count == 0) return 0;
   if (!bucket.decay) step.weight_decay = 0;
   kernels::AdamW(step, bucket.own_gradients, bucket.master, bucket.exp_avg, bucket.exp_avg_sq,
                  bucket.dtype == DType::kF32 ? Tensor() : bucket.own_weights, stream);
+  return bucket.own_count;
 }
 
 void DenseStore::Refresh(Stream& stream) {

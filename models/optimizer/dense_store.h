@@ -55,8 +55,8 @@ class DenseStore {
   void Release(int bucket);
   // Collective. Sums a range of a bucket's gradients into its owners. A sharded bucket adds to the parts before.
   absl::Status Reduce(int bucket, int64_t begin, int64_t count, int part);
-  // AdamW on what this rank owns, from gradients that are reduced; `decay` of vectors is 0.
-  void Update(int bucket, kernels::AdamWStep step, Stream& stream);
+  // AdamW on what this rank owns, from gradients that are reduced; `decay` of vectors is 0. Returns the elements.
+  int64_t Update(int bucket, kernels::AdamWStep step, Stream& stream);
   // Brings own copies up to date with master weights; those of other ranks are gathered with the next Gather.
   void Refresh(Stream& stream);
 

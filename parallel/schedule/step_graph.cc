@@ -1,9 +1,12 @@
 #include "parallel/schedule/step_graph.h"
 
 #include <algorithm>
+#include <functional>
 #include <initializer_list>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "runtime/base/check.h"
 
 namespace shoal {
@@ -169,9 +172,10 @@ class Emitter {
                          {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
     });
     for (int layer = 0; layer < layers(); ++layer) {
-      GatherLayer(layer + schedule_.prefetch, Phase::kForward);
-      if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
-      EmitLayer(layer, Phase::kForward);
+      EmitLayer(layer, Phase::kForward, [&] {
+        GatherLayer(layer + schedule_.prefetch, Phase::kForward);
+        if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
+      });
       // The last layer is where the backward pass begins.
       if (!training() || layer + 1 < layers()) {
         Release(buckets_.OfLayer(layer), Phase::kForward);
@@ -198,8 +202,9 @@ class Emitter {
   }
 
   // Each wave up to the departure of its rows, then each wave's experts: while the rows of one wave travel, another computes. What
-  // comes home is combined when the wave goes on.
-  void EmitLayer(int layer, Phase phase) {
+  // comes home is combined when the wave goes on. `gather` emits what the links bring behind departing rows and before those that
+  // come home.
+  template <typename Gather> void EmitLayer(int layer, Phase phase, const Gather& gather) {
     const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
     const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
     ForEachWave([&] {
@@ -213,13 +218,16 @@ class Emitter {
       const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
       const bool exchange = shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward;
       const int exchanged = exchange ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
-      const int arrange = Compute(Op::kArrange, phase, layer, kNone, {exchanged});
+      // Where waves take turns, another one computes meanwhile.
+      const Lane lane = schedule_.waves > 1 && shape_.dispatch ? Lane::kCopy : Lane::kCompute;
+      const int arrange = Add(Op::kArrange, phase, lane, layer, kNone, {exchanged, route});
       if (phase == Phase::kForward) routed_ = arrange;
       for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int pack = Compute(Op::kPack, phase, layer, chunk, {arrange});
+        const int pack = Add(Op::kPack, phase, lane, layer, chunk, {arrange});
         wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
       }
     });
+    gather();
     if (!layer_shape(layer).moe) return;
     ForEachWave([&] {
       if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
@@ -268,9 +276,8 @@ class Emitter {
       if (sharded()) Wait(head, reduced_);  // The buffers of the part before.
     });
     for (int layer = top; layer >= 0; --layer) {
-      GatherLayer(layer - schedule_.prefetch, Phase::kBackward);
       WaitForGradientBuffer(layer);
-      if (shape_.recompute) EmitLayer(layer, Phase::kRecompute);
+      if (shape_.recompute) EmitLayer(layer, Phase::kRecompute, [] {});
       EmitLayerBackward(layer);
     }
     FinishLayerBackward([] {});
@@ -313,6 +320,7 @@ class Emitter {
         wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
       }
     });
+    GatherLayer(layer - schedule_.prefetch, Phase::kBackward);
     SendGradients(layer);
     if (moe) EmitExpertsBackward(layer, chunks);
     finishing_ = layer;
@@ -403,6 +411,20 @@ class Emitter {
 };
 
 }  // namespace
+
+std::string Describe(const Schedule& schedule) {
+  // "2" where all layers have as many, else each: "2 2 4 2".
+  const auto chunks = [&](int LayerSchedule::*count) {
+    std::vector<int> counts;
+    for (const LayerSchedule& layer : schedule.layers) counts.push_back(layer.*count);
+    const bool alike = std::adjacent_find(counts.begin(), counts.end(), std::not_equal_to<>()) == counts.end();
+    if (alike && counts.size() > 1) counts.resize(1);
+    return absl::StrJoin(counts, " ");
+  };
+  return absl::StrCat(schedule.waves, schedule.waves == 1 ? " wave" : " waves", "; chunks ",
+                      chunks(&LayerSchedule::forward_chunks), " forward, ", chunks(&LayerSchedule::backward_chunks), " backward; ",
+                      schedule.gradients.size(), " slices of gradients");
+}
 
 int DenseBuffers(int prefetch, int waves) {
   // Those gathered ahead, the one in use; with several waves also the one above, of which the last wave is not done yet.

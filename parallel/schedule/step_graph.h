@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "parallel/schedule/graph.h"
@@ -81,6 +82,9 @@ struct Schedule {
 
 // One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);
+
+// "2 waves; chunks 1 forward, 2 backward; 9 slices of gradients": for people.
+std::string Describe(const Schedule& schedule);
 
 // Buffers that sharded layers take in turn.
 int DenseBuffers(int prefetch, int waves);
