@@ -1,9 +1,11 @@
 #include "launch/trainer/step.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <thread>
 
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
@@ -60,6 +62,7 @@ void AddRounded(const double* from, int64_t count, std::vector<int64_t>* to) {
 absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& config, const ModelConfig& model,
                                                              Communicator& world, const Options& options) {
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
+  rank_model->pace_ = options.pace;
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
   SHOAL_RETURN_IF_ERROR(rank_model->Connect(options.host), "communicators");
   const StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
@@ -244,7 +247,11 @@ absl::Status RankModel::Execute(const Program& program, StepRecord* record, cons
   const auto abort = [this](const absl::Status& status) { world_->Abort(status); };
   const auto on_lane = [&](const Task& task) -> absl::StatusOr<double> {
     if (task.lane != Lane::kCompute) SetThreads(1);  // The team is the compute lane's.
-    return body(task);
+    if (pace_ == nullptr || task.lane != Lane::kCompute) return body(task);
+    const auto begin = std::chrono::steady_clock::now();
+    SHOAL_ASSIGN_OR_RETURN(const double units, body(task));
+    std::this_thread::sleep_until(begin + std::chrono::nanoseconds(pace_(task, units)));
+    return units;
   };
   SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, on_lane, abort, record));
   SHOAL_RETURN_IF_ERROR(copy_stream_.status());

@@ -35,9 +35,12 @@ using OnGradients = std::function<void(const ParameterStore&)>;
 // The model of one rank, ready to train or to evaluate. Not thread-safe; its collective calls are made by all ranks alike.
 class RankModel {
  public:
+  // Nanoseconds that a task of the compute lane takes at least, by its units: an emulated device. The thread sleeps the rest.
+  using Pace = std::function<int64_t(const Task& task, double units)>;
   struct Options {
     bool training = true;
     int64_t host = 0;  // Equal on ranks of one host.
+    Pace pace;         // For experiments with clusters on one machine; null: none.
   };
   // Collective. Borrows `world` for life. `precision` fp32 or bf16 is the configuration's. Parameters are uninitialised.
   // INVALID_ARGUMENT: the parallel layout does not fit; RESOURCE_EXHAUSTED: too little shared memory.
@@ -65,6 +68,9 @@ class RankModel {
   const Graph& graph() const { return train_.graph; }
   const StepRecord& record() const { return record_; }
   const Schedule& schedule() const { return train_.schedule; }
+  int rank() const { return world_->index(); }
+  // What the tasks of the last step had to do.
+  Workload workload() const { return WorkloadOf(train_.shape); }
   // Null without training.
   StepTuner* tuner() { return tuner_.get(); }
 
@@ -114,6 +120,7 @@ class RankModel {
 
   const Config config_;
   const ModelConfig model_;
+  Pace pace_;
   Communicator* world_;
   Topology topology_;
   std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several.

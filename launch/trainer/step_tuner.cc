@@ -9,13 +9,16 @@
 namespace shoal {
 namespace {
 
-constexpr size_t kProbeSteps = 4;    // Of each schedule at the start.
-constexpr size_t kTrialSteps = 5;    // Until a new schedule is judged.
+constexpr size_t kProbeSteps = 5;    // That a schedule is measured for.
 constexpr size_t kReplanSteps = 10;  // Between looks at what another schedule would give.
+constexpr size_t kProbesMax = 6;
+// A schedule is measured when it is predicted to take at most so much more than the best prediction: at the start, and when what
+// tasks take has changed in mid-run, where every step with a slow schedule counts.
+constexpr double kPlausible = 1.15, kPlausibleAgain = 1.03;
+// Later on, when it is predicted to take at most so much of what the schedule in use is predicted to take.
+constexpr double kWorthTrying = 0.98;
 // A schedule goes when another one was faster by more than this.
 constexpr double kSlower = 1.005;
-// A new schedule is tried when it is predicted to take at most this much of what one that was tried is predicted to take.
-constexpr double kWorthTrying = 0.98;
 
 Schedule WithChunks(Schedule schedule, int forward, int backward) {
   for (LayerSchedule& layer : schedule.layers) layer = {forward, backward};
@@ -33,14 +36,16 @@ StepTuner::StepTuner(const StepShape& shape, const Topology& topology, Workload 
   plain.waves = fixed.waves.front();
   schedule_ = WithChunks(plain, std::max(1, fixed.chunks_forward), std::max(1, fixed.chunks_backward));
   if (!options_.choose || shape_.ranks == 1) return;
-  state_ = State::kProbing;
+  probing_ = learning_ = true;
   if (fixed.waves.size() > 1) {
-    probes_.push_back(schedule_);
-    probes_.back().waves = fixed.waves.back();
+    Schedule waves = schedule_;
+    waves.waves = fixed.waves.back();
+    probes_.push_back({std::move(waves), {}, 0});
   }
   if (!shape_.dispatch || (fixed.chunks_forward > 0 && fixed.chunks_backward > 0)) return;
-  probes_.push_back(WithChunks(plain, fixed.chunks_forward > 0 ? fixed.chunks_forward : 2,
-                               fixed.chunks_backward > 0 ? fixed.chunks_backward : 2));
+  probes_.push_back({WithChunks(plain, fixed.chunks_forward > 0 ? fixed.chunks_forward : 2,
+                                fixed.chunks_backward > 0 ? fixed.chunks_backward : 2),
+                     {}, 0});
 }
 
 absl::StatusOr<int64_t> StepTuner::Learn(const Graph& graph, const StepRecord& record) {
@@ -67,64 +72,88 @@ absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& 
   steps_ns_.push_back(step_ns);
   predicted_ns_ = PredictStep(shape_, profiler_.table(), workload_, topology_, schedule_);
   if (!options_.choose || shape_.ranks == 1) return false;
-  if (state_ == State::kProbing) return Probe();
-  if (!options_.replan && state_ == State::kSettled) return false;
-  if (std::exchange(jumps_, profiler_.jumps()) != profiler_.jumps() && steps_ns_.size() > kTrialSteps) {
+  if (probing_) {
+    if (steps_ns_.size() < kProbeSteps) return false;
+    Remember();
+    return NextProbe();
+  }
+  if (!options_.replan) return false;
+  if (std::exchange(jumps_, profiler_.jumps()) != profiler_.jumps() && steps_ns_.size() > kProbeSteps) {
     // Not the schedule has changed, but what tasks take: what was measured before may be different now.
     tried_.clear();
     steps_ns_.clear();
-    state_ = State::kSettled;
-    return Propose(/*first=*/false);
+    PlanProbes(kPlausibleAgain);
+    return NextProbe();
   }
-  if (state_ == State::kTrying) return steps_ns_.size() > kTrialSteps && Judge();
-  return steps_ns_.size() % kReplanSteps == 0 && Propose(/*first=*/false);
-}
-
-bool StepTuner::Probe() {
-  if (steps_ns_.size() < kProbeSteps) return false;
+  if (steps_ns_.size() % kReplanSteps != 0) return false;
   Remember();
-  if (!probes_.empty()) {
-    Schedule next = std::move(probes_.back());
-    probes_.pop_back();
-    return Take(std::move(next), {}, State::kProbing);
-  }
-  jumps_ = profiler_.jumps();
-  state_ = State::kSettled;
-  return Propose(/*first=*/true) || Judge();
+  ScheduleChoice choice = Choose();
+  const double noise = std::isfinite(profiler_.prediction_error()) ? profiler_.prediction_error() : 0;
+  if (choice.predicted_ns > predicted_ns_ * kWorthTrying || !WorthReplanning(predicted_ns_, choice.predicted_ns, noise)) return false;
+  AddProbe(std::move(choice.schedule), std::move(choice.reasons));
+  return NextProbe();
 }
 
-bool StepTuner::Propose(bool first) {
-  ScheduleChoice choice = ChooseSchedule(shape_, profiler_.table(), workload_, topology_, options_.scheduler);
-  const uint64_t fingerprint = Fingerprint(EmitStep(shape_, choice.schedule));
-  if (fingerprint == Fingerprint(EmitStep(shape_, schedule_)) || tried_.contains(fingerprint)) return false;
-  const double noise = std::isfinite(profiler_.prediction_error()) ? profiler_.prediction_error() : 0;
-  if (!first && !WorthReplanning(predicted_ns_, choice.predicted_ns, noise)) return false;
-  // What has been measured is worth more than a prediction.
-  for (const auto& [_, tried] : tried_) {
-    const double predicted = PredictStep(shape_, profiler_.table(), workload_, topology_, tried.schedule);
-    if (choice.predicted_ns > predicted * kWorthTrying) return false;
+ScheduleChoice StepTuner::Choose() const {
+  return ChooseSchedule(shape_, profiler_.table(), workload_, topology_, options_.scheduler);
+}
+
+// Not twice.
+void StepTuner::AddProbe(Schedule schedule, std::vector<std::string> reasons) {
+  const uint64_t fingerprint = Fingerprint(EmitStep(shape_, schedule));
+  if (tried_.contains(fingerprint)) return;
+  for (const Tried& probe : probes_) {
+    if (Fingerprint(EmitStep(shape_, probe.schedule)) == fingerprint) return;
   }
-  if (!steps_ns_.empty()) Remember();
-  return Take(std::move(choice.schedule), std::move(choice.reasons), State::kTrying);
+  probes_.push_back({std::move(schedule), std::move(reasons), 0});
+}
+
+// What the scheduler chooses, then the same chunks in all layers, the best predictions first.
+void StepTuner::PlanProbes(double plausible) {
+  const CostTable costs = profiler_.table();
+  const SchedulerOptions& fixed = options_.scheduler;
+  ScheduleChoice choice = Choose();
+  std::vector<std::pair<double, Schedule>> uniform;
+  for (int waves : fixed.waves) {
+    for (int chunks : fixed.chunks) {
+      Schedule schedule = WithChunks(choice.schedule, fixed.chunks_forward > 0 ? fixed.chunks_forward : chunks,
+                                     fixed.chunks_backward > 0 ? fixed.chunks_backward : chunks);
+      schedule.waves = waves;
+      const double predicted = PredictStep(shape_, costs, workload_, topology_, schedule);
+      if (predicted <= choice.predicted_ns * plausible) uniform.emplace_back(predicted, std::move(schedule));
+    }
+  }
+  std::stable_sort(uniform.begin(), uniform.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+  AddProbe(std::move(choice.schedule), std::move(choice.reasons));
+  for (auto& [_, schedule] : uniform) {
+    if (probes_.size() < kProbesMax) AddProbe(std::move(schedule), {"the fastest of those that were measured"});
+  }
+}
+
+bool StepTuner::NextProbe() {
+  if (probes_.empty() && std::exchange(learning_, false)) PlanProbes(kPlausible);
+  probing_ = !probes_.empty();
+  if (!probing_) return Settle();
+  Tried next = std::move(probes_.front());
+  probes_.pop_front();
+  return Take(std::move(next));
 }
 
 void StepTuner::Remember() { tried_[Fingerprint(EmitStep(shape_, schedule_))] = {schedule_, reasons_, Median()}; }
 
-// The schedule that was fastest so far.
-bool StepTuner::Judge() {
-  Remember();
-  state_ = State::kSettled;
+// With the schedule that was fastest.
+bool StepTuner::Settle() {
+  jumps_ = profiler_.jumps();
   const auto best = std::min_element(tried_.begin(), tried_.end(), [](const auto& a, const auto& b) {
     return a.second.median_ns < b.second.median_ns;
   });
-  if (best->second.median_ns * kSlower >= Median()) return false;
-  return Take(best->second.schedule, best->second.reasons, State::kSettled);
+  if (best == tried_.end() || best->second.median_ns * kSlower >= Median()) return false;
+  return Take(best->second);
 }
 
-bool StepTuner::Take(Schedule schedule, std::vector<std::string> reasons, State state) {
-  schedule_ = std::move(schedule);
-  reasons_ = std::move(reasons);
-  state_ = state;
+bool StepTuner::Take(Tried tried) {
+  schedule_ = std::move(tried.schedule);
+  reasons_ = std::move(tried.reasons);
   steps_ns_.clear();
   return true;
 }

@@ -1,11 +1,12 @@
 // Learns what the tasks of a step take while training, and chooses the schedule from it (parallel/schedule/scheduler.h). A thin shell:
 // measurements of all ranks are brought together by two small all-reduces after each step, so that every rank decides alike.
 //
-// It begins with plain schedules of one chunk, of two, and of two waves, to tell fixed costs from those per row. Then it takes what
-// is predicted to be fastest, but goes back to a schedule with which steps took less time if there was one; and looks again every so
-// many steps, and as soon as the times of some kind of task have changed.
+// It begins with plain schedules of one chunk, of two waves and of two chunks, to tell fixed costs from those per row. Then it measures
+// what is predicted to be fastest and those that are predicted to be nearly as fast, for a few steps each, and stays with the one
+// that was. It looks again every so many steps, and as soon as the times of some kind of task have changed.
 #pragma once
 
+#include <deque>
 #include <map>
 #include <vector>
 
@@ -38,21 +39,21 @@ class StepTuner {
   double predicted_ns() const { return predicted_ns_; }  // Of a step with schedule(), by what is known now; 0: nothing yet.
 
  private:
-  enum class State : uint8_t { kProbing, kTrying, kSettled };
-  absl::StatusOr<int64_t> Learn(const Graph& graph, const StepRecord& record);
-  bool Probe();
-  bool Judge();
-  bool Propose(bool first);
-  bool Take(Schedule schedule, std::vector<std::string> reasons, State state);
-  double Median() const;  // Of the steps since the schedule was taken, without the first.
-
   // A schedule and what steps took with it.
   struct Tried {
     Schedule schedule;
     std::vector<std::string> reasons;
     double median_ns = 0;
   };
+  absl::StatusOr<int64_t> Learn(const Graph& graph, const StepRecord& record);
+  ScheduleChoice Choose() const;
+  void AddProbe(Schedule schedule, std::vector<std::string> reasons);
+  void PlanProbes(double plausible);
+  bool NextProbe();
+  bool Settle();
+  bool Take(Tried tried);
   void Remember();
+  double Median() const;  // Of the steps since the schedule was taken, without the first.
 
   const StepShape shape_;
   const Topology topology_;
@@ -61,8 +62,9 @@ class StepTuner {
   const Options options_;
   Profiler profiler_;
   Schedule schedule_;
-  State state_ = State::kSettled;
-  std::vector<Schedule> probes_;
+  bool learning_ = false;             // Nothing is known yet of fixed costs.
+  bool probing_ = false;
+  std::deque<Tried> probes_;          // To be measured, after the one in use.
   std::vector<int64_t> steps_ns_;     // Of schedule_.
   std::map<uint64_t, Tried> tried_;   // By fingerprint; since the times of tasks changed last.
   int64_t jumps_ = 0;

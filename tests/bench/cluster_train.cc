@@ -1,0 +1,380 @@
+// Training steps on an emulated cluster, several layouts and schedules in alternation in one job. Links are the emulated cluster's
+// (tests/cluster/emulate), devices are emulated too: a compute task takes at least what its FLOPs take at --gflops, so that two
+// cores can stand for many devices; the arithmetic is done all the same.
+//
+//   tests/cluster/emulate run --hosts 4 --rate 200mbit -- shoal launch bench_cluster_train overlap [flags]
+//
+//   overlap  no overlap (one wave, one chunk) against fixed schedules and against the chosen one, with the bound
+//            max(computation, communication).
+//   skew     static expert parallelism against sparse experts, with routers biased so that the logarithms of expert loads have
+//            the standard deviation --sigma; compares the bytes that tasks moved with the formulas of the planner.
+//   relink   as overlap, step by step: for rates that change while it runs (it says "ready" and goes on for --steps).
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "launch/agent/environment.h"
+#include "launch/config/config.h"
+#include "launch/trainer/session.h"
+#include "launch/trainer/step.h"
+#include "models/data/batches.h"
+#include "parallel/schedule/step_summary.h"
+#include "runtime/device/cpu.h"
+
+namespace shoal {
+namespace {
+
+// Without skew biases move by so much in a step, until loads are even.
+constexpr double kBalanceRate = 0.002;
+constexpr int kBalanceSteps = 40;
+
+struct BenchOptions {
+  std::string scenario;
+  double gflops = 4;        // Of an emulated device.
+  double task_us = 300;     // Fixed cost of a compute task.
+  double sigma = 1.0;
+  int64_t width = 128, inner = 256, experts = 16, layers = 2, rows = 2, seq = 256;
+  int64_t warmup = 70, steps = 20;
+  int64_t seed = 1;
+};
+
+struct Variant {
+  std::string name;
+  Config config;
+  std::unique_ptr<RankModel> model;
+  std::vector<double> seconds;
+};
+
+Config BaseConfig(const BenchOptions& o, int ranks) {
+  Config config;
+  Model& model = *config.mutable_model();
+  model.set_vocab_size(64);
+  model.set_hidden_size(o.width);
+  model.set_intermediate_size(o.inner);
+  model.set_num_hidden_layers(static_cast<int>(o.layers));
+  model.set_num_attention_heads(4);
+  model.set_num_local_experts(static_cast<int>(o.experts));
+  model.set_num_experts_per_tok(2);
+  model.set_router("sigmoid_bias");  // Its biases make any skew.
+  model.set_bias_update_rate(o.scenario == "skew" ? 0 : kBalanceRate);
+  config.mutable_data()->set_kind("random");
+  config.mutable_train()->set_global_batch_size(o.rows * ranks);
+  config.mutable_train()->set_seq_length(o.seq);
+  config.mutable_train()->set_threads(1);
+  config.mutable_parallel()->set_expert(ranks);
+  return config;
+}
+
+void SetSchedule(Config* config, int waves, int chunks) {
+  StepSchedule& schedule = *config->mutable_schedule();
+  schedule.set_waves(waves);
+  schedule.set_chunks_forward(chunks);
+  schedule.set_chunks_backward(chunks);
+  schedule.set_gradient_slices("plain");
+}
+
+// FLOPs of a unit of a task.
+double FlopsPerUnit(const BenchOptions& o, const Task& task) {
+  const double width = static_cast<double>(o.width), inner = static_cast<double>(o.inner), seq = static_cast<double>(o.seq);
+  const double back = task.phase == Phase::kBackward ? 2 : 1;
+  switch (task.op) {
+    case Op::kAttention:
+      return back * (8 * width * width + 2 * width * seq);
+    case Op::kExperts:  // Backward: by the input alone.
+    case Op::kExpertsWeight:
+      return 6 * width * inner;
+    case Op::kRoute:
+      return back * 2 * width * static_cast<double>(o.experts);
+    case Op::kHead:
+      return task.phase == Phase::kForward ? 6 * width * 64 : 0;
+    default:
+      return 0;
+  }
+}
+
+RankModel::Pace PaceOf(const BenchOptions& o) {
+  return [o](const Task& task, double units) -> int64_t {
+    const double flops = FlopsPerUnit(o, task) * units;
+    return flops == 0 ? 0 : static_cast<int64_t>(o.task_us * 1e3 + flops / o.gflops);
+  };
+}
+
+absl::Status Add(const std::string& name, Config config, const BenchOptions& o, const RankEnvironment& environment, Communicator& world,
+                 std::vector<Variant>* variants) {
+  ResolveConfig(&config);
+  Variant variant{name, config, nullptr, {}};
+  SHOAL_ASSIGN_OR_RETURN(variant.model, RankModel::Create(config, ModelConfigOf(config), world,
+                                                          {.host = environment.node_rank, .pace = PaceOf(o)}));
+  SHOAL_RETURN_IF_ERROR(LoadWeights({.seed = 3}, *variant.model));
+  variants->push_back(std::move(variant));
+  return absl::OkStatus();
+}
+
+// One step, as the slowest rank sees it. The learning rate is 0: routing stays as it is.
+absl::StatusOr<double> Step(Variant& variant, const Tensor& rows, Communicator& world) {
+  SHOAL_RETURN_IF_ERROR(world.Barrier({.label = "bench"}).Await());
+  SHOAL_RETURN_IF_ERROR(variant.model->Train({rows}, 0.0, 1).status(), variant.name);
+  const StepRecord& record = variant.model->record();
+  const Tensor seconds = Empty({1}, DType::kF64);
+  seconds.data<double>()[0] = static_cast<double>(record.end_ns - record.begin_ns) * 1e-9;
+  SHOAL_RETURN_IF_ERROR(world.AllReduce(seconds, seconds, ReduceOp::kMax, {.label = "bench"}).Await());
+  return seconds.data<double>()[0];
+}
+
+double At(std::vector<double> values, double share) {
+  std::sort(values.begin(), values.end());
+  return values[static_cast<size_t>(std::llround(share * static_cast<double>(values.size() - 1)))];
+}
+
+// Seconds that a lane's tasks took in the last step, on the rank where that is most: of communication what its profiler knows, which
+// is without the wait for other ranks.
+absl::StatusOr<double> LaneSeconds(RankModel& model, Lane lane, Communicator& world) {
+  double ns = 0;
+  if (IsCommunication(lane)) {
+    for (const CostEstimate& cost : model.tuner()->profiler().profile().costs) ns += cost.key.lane == lane ? cost.step_ns : 0;
+  } else {
+    ns = static_cast<double>(Summarise(model.graph(), model.record()).busy_ns[static_cast<size_t>(lane)]);
+  }
+  const Tensor most = Empty({1}, DType::kF64);
+  most.data<double>()[0] = ns * 1e-9;
+  SHOAL_RETURN_IF_ERROR(world.AllReduce(most, most, ReduceOp::kMax, {.label = "bench"}).Await());
+  return most.data<double>()[0];
+}
+
+absl::StatusOr<Tensor> Rows(const BenchOptions& o, RankModel& model) {
+  const Range mine = model.RowsOf(o.rows * model.topology().ranks());
+  Tensor rows = Empty({mine.count, o.seq + 1}, DType::kI32);
+  std::mt19937 random(static_cast<uint32_t>(o.seed * 1000 + mine.begin));
+  for (int32_t& id : rows.span<int32_t>()) id = static_cast<int32_t>(random() % 64);
+  return rows;
+}
+
+// Even loads for all, found by the first.
+absl::Status Balance(std::vector<Variant>& variants, const Tensor& rows, Communicator& world) {
+  for (int step = 0; step < kBalanceSteps; ++step) SHOAL_RETURN_IF_ERROR(Step(variants.front(), rows, world).status());
+  const std::vector<Router*> from = variants.front().model->decoder().routers();
+  for (size_t i = 1; i < variants.size(); ++i) {
+    const std::vector<Router*> to = variants[i].model->decoder().routers();
+    for (size_t layer = 0; layer < to.size(); ++layer) {
+      std::memcpy(to[layer]->state().raw(), from[layer]->state().raw(), static_cast<size_t>(from[layer]->state().bytes()));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+  for (Variant& variant : variants) {
+    const bool fixed = variant.config.schedule().waves() > 0 && variant.config.parallel().experts() != "sparse";
+    for (int64_t step = 0; step < (fixed ? 3 : o.warmup); ++step) SHOAL_RETURN_IF_ERROR(Step(variant, rows, world).status());
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Measure(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world));
+  for (int64_t step = 0; step < o.steps; ++step) {
+    for (Variant& variant : variants) {
+      SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
+      variant.seconds.push_back(seconds);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void Print(std::vector<Variant>& variants) {
+  const double base = At(variants.front().seconds, 0.5);
+  absl::PrintF("%-18s %9s %9s %9s %8s  %s\n", "", "median ms", "p10", "p90", "speed", "schedule");
+  for (Variant& variant : variants) {
+    const double median = At(variant.seconds, 0.5);
+    absl::PrintF("%-18s %9.1f %9.1f %9.1f %7.2fx  %s\n", variant.name, 1e3 * median, 1e3 * At(variant.seconds, 0.1),
+                 1e3 * At(variant.seconds, 0.9), base / median, Describe(variant.model->schedule()));
+  }
+}
+
+absl::Status AddSchedules(const BenchOptions& o, const RankEnvironment& environment, Communicator& world, std::vector<Variant>* variants) {
+  for (auto [waves, chunks] : {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}}) {
+    Config config = BaseConfig(o, world.size());
+    SetSchedule(&config, waves, chunks);
+    SHOAL_RETURN_IF_ERROR(Add(absl::StrFormat("%d wave%s, %d chunk%s", waves, waves > 1 ? "s" : "", chunks, chunks > 1 ? "s" : ""),
+                              config, o, environment, world, variants));
+  }
+  return Add("chosen", BaseConfig(o, world.size()), o, environment, world, variants);
+}
+
+absl::Status RunOverlap(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
+  std::vector<Variant> variants;
+  SHOAL_RETURN_IF_ERROR(AddSchedules(o, environment, world, &variants));
+  SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
+  SHOAL_RETURN_IF_ERROR(Balance(variants, rows, world));
+  SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world));
+  RankModel& plain = *variants.front().model;
+  SHOAL_ASSIGN_OR_RETURN(const double compute, LaneSeconds(plain, Lane::kCompute, world));
+  SHOAL_ASSIGN_OR_RETURN(const double inter, LaneSeconds(plain, Lane::kInter, world));
+  if (environment.rank != 0) return absl::OkStatus();
+  Print(variants);
+  const double bound = std::max(compute, inter), chosen = At(variants.back().seconds, 0.5);
+  double best = chosen;
+  for (const Variant& variant : variants) best = std::min(best, At(variant.seconds, 0.5));
+  absl::PrintF("computation %.1f ms, communication %.1f ms: bound %.1f ms; chosen reaches %.0f %% of it, %.2fx of no overlap, "
+               "%.2fx of the best fixed schedule\n",
+               1e3 * compute, 1e3 * inter, 1e3 * bound, 100 * bound / chosen, At(variants.front().seconds, 0.5) / chosen,
+               best / chosen);
+  return absl::OkStatus();
+}
+
+// Standard deviation of the logarithms of expert loads over a step, mean over layers.
+double SigmaOf(const RankModel& model, const Decoder& decoder) {
+  double sum = 0;
+  const size_t experts = static_cast<size_t>(model.model().num_local_experts);
+  for (const std::vector<int64_t>& rows : decoder.rows_by_rank()) {
+    std::vector<double> logs(experts);
+    for (size_t i = 0; i < rows.size(); ++i) logs[i % experts] += static_cast<double>(rows[i]);
+    double mean = 0, squares = 0;
+    for (double& load : logs) mean += (load = std::log(load + 0.5)) / static_cast<double>(experts);
+    for (double load : logs) squares += (load - mean) * (load - mean) / static_cast<double>(experts);
+    sum += std::sqrt(squares);
+  }
+  return sum / static_cast<double>(decoder.rows_by_rank().size());
+}
+
+void SetBiases(RankModel& model, double scale, int64_t seed) {
+  uint32_t layer = 0;
+  for (Router* router : model.decoder().routers()) {
+    std::mt19937 random(static_cast<uint32_t>(seed) * 100 + layer++);
+    std::normal_distribution<double> normal;
+    const Tensor bias = router->state();
+    for (float& b : bias.span<float>()) b = static_cast<float>(scale * normal(random));
+  }
+}
+
+// The scale of biases that gives the wanted spread of loads.
+absl::StatusOr<double> FindScale(Variant& variant, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+  double low = 0, high = 1;
+  for (int trial = 0; trial < 10; ++trial) {
+    const double scale = (low + high) / 2;
+    SetBiases(*variant.model, scale, o.seed);
+    SHOAL_RETURN_IF_ERROR(Step(variant, rows, world).status());
+    (SigmaOf(*variant.model, variant.model->decoder()) < o.sigma ? low : high) = scale;
+  }
+  return o.sigma == 0 ? 0 : (low + high) / 2;
+}
+
+// Bytes that this rank's tasks moved in the last step, by operation, and by the planner's formulas.
+std::map<std::string, std::pair<double, double>> BytesMoved(RankModel& model) {
+  std::map<std::string, std::pair<double, double>> bytes;
+  Graph expected = model.graph();
+  FillUnits(model.workload(), model.topology(), model.schedule(), model.rank(), &expected);
+  for (size_t i = 0; i < expected.tasks.size(); ++i) {
+    const Task& task = expected.tasks[i];
+    if (task.lane != Lane::kInter && task.lane != Lane::kIntra) continue;
+    auto& [moved, formula] = bytes[absl::StrCat(AbslSv(Name(task.op)), " ", AbslSv(Name(task.lane)))];
+    moved += model.record().tasks[i].units;
+    formula += task.units;
+  }
+  return bytes;
+}
+
+absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
+  std::vector<Variant> variants;
+  SHOAL_RETURN_IF_ERROR(Add("expert parallel", BaseConfig(o, world.size()), o, environment, world, &variants));
+  Config sparse = BaseConfig(o, world.size());
+  sparse.mutable_parallel()->set_experts("sparse");
+  sparse.mutable_parallel()->set_expert(1);
+  sparse.mutable_parallel()->set_expert_copies(static_cast<int>(o.experts / 2));
+  sparse.mutable_parallel()->set_reshard_interval(20);
+  Config copies = sparse;
+  copies.mutable_parallel()->set_reshard_interval(0);
+  SHOAL_RETURN_IF_ERROR(Add("sparse, copies", copies, o, environment, world, &variants));
+  SHOAL_RETURN_IF_ERROR(Add("sparse", sparse, o, environment, world, &variants));
+  SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
+  SHOAL_ASSIGN_OR_RETURN(const double scale, FindScale(variants.front(), o, rows, world));
+  for (Variant& variant : variants) SetBiases(*variant.model, scale, o.seed);
+  SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world));
+  const double sigma = SigmaOf(*variants.front().model, variants.front().model->decoder());
+  if (environment.rank == 0) {
+    absl::PrintF("sigma of the logarithms of loads: %.2f\n", sigma);
+    Print(variants);
+  }
+  for (Variant& variant : variants) {
+    for (const auto& [name, both] : BytesMoved(*variant.model)) {
+      const auto [moved, formula] = both;
+      if (environment.rank == 0 && moved + formula > 0) {
+        absl::PrintF("  %-16s %-24s moved %10.0f bytes, formula %10.0f\n", variant.name, name, moved, formula);
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunRelink(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
+  std::vector<Variant> variants;
+  SHOAL_RETURN_IF_ERROR(AddSchedules(o, environment, world, &variants));
+  SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
+  SHOAL_RETURN_IF_ERROR(Balance(variants, rows, world));
+  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world));
+  if (environment.rank == 0) absl::PrintF("ready\n");
+  std::fflush(stdout);
+  for (int64_t step = 0; step < o.steps; ++step) {
+    std::string line = absl::StrFormat("%3d", step);
+    for (Variant& variant : variants) {
+      SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
+      absl::StrAppendFormat(&line, " %7.1f", 1e3 * seconds);
+    }
+    if (environment.rank == 0) absl::PrintF("%s  %s\n", line, Describe(variants.back().model->schedule()));
+    std::fflush(stdout);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status RunScenario(const BenchOptions& o) {
+  SetThreads(1);
+  SHOAL_ASSIGN_OR_RETURN(std::optional<RankEnvironment> environment, DetectEnvironment(ProcessEnv));
+  if (!environment.has_value()) return absl::InvalidArgumentError("not started by a launcher: shoal launch bench_cluster_train ...");
+  const Config config = BaseConfig(o, environment->world_size);
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(*environment, config)));
+  if (o.scenario == "overlap") return RunOverlap(o, *environment, *world);
+  if (o.scenario == "skew") return RunSkew(o, *environment, *world);
+  if (o.scenario == "relink") return RunRelink(o, *environment, *world);
+  return absl::InvalidArgumentError("scenario: overlap, skew or relink");
+}
+
+bool Parse(int argc, char** argv, BenchOptions* o) {
+  if (argc < 2) return false;
+  o->scenario = argv[1];
+  const std::map<std::string, double*> doubles = {{"--gflops", &o->gflops}, {"--task-us", &o->task_us}, {"--sigma", &o->sigma}};
+  const std::map<std::string, int64_t*> integers = {
+      {"--width", &o->width}, {"--inner", &o->inner},   {"--experts", &o->experts}, {"--layers", &o->layers}, {"--rows", &o->rows},
+      {"--seq", &o->seq},     {"--warmup", &o->warmup}, {"--steps", &o->steps},     {"--seed", &o->seed}};
+  for (int i = 2; i + 1 < argc; i += 2) {
+    const auto number = doubles.find(argv[i]);
+    const auto integer = integers.find(argv[i]);
+    if (number != doubles.end() ? !absl::SimpleAtod(argv[i + 1], number->second)
+                                : integer == integers.end() || !absl::SimpleAtoi(argv[i + 1], integer->second)) {
+      return false;
+    }
+  }
+  return argc % 2 == 0;
+}
+
+}  // namespace
+}  // namespace shoal
+
+int main(int argc, char** argv) {
+  shoal::BenchOptions options;
+  if (!shoal::Parse(argc, argv, &options)) {
+    std::fprintf(stderr, "usage: bench_cluster_train overlap|skew|relink [--gflops G] [--rows N] ...: see the source\n");
+    return 2;
+  }
+  const absl::Status status = shoal::RunScenario(options);
+  if (!status.ok()) std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  return status.ok() ? 0 : 1;
+}
