@@ -1,6 +1,7 @@
 #include "parallel/expert/dispatch_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "parallel/placement/placement.h"
@@ -81,6 +82,7 @@ DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement&
       }
     }
   }
+  SHOAL_CHECK_LE(plan.sent_, std::numeric_limits<int32_t>::max()) << "rows of one layer and wave: orders of rows are i32";
   return plan;
 }
 
@@ -92,19 +94,20 @@ void DispatchPlan::OrderRows(const Tensor& offset, const Tensor& expert, const T
   const int64_t tokens = offset.elements() - 1;
   const int32_t* first = offset.data<int32_t>();
   const int32_t* experts = expert.data<int32_t>();
-  const int experts_count = expert.empty() ? 0 : *std::max_element(experts, experts + sent_) + 1;
-  std::vector<std::vector<Place>> places;
+  const size_t experts_count = expert.empty() ? 0 : static_cast<size_t>(*std::max_element(experts, experts + sent_)) + 1;
+  std::vector<std::vector<Place>> places(experts_count);
+  std::vector<size_t> current(experts_count);
   for (int piece = 0; piece < pieces_; ++piece) {
-    places.assign(static_cast<size_t>(experts_count), {});
-    for (const Piece& to : sends_) {
-      if (to.piece != piece) continue;
+    for (std::vector<Place>& of_expert : places) of_expert.clear();
+    for (int place = 0; place < topology_.ranks(); ++place) {
+      const Piece& to = sends_[IndexOf(place, piece)];
       int64_t at = to.begin;
       for (const DispatchShare& share : to.shares) {
         places[static_cast<size_t>(share.expert)].push_back({at, at + share.rows});
         at += share.rows;
       }
     }
-    std::vector<size_t> current(static_cast<size_t>(experts_count), 0);
+    std::fill(current.begin(), current.end(), size_t{0});
     const Range range = EvenPart(tokens, pieces_, piece);
     for (int64_t t = range.begin; t < range.begin + range.count; ++t) {
       for (int32_t pair = first[t]; pair < first[t + 1]; ++pair) {
@@ -123,44 +126,46 @@ DispatchPlan::Route DispatchPlan::RouteTo(int peer) const {
   return topology_.HostOf(peer) == topology_.HostOf(options_.rank) ? Route::kIntra : Route::kInter;
 }
 
-// In the order of peers, then of rows.
-std::vector<const DispatchPlan::Piece*> DispatchPlan::Chunk(Direction direction, int chunk, bool sends) const {
-  const int chunks = direction == Direction::kForward ? options_.forward_chunks : options_.backward_chunks;
-  const int size = pieces_ / chunks;
-  std::vector<const Piece*> found;
-  for (int peer : PeerOrder(topology_, options_.rank)) {
-    for (const Piece& piece : sends ? sends_ : receives_) {
-      if (piece.peer == peer && piece.piece / size == chunk) found.push_back(&piece);
+size_t DispatchPlan::IndexOf(int place, int piece) const {
+  const int of_chunk = pieces_ / options_.forward_chunks, chunk = piece / of_chunk;
+  return (static_cast<size_t>(chunk) * static_cast<size_t>(topology_.ranks()) + static_cast<size_t>(place)) *
+             static_cast<size_t>(of_chunk) +
+         static_cast<size_t>(piece % of_chunk);
+}
+
+// Those with rows, in the order of peers, then of pieces.
+template <typename Visit> void DispatchPlan::ForEachPiece(Direction direction, int chunk, bool sends, const Visit& visit) const {
+  const int size = pieces_ / (direction == Direction::kForward ? options_.forward_chunks : options_.backward_chunks);
+  for (int place = 0; place < topology_.ranks(); ++place) {
+    for (int piece = chunk * size; piece < (chunk + 1) * size; ++piece) {
+      const Piece& found = (sends ? sends_ : receives_)[IndexOf(place, piece)];
+      if (found.rows > 0) visit(found);
     }
   }
-  return found;
 }
 
 std::vector<DispatchPlan::Run> DispatchPlan::Runs(Direction direction, int chunk, Route route, bool sends) const {
   std::vector<Run> runs;
-  for (const Piece* piece : Chunk(direction, chunk, sends)) {
-    if (RouteTo(piece->peer) != route || piece->rows == 0) continue;
-    if (!runs.empty() && runs.back().peer == piece->peer && runs.back().begin + runs.back().rows == piece->begin) {
-      runs.back().rows += piece->rows;
+  ForEachPiece(direction, chunk, sends, [&](const Piece& piece) {
+    if (RouteTo(piece.peer) != route) return;
+    if (!runs.empty() && runs.back().peer == piece.peer && runs.back().begin + runs.back().rows == piece.begin) {
+      runs.back().rows += piece.rows;
     } else {
-      runs.push_back({piece->peer, piece->begin, piece->rows});
+      runs.push_back({piece.peer, piece.begin, piece.rows});
     }
-  }
+  });
   return runs;
 }
 
 std::vector<DispatchPlan::Run> DispatchPlan::Rows(Direction direction, int chunk, bool sends) const {
-  std::vector<Run> runs;
-  std::vector<const Piece*> pieces = Chunk(direction, chunk, sends);
-  std::sort(pieces.begin(), pieces.end(), [](const Piece* a, const Piece* b) {
-    return a->begin != b->begin ? a->begin < b->begin : a->rows < b->rows;
-  });
-  for (const Piece* piece : pieces) {
-    if (piece->rows == 0) continue;
-    if (!runs.empty() && runs.back().begin + runs.back().rows == piece->begin) {
-      runs.back().rows += piece->rows;
+  std::vector<Run> pieces, runs;
+  ForEachPiece(direction, chunk, sends, [&](const Piece& piece) { pieces.push_back({-1, piece.begin, piece.rows}); });
+  std::sort(pieces.begin(), pieces.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
+  for (const Run& piece : pieces) {
+    if (!runs.empty() && runs.back().begin + runs.back().rows == piece.begin) {
+      runs.back().rows += piece.rows;
     } else {
-      runs.push_back({-1, piece->begin, piece->rows});
+      runs.push_back(piece);
     }
   }
   return runs;
@@ -168,13 +173,13 @@ std::vector<DispatchPlan::Run> DispatchPlan::Rows(Direction direction, int chunk
 
 std::vector<kernels::Segment> DispatchPlan::Segments(Direction direction, int chunk) const {
   std::vector<kernels::Segment> segments;
-  for (const Piece* piece : Chunk(direction, chunk, /*sends=*/false)) {
-    int64_t at = piece->begin;
-    for (const DispatchShare& share : piece->shares) {
+  ForEachPiece(direction, chunk, /*sends=*/false, [&](const Piece& piece) {
+    int64_t at = piece.begin;
+    for (const DispatchShare& share : piece.shares) {
       segments.push_back({share.expert, at, share.rows});
       at += share.rows;
     }
-  }
+  });
   return segments;
 }
 

@@ -66,7 +66,9 @@ class DispatchPlan {
     std::vector<DispatchShare> shares;  // By expert; of arriving pieces `expert` is the index among local ones.
   };
   Route RouteTo(int peer) const;
-  std::vector<const Piece*> Chunk(Direction direction, int chunk, bool sends) const;
+  // The index in sends_ and receives_ of what goes to or comes from the peer at `place` of the order of peers.
+  size_t IndexOf(int place, int piece) const;
+  template <typename Visit> void ForEachPiece(Direction direction, int chunk, bool sends, const Visit& visit) const;
 
   Topology topology_;
   DispatchOptions options_;
