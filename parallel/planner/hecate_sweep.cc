@@ -7,9 +7,11 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "parallel/placement/baselines.h"
+#include "parallel/placement/copies.h"
 #include "parallel/placement/eplb.h"
 #include "parallel/placement/hecate.h"
 #include "parallel/placement/layer_cost.h"
+#include "parallel/placement/owners.h"
 #include "parallel/placement/reshard.h"
 #include "parallel/placement/traces.h"
 #include "parallel/planner/layout.h"
@@ -23,11 +25,14 @@ namespace {
 
 constexpr int kLayers = 4, kExperts = 64, kSpareSlots = 32;
 constexpr int kSteps = 55, kFirst = 5, kPeriod = 25;  // Steps, the first that counts, how often owners move.
+constexpr int kRoom = 16;  // Copies of a layer that a rank can hold, where they are chosen by cost.
 constexpr double kPsPerNs = 1e3;
-// An expert that moves takes master weights and moments along: 14 bytes a parameter, 2 of which are its weights.
+// An expert that moves takes master weights and moments along: 14 bytes a parameter, 2 of which are its
+// weights.
 constexpr int64_t kMoveFactor = 7;
 
-// The paper's clusters, at 80% of their nominal links, and GPT-MoE-S with experts of as many operations and weights.
+// The paper's clusters, at 80% of their nominal links, and GPT-MoE-S with experts of as many operations and
+// weights.
 Cluster ClusterOf(bool b) {
   Cluster cluster;
   cluster.hosts = 4;
@@ -65,15 +70,17 @@ using Placements = std::vector<ExpertPlacement>;
 // One cluster: what a step takes with given placements and rows.
 class Bench {
  public:
-  explicit Bench(bool b) : cluster_(ClusterOf(b)), model_(GptMoeS()), out_(*LayOut(model_, cluster_, {.expert = 32}, {})) {
+  explicit Bench(bool b)
+      : cluster_(ClusterOf(b)), model_(GptMoeS()), out_(*LayOut(model_, cluster_, {.expert = 32}, {})) {
     const double row_bytes = static_cast<double>(out_.work.row_bytes),
                  expert_bytes = static_cast<double>(out_.work.expert_weight_bytes);
     const auto ps = [](double ns) { return static_cast<int64_t>(ns * kPsPerNs); };
-    costs_ = {.row_work_ps = ps(2.0 * static_cast<double>(model_.expert_elements()) / cluster_.bf16_flops_per_ns),
-              .row_send_ps = ps(row_bytes / cluster_.intra_bytes_per_ns),
-              .row_cross_ps = ps(row_bytes / cluster_.inter_bytes_per_ns),
-              .expert_send_ps = ps(expert_bytes / cluster_.intra_bytes_per_ns),
-              .expert_cross_ps = ps(expert_bytes / cluster_.inter_bytes_per_ns)};
+    costs_ = {
+        .row_work_ps = ps(2.0 * static_cast<double>(model_.expert_elements()) / cluster_.bf16_flops_per_ns),
+        .row_send_ps = ps(row_bytes / cluster_.intra_bytes_per_ns),
+        .row_cross_ps = ps(row_bytes / cluster_.inter_bytes_per_ns),
+        .expert_send_ps = ps(expert_bytes / cluster_.intra_bytes_per_ns),
+        .expert_cross_ps = ps(expert_bytes / cluster_.inter_bytes_per_ns)};
     Task attention;
     attention.op = Op::kAttention;
     const double tokens = static_cast<double>(out_.work.tokens[0]);
@@ -83,17 +90,25 @@ class Bench {
     const double dense = static_cast<double>(out_.work.bucket_elements[2]);
     hidden_forward_ps_ = std::max<int64_t>(0, ps(out_.costs.Predict(attention, tokens)) - link_ps(2 * dense));
     hidden_backward_ps_ = std::max<int64_t>(0, ps(out_.costs.Predict(back, tokens)) - link_ps(4 * dense));
-    overlap_ = OverlapBudget(out_.topology, {.other_work_ns = static_cast<int64_t>(out_.costs.Predict(attention, tokens)),
-                                             .link_bytes_per_s = static_cast<int64_t>(1e9 * cluster_.inter_bytes_per_ns),
-                                             .expert_bytes = out_.work.expert_weight_bytes});
+    overlap_ = OverlapBudget(out_.topology,
+                             {.other_work_ns = static_cast<int64_t>(out_.costs.Predict(attention, tokens)),
+                              .link_bytes_per_s = static_cast<int64_t>(1e9 * cluster_.inter_bytes_per_ns),
+                              .expert_bytes = out_.work.expert_weight_bytes});
   }
 
   const Topology& topology() const { return out_.topology; }
   const LayerCosts& costs() const { return costs_; }
+  CopyOptions copies() const {
+    return {.room = kRoom,
+            .costs = {.layer = costs_,
+                      .hidden_forward_ps = hidden_forward_ps_,
+                      .hidden_backward_ps = hidden_backward_ps_}};
+  }
   int overlap() const { return overlap_; }
   int64_t tokens() const { return out_.work.tokens[0]; }
 
-  // `hidden`: copies travel beside other work, as the graph has them; else they cost nothing here and the caller adds them.
+  // `hidden`: copies travel beside other work, as the graph has them; else they cost nothing here and the
+  // caller adds them.
   double StepNs(const Placements& placements, const Rows& rows, bool hidden) const {
     LaidOut out = out_;
     out.work.experts.clear();
@@ -110,15 +125,9 @@ class Bench {
     }
     const Schedule schedule = PlainSchedule(out.shape, out.work.bucket_elements);
     const StepUnits units(out.work, out.topology);
-    return SimulateCluster(EmitStep(out.shape, schedule), FlatCosts(costs), schedule, units, out.topology, Record::kNo).step_ns;
-  }
-
-  // A layer's forward and backward pass with rows as they are expected, and what attention does not hide of sending copies and
-  // returning their gradients, which are twice as large.
-  int64_t LayerPs(const std::vector<int>& owners, const ExpertPlacement& placement, const std::vector<int64_t>& rows) const {
-    const int64_t pass = ForwardPs(RowsOf(topology(), SplitTokens(DispatchRule::kNearest, topology(), placement, rows)), costs_);
-    const int64_t gather = GatherPs(topology(), OwnersOnly(owners), placement, costs_);
-    return 3 * pass + std::max<int64_t>(0, gather - hidden_forward_ps_) + std::max<int64_t>(0, 2 * gather - hidden_backward_ps_);
+    return SimulateCluster(EmitStep(out.shape, schedule), FlatCosts(costs), schedule, units, out.topology,
+                           Record::kNo)
+        .step_ns;
   }
 
   // Experts with their optimizer state to new owners, with nothing beside.
@@ -140,16 +149,26 @@ class Bench {
   const LaidOut out_;
   LayerCosts costs_;
   int overlap_ = 0;
-  int64_t hidden_forward_ps_ = 0, hidden_backward_ps_ = 0;  // Of a layer's attention, less the link's time for dense weights.
+  int64_t hidden_forward_ps_ = 0,
+          hidden_backward_ps_ = 0;  // Of a layer's attention, less the link's time for dense weights.
 };
 
-enum System { kEp, kFasterMoe, kSmartMoe, kEplb, kMaterialise, kHecate, kByCost, kBalanced, kSystems };
+enum System {
+  kEp,
+  kFasterMoe,
+  kSmartMoe,
+  kEplb,
+  kMaterialise,
+  kHecate,
+  kByCost,
+  kByCostEplb,
+  kByCostTuned,
+  kBalanced,
+  kSystems
+};
 constexpr std::array<const char*, kSystems> kNames = {"EP",          "FasterMoE", "SmartMoE", "EPLB+32",
-                                                      "materialise", "Hecate",    "by cost",  "balanced"};
-
-// Experts to send and copies that a rank has room for, to choose from.
-constexpr std::array<std::pair<int, int>, 11> kBudgets = {
-    {{1, 1}, {2, 1}, {4, 1}, {16, 1}, {64, 1}, {2, 2}, {16, 2}, {64, 2}, {4, 4}, {64, 4}, {8, 8}}};
+                                                      "materialise", "Hecate",    "by cost",  "EPLB owners",
+                                                      "tuned",       "balanced"};
 
 // One run of all systems over the same routing.
 class Run {
@@ -164,10 +183,12 @@ class Run {
                 .sigma = sigma,
                 .seed = 1}),
         window_(kLayers, kExperts),
+        by_rank_(kLayers, bench.topology().ranks() * kExperts),
         contiguous_(kLayers, ContiguousOwners(kExperts, bench.topology().ranks())),
         smart_(contiguous_),
         hecate_(contiguous_) {
-    for (const std::vector<int>& owners : contiguous_) replicas_.push_back(OwnersOnly(owners));
+    replicas_ = Owners(contiguous_);
+    for (ByCost& system : by_cost_) system.placements = replicas_;
   }
 
   // Mean nanoseconds of a step of each system.
@@ -176,13 +197,14 @@ class Run {
       rows_.clear();
       for (int layer = 0; layer < kLayers; ++layer) rows_.push_back(trace_.Rows(layer));
       if (step_ >= kFirst) Step();
-      std::vector<int64_t> counts;
+      std::vector<int64_t> counts, all;
       for (const std::vector<int64_t>& rows : rows_) {
+        all.insert(all.end(), rows.begin(), rows.end());
         const std::vector<int64_t> loads = ColumnSums(rows, kExperts);
         counts.insert(counts.end(), loads.begin(), loads.end());
       }
       window_.Add(counts);
-      last_rows_ = rows_;
+      by_rank_.Add(all);
     }
     for (double& time : total_) time /= kSteps - kFirst;
     return total_;
@@ -199,23 +221,30 @@ class Run {
     total_[kSmartMoe] += bench_.StepNs(Owners(smart_), rows_, true);
     total_[kEplb] += bench_.StepNs(replicas_, rows_, true);
     const MaterialiseBudget budget = {.overlap = bench_.overlap(), .memory = bench_.overlap()};
-    Placements plain, hecate, by_cost;
+    Placements plain, hecate;
     for (int layer = 0; layer < kLayers; ++layer) {
       const size_t at = static_cast<size_t>(layer);
       const auto loads = window_.Predicted(layer);
       plain.push_back(Materialise(contiguous_[at], loads, bench_.topology(), budget));
       hecate.push_back(Materialise(hecate_[at], loads, bench_.topology(), budget));
-      by_cost.push_back(ChooseCopies(hecate_[at], last_rows_[at]));
     }
     total_[kMaterialise] += bench_.StepNs(plain, rows_, true);
     total_[kHecate] += bench_.StepNs(hecate, rows_, true);
-    total_[kByCost] += bench_.StepNs(by_cost, rows_, true);
+    for (ByCost& system : by_cost_) {
+      for (int layer = 0; layer < kLayers; ++layer) {
+        ExpertPlacement& placement = system.placements[static_cast<size_t>(layer)];
+        placement = ChooseCopies(OwnersOf({placement})[0], Expected(layer), bench_.topology(),
+                                 bench_.copies(), placement);
+      }
+      total_[system.index] += bench_.StepNs(system.placements, rows_, true);
+    }
     total_[kBalanced] += bench_.StepNs(Owners(contiguous_), {}, true);
     for (size_t layer = 0; layer < kLayers; ++layer) {
-      const auto shares = SplitTokens(DispatchRule::kNearest, bench_.topology(), OwnersOnly(contiguous_[layer]), rows_[layer]);
+      const auto shares = SplitTokens(DispatchRule::kNearest, bench_.topology(),
+                                      OwnersOnly(contiguous_[layer]), rows_[layer]);
       const LayerRows rows = RowsOf(bench_.topology(), shares);
-      imbalance_ += static_cast<double>(*std::max_element(rows.work.begin(), rows.work.end())) * bench_.topology().ranks() /
-                    static_cast<double>(rows.total);
+      imbalance_ += static_cast<double>(*std::max_element(rows.work.begin(), rows.work.end())) *
+                    bench_.topology().ranks() / static_cast<double>(rows.total);
     }
   }
 
@@ -228,7 +257,8 @@ class Run {
       smart.push_back(SmartMoeOwners(loads.back(), bench_.topology()));
       const int ranks = bench_.topology().ranks();
       const auto slots = BalanceReplicas(
-          loads.back(), {.slots = kExperts + kSpareSlots, .ranks = ranks, .hosts = bench_.topology().hosts(), .groups = 1});
+          loads.back(),
+          {.slots = kExperts + kSpareSlots, .ranks = ranks, .hosts = bench_.topology().hosts(), .groups = 1});
       SHOAL_CHECK(slots.ok()) << slots.status();
       ExpertPlacement next = PlacementOfSlots(*slots, kExperts, ranks);
       total_[kEplb] += bench_.MoveNs(OwnerMap(kLayers, OwnersOf({replicas_[static_cast<size_t>(layer)]})[0]),
@@ -241,8 +271,20 @@ class Run {
     OwnerMap hecate = Reshard(loads, bench_.topology(), hecate_, bench_.overlap());
     const double moved = bench_.MoveNs(hecate_, hecate);
     total_[kHecate] += moved;
-    total_[kByCost] += moved;
     hecate_ = std::move(hecate);
+    for (ByCost& system : by_cost_) {
+      Rows expected;
+      for (int layer = 0; layer < kLayers; ++layer) expected.push_back(Expected(layer));
+      const OwnerMap before = OwnersOf(system.placements);
+      const OwnerMap after = ChooseOwners(expected, bench_.topology(), before,
+                                          {.policy = system.policy,
+                                           .overlap = bench_.overlap(),
+                                           .copies = bench_.copies(),
+                                           .steps = kPeriod,
+                                           .move_percent = static_cast<int>(100 * kMoveFactor)});
+      total_[system.index] += bench_.MoveNs(before, after);
+      if (after != before) system.placements = Owners(after);
+    }
   }
 
   // Decided when the rows are known, sent and returned before anything else goes on.
@@ -250,29 +292,18 @@ class Run {
     Placements shadows;
     int64_t ps = 0;
     for (size_t layer = 0; layer < kLayers; ++layer) {
-      shadows.push_back(FasterMoeShadows(contiguous_[layer], rows_[layer], bench_.topology(), bench_.costs()));
+      shadows.push_back(
+          FasterMoeShadows(contiguous_[layer], rows_[layer], bench_.topology(), bench_.costs()));
       ps += 2 * GatherPs(bench_.topology(), OwnersOnly(contiguous_[layer]), shadows.back(), bench_.costs());
     }
     total_[kFasterMoe] += bench_.StepNs(shadows, rows_, false) + static_cast<double>(ps) / kPsPerNs;
   }
 
-  // Copies that save most after what they cost: of the hottest experts everywhere, of some on some ranks, or of what each host
-  // uses; none where loads are even.
-  ExpertPlacement ChooseCopies(const std::vector<int>& owners, const std::vector<int64_t>& rows) const {
-    const std::vector<int64_t> loads = ColumnSums(rows, kExperts), by_host = SumByHost(bench_.topology(), rows, kExperts);
-    ExpertPlacement best = OwnersOnly(owners);
-    int64_t best_ps = bench_.LayerPs(owners, best, rows);
-    for (const auto& [overlap, memory] : kBudgets) {
-      const MaterialiseBudget budget = {.overlap = overlap, .memory = memory};
-      for (const ExpertPlacement& placement : std::array{Materialise(owners, loads, bench_.topology(), budget),
-                                                         MaterialisePerHost(owners, by_host, bench_.topology(), budget)}) {
-        const int64_t ps = bench_.LayerPs(owners, placement, rows);
-        if (ps > best_ps - best_ps / 50) continue;  // Less than a fiftieth is noise.
-        best_ps = ps;
-        best = placement;
-      }
-    }
-    return best;
+  // The mean of the last steps.
+  std::vector<int64_t> Expected(int layer) const {
+    std::vector<int64_t> rows(by_rank_.Predicted(layer).begin(), by_rank_.Predicted(layer).end());
+    for (int64_t& count : rows) count /= kFirst;
+    return rows;
   }
 
   static Placements Owners(const OwnerMap& owners) {
@@ -281,13 +312,23 @@ class Run {
     return placements;
   }
 
+  // Copies by cost, with one way to find owners.
+  struct ByCost {
+    System index;
+    OwnerPolicy policy;
+    Placements placements = {};
+  };
+
   const Bench& bench_;
   RoutingTrace trace_;
-  LoadWindow window_;
+  LoadWindow window_, by_rank_;  // Loads of experts, and rows of each rank for each.
   const OwnerMap contiguous_;
   OwnerMap smart_, hecate_;
-  Placements replicas_;
-  Rows rows_, last_rows_;  // Of this step and of the last.
+  Placements replicas_;  // Of EPLB.
+  std::array<ByCost, 3> by_cost_ = {{{kByCost, OwnerPolicy::kHecate},
+                                     {kByCostEplb, OwnerPolicy::kEplb},
+                                     {kByCostTuned, OwnerPolicy::kTuned}}};
+  Rows rows_;  // Of this step.
   int step_ = 0;
   double imbalance_ = 0;
   std::array<double, kSystems> total_ = {};
@@ -297,10 +338,13 @@ class Run {
 
 std::string HecateSweepReport() {
   std::string text =
-      "Systems for unequal loads (Hecate, arXiv 2502.02581, section 5): mean speed-up of whole layers over expert parallelism, "
+      "Systems for unequal loads (Hecate, arXiv 2502.02581, section 5): mean speed-up of whole layers over "
+      "expert parallelism, "
       "32\n"
-      "ranks on 4 hosts, GPT-MoE-S, 50 steps, moves of owners included. The paper has 1.34 to 1.78 (A) and 1.26 to 1.70 (B) for\n"
-      "Hecate. \"by cost\": the copies that save most after what they cost, whether attention hides it or not.\n"
+      "ranks on 4 hosts, GPT-MoE-S, 50 steps, moves of owners included. The paper has 1.34 to 1.78 (A) and "
+      "1.26 to 1.70 (B) for\n"
+      "Hecate. \"by cost\": the copies that save most after what they cost, whether attention hides it or "
+      "not.\n"
       "\"balanced\": expert parallelism with equal loads.\n\n";
   absl::StrAppend(&text, absl::StrFormat("%-8s %6s %9s", "cluster", "sigma", "max/mean"));
   for (size_t i = 1; i < kSystems; ++i) absl::StrAppend(&text, absl::StrFormat(" %11s", kNames[i]));
@@ -311,11 +355,12 @@ std::string HecateSweepReport() {
       Run run(bench, sigma);
       const std::array<double, kSystems> times = run.Measure();
       absl::StrAppend(&text, absl::StrFormat("%-8s %6.1f %9.1f", b ? "B" : "A", sigma, run.max_over_mean()));
-      for (size_t i = 1; i < kSystems; ++i) absl::StrAppend(&text, absl::StrFormat(" %11.2f", times[kEp] / times[i]));
+      for (size_t i = 1; i < kSystems; ++i)
+        absl::StrAppend(&text, absl::StrFormat(" %11.2f", times[kEp] / times[i]));
       absl::StrAppend(&text, "\n");
     }
-    absl::StrAppend(
-        &text, absl::StrFormat("%-8s experts of a layer that travel behind its attention: %d\n", b ? "B" : "A", bench.overlap()));
+    absl::StrAppend(&text, absl::StrFormat("%-8s experts of a layer that travel behind its attention: %d\n",
+                                           b ? "B" : "A", bench.overlap()));
   }
   return text;
 }
