@@ -50,7 +50,7 @@ class LinearLogits : public RouterLogits {
 // P width of the routing space. `directions` are the experts' embeddings as unit vectors, over the temperature.
 struct CosineSaved : RouterLogits::Saved {
   Tensor token_units, token_norms;                     // [T, P], [T]
-  Tensor expert_units, expert_norms, directions, projection;  // [E, P], [E], [E, P], [P, D]
+  Tensor expert_units, expert_norms, directions;       // [E, P], [E], [E, P]
   float temperature = 1;
 };
 
@@ -67,11 +67,10 @@ class CosineLogits : public RouterLogits {
     auto kept = std::make_unique<CosineSaved>();
     const int64_t T = normed.dim(0), E = gate_shape_[0], P = gate_shape_[1];
     kept->temperature = parameters_.weight(prefix_ + "router_temperature", {1}).data<float>()[0];
-    kept->projection = AsType(parameters_.weight(prefix_ + "router_proj.weight", projection_shape_), DType::kF32, stream);
     const Tensor gate = AsType(parameters_.weight(prefix_ + "gate.weight", gate_shape_), DType::kF32, stream);
     kept->token_units = Empty({T, P}, DType::kF32);
     kept->token_norms = Empty({T}, DType::kF32);
-    MatMul(AsType(normed, DType::kF32, stream), Transpose::kNo, kept->projection, Transpose::kYes, Accumulate::kOverwrite,
+    MatMul(AsType(normed, DType::kF32, stream), Transpose::kNo, Projection(stream), Transpose::kYes, Accumulate::kOverwrite,
            kept->token_units, stream);
     kernels::NormalizeRows(kept->token_units, kept->token_units, kept->token_norms, stream);
     kept->expert_units = Empty({E, P}, DType::kF32);
@@ -90,7 +89,7 @@ class CosineLogits : public RouterLogits {
     const Tensor dtokens = Empty(kept.token_units.shape(), DType::kF32);
     MatMul(dlogits, Transpose::kNo, kept.directions, Transpose::kNo, Accumulate::kOverwrite, dtokens, stream);
     kernels::NormalizeRowsBackward(dtokens, kept.token_units, kept.token_norms, dtokens, stream);
-    MatMul(dtokens, Transpose::kNo, kept.projection, Transpose::kNo, Accumulate::kAdd, dnormed, stream);
+    MatMul(dtokens, Transpose::kNo, Projection(stream), Transpose::kNo, Accumulate::kAdd, dnormed, stream);
     MatMul(dtokens, Transpose::kYes, AsType(normed, DType::kF32, stream), Transpose::kNo, accumulate,
            parameters_.gradient(prefix_ + "router_proj.weight", projection_shape_), stream);
 
@@ -109,6 +108,11 @@ class CosineLogits : public RouterLogits {
   }
 
  private:
+  // Not kept from pass to pass: weights may be elsewhere meanwhile.
+  Tensor Projection(Stream& stream) const {
+    return AsType(parameters_.weight(prefix_ + "router_proj.weight", projection_shape_), DType::kF32, stream);
+  }
+
   static Tensor OverTemperature(const Tensor& x, float temperature) {
     const Tensor scaled = Empty(x.shape(), DType::kF32);
     for (int64_t i = 0; i < x.elements(); ++i) scaled.data<float>()[i] = x.data<float>()[i] / temperature;
