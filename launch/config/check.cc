@@ -155,9 +155,29 @@ class Checker {
 
   void CheckExperts() {
     const Parallel& parallel = config_.parallel();
-    if (parallel.experts() != "sparse" || parallel.expert() == 1) return;
-    Fail("parallel.expert", absl::StrCat(parallel.expert(), " makes groups of ranks, which ",
-                                         Mention("parallel.experts", parallel.experts()), " has none of; 1 would fit"));
+    if (parallel.experts() == "sparse") {
+      CheckSparseExperts(parallel);
+      return;
+    }
+    NeedForExperts(parallel.expert_copies() == -1, "parallel.expert_copies", parallel.expert_copies(), "-1");
+    NeedForExperts(parallel.expert_overlap() == -1, "parallel.expert_overlap", parallel.expert_overlap(), "-1");
+    const int64_t unset = Parallel::default_instance().reshard_interval();
+    NeedForExperts(parallel.reshard_interval() == 0 || parallel.reshard_interval() == unset, "parallel.reshard_interval",
+                   parallel.reshard_interval(), "0");
+  }
+
+  void CheckSchedule() {
+    const int64_t waves = config_.schedule().waves();
+    const int64_t rows = config_.train().global_batch_size() / config_.train().gradient_accumulation_steps();
+    const double capacity = config_.model().capacity_factor();
+    if (waves > 1 && capacity > 0) {
+      Fail("schedule.waves", absl::StrCat(waves, " does not go with ", Mention("model.capacity_factor", FormatNumber(capacity)),
+                                          ", with which choices depend on all tokens; 0 or 1 would fit"));
+    } else if (rows > 0 && waves > rows) {
+      Fail("schedule.waves", absl::StrCat(waves, " is more than the ", rows, " sequences of a part of the batch (",
+                                          Mention("train.global_batch_size", config_.train().global_batch_size()),
+                                          "); at most ", rows, " would fit"));
+    }
   }
 
   void CheckExpertParallel(int world_size) {
@@ -202,6 +222,37 @@ class Checker {
     std::erase(fitting, 0);
     Fail("model.hidden_size", absl::StrCat(hidden, " ", why, Mention("model.num_attention_heads", heads),
                                            "; ", WouldFit(fitting, hidden), ", or an even model.head_dim"));
+  }
+
+  // Fails on a key that parallel.experts does not have unless it has the value that would fit.
+  void NeedForExperts(bool fits, std::string_view key, int64_t value, std::string_view fitting) {
+    if (fits) return;
+    Fail(key, absl::StrCat(value, " does not go with ", Mention("parallel.experts", config_.parallel().experts()), "; ",
+                           AbslSv(fitting), ", or parallel.experts = sparse, would fit"));
+  }
+
+  void CheckSparseExperts(const Parallel& parallel) {
+    if (parallel.expert() != 1) {
+      Fail("parallel.expert", absl::StrCat(parallel.expert(), " makes groups of ranks, which ",
+                                           Mention("parallel.experts", parallel.experts()), " has none of; 1 would fit"));
+    }
+    const int64_t experts = config_.model().num_local_experts();
+    const auto at_most_all = [&](std::string_view key, int64_t value) {
+      if (value <= experts) return;
+      Fail(key, absl::StrCat(value, " is more than ", Mention("model.num_local_experts", experts), "; at most ", experts,
+                             " would fit"));
+    };
+    at_most_all("parallel.expert_copies", parallel.expert_copies());
+    at_most_all("parallel.expert_overlap", parallel.expert_overlap());
+    if (parallel.expert_copies() != 0) return;
+    const std::string no_copies = Mention("parallel.expert_copies", 0);
+    if (parallel.expert_overlap() > 0) {
+      Fail("parallel.expert_overlap", absl::StrCat(parallel.expert_overlap(), " experts have no room with ", no_copies,
+                                                   "; 0 would fit"));
+    }
+    if (parallel.rematerialise()) {
+      Fail("parallel.rematerialise", absl::StrCat("true has nothing to gather again with ", no_copies, "; false would fit"));
+    }
   }
 
   // Fails on a key that model.router does not have unless it has the value that would fit.
@@ -261,6 +312,7 @@ absl::Status CheckConfig(const Config& config, const KeyPositions& positions) {
   checker.CheckScheduler();
   checker.CheckTelemetry();
   checker.CheckExperts();
+  checker.CheckSchedule();
   return checker.ToStatus();
 }
 

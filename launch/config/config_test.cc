@@ -233,6 +233,41 @@ TEST_F(LoadConfigTest, RefusesWhatTheRouterDoesNotHave) {
   EXPECT_THAT(error("router: top2"), HasSubstr("model.router"));
 }
 
+TEST_F(LoadConfigTest, RefusesWhatThePlacementOfExpertsDoesNotHave) {
+  const auto error = [&](const std::string& yaml) { return Error("data: {kind: random}\n" + yaml + "\n"); };
+  EXPECT_EQ(error("parallel: {expert_copies: 2}"),
+            "a.yaml:2:12: parallel.expert_copies: 2 does not go with parallel.experts = grouped (default); "
+            "-1, or parallel.experts = sparse, would fit");
+  EXPECT_THAT(error("parallel: {expert_overlap: 0, experts: grouped}"),
+              HasSubstr("a.yaml:2:12: parallel.expert_overlap: 0 does not go with parallel.experts = grouped (a.yaml:2:31)"));
+  EXPECT_THAT(error("parallel: {reshard_interval: 7}"), HasSubstr("parallel.reshard_interval: 7 does not go with"));
+  EXPECT_EQ(error("parallel: {reshard_interval: 0}"), "");
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 9}"),
+            "a.yaml:2:29: parallel.expert_copies: 9 is more than model.num_local_experts = 8 (default); at most 8 would fit");
+  EXPECT_THAT(error("parallel: {experts: sparse, expert_overlap: 9}"), HasSubstr("parallel.expert_overlap: 9 is more than"));
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 0, expert_overlap: 3}"),
+            "a.yaml:2:47: parallel.expert_overlap: 3 experts have no room with parallel.expert_copies = 0 (a.yaml:2:29); "
+            "0 would fit");
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 0, rematerialise: true}"),
+            "a.yaml:2:47: parallel.rematerialise: true has nothing to gather again with parallel.expert_copies = 0 "
+            "(a.yaml:2:29); false would fit");
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 0, expert_overlap: 0}"), "");
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 8, dense: sharded, rematerialise: true}"), "");
+}
+
+TEST_F(LoadConfigTest, RefusesWavesThatCannotTakeTurns) {
+  const std::string waves = "data: {kind: random}\nschedule: {waves: 4}\n";
+  EXPECT_EQ(Error(waves), "");
+  EXPECT_EQ(Error(waves + "train: {gradient_accumulation_steps: 4}\n"),
+            "a.yaml:2:12: schedule.waves: 4 is more than the 2 sequences of a part of the batch "
+            "(train.global_batch_size = 8 (default)); at most 2 would fit");
+  EXPECT_EQ(Error(waves + "model: {router: expert_choice, capacity_factor: 2}\n"),
+            "a.yaml:2:12: schedule.waves: 4 does not go with model.capacity_factor = 2 (a.yaml:3:32), with which choices "
+            "depend on all tokens; 0 or 1 would fit");
+  EXPECT_EQ(Error(waves + "model: {router: gshard}\n"), "");
+  EXPECT_EQ(Error("data: {kind: random}\nschedule: {waves: 1}\nmodel: {router: expert_choice, capacity_factor: 2}\n"), "");
+}
+
 TEST_F(LoadConfigTest, BalancesWithoutALossWhereTheRouterDoes) {
   const auto loaded = LoadConfig(Write("a.yaml", "data: {kind: random}\nmodel: {router: sigmoid_bias}\n"), {}, Files::kMustExist);
   ASSERT_TRUE(loaded.ok()) << loaded.status();
