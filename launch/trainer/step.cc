@@ -111,13 +111,14 @@ absl::Status RankModel::Connect(int64_t host) {
 absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
   const StepSchedule& wanted = config_.schedule();
   StepTuner::Options options;
-  options.choose = training && (wanted.chunks_forward() == 0 || wanted.chunks_backward() == 0 || wanted.gradient_slices() == "auto");
+  options.scheduler.waves = WavesToChooseFrom(config_, model_, shape);
+  options.choose = training && (wanted.chunks_forward() == 0 || wanted.chunks_backward() == 0 ||
+                                wanted.gradient_slices() == "auto" || options.scheduler.waves.size() > 1);
   options.replan = wanted.replan();
   options.scheduler.chunks_forward = wanted.chunks_forward();
   options.scheduler.chunks_backward = wanted.chunks_backward();
   options.scheduler.slice_gradients = wanted.gradient_slices() == "auto";
   options.scheduler.prefetch = {wanted.prefetch()};
-  options.scheduler.waves = WavesToChooseFrom(config_, model_, shape);
   forward_.shape = shape;
   forward_.shape.mode = StepShape::Mode::kForward;
   forward_.shape.parts = 1;
