@@ -115,11 +115,17 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
   if (config.schedule().waves() > 0) return {config.schedule().waves()};
   const int64_t rows = config.train().global_batch_size() / config.train().gradient_accumulation_steps();
   // With one sequence there is nothing to take turns; without rows that travel there is nothing to hide.
-  return shape.dispatch && rows >= 2 * shape.ranks ? std::vector<int>{1, 2} : std::vector<int>{1};
+  if (!shape.dispatch || rows < 2 * shape.ranks) return {1};
+  return rows < 4 * shape.ranks ? std::vector<int>{1, 2} : std::vector<int>{1, 2, 4};
 }
 
 DispatchRule DispatchRuleFor(const Config& config) {
   return config.parallel().dispatch() == "water_fill" ? DispatchRule::kWaterFill : DispatchRule::kNearest;
+}
+
+OwnerPolicy OwnerPolicyFor(const Config& config) {
+  if (config.parallel().owners() == "eplb") return OwnerPolicy::kEplb;
+  return config.parallel().owners() == "tuned" ? OwnerPolicy::kTuned : OwnerPolicy::kHecate;
 }
 
 std::string LayoutText(const Config& config, const ModelConfig& model, int ranks) {

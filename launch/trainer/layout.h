@@ -7,6 +7,7 @@
 #include "launch/config/config.pb.h"
 #include "models/model_config.h"
 #include "parallel/placement/dispatch.h"
+#include "parallel/placement/owners.h"
 #include "parallel/placement/placement.h"
 #include "parallel/schedule/step_graph.h"
 
@@ -28,6 +29,7 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
 // Schedule::waves to choose from, ascending.
 std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& model, const StepShape& shape);
 DispatchRule DispatchRuleFor(const Config& config);
+OwnerPolicy OwnerPolicyFor(const Config& config);
 
 // "data parallel, optimizer sharded": for people.
 std::string LayoutText(const Config& config, const ModelConfig& model, int ranks);

@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
+#include "parallel/expert/copy_costs.h"
 #include "runtime/device/cpu.h"
 
 namespace shoal {
@@ -135,6 +136,9 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
     }
     mover_ = std::make_unique<ExpertMover>(topology_, std::move(owners),
                                            ExpertMover::Options{.copies = store_->experts().copies(),
+                                                                .overlap = config_.parallel().expert_overlap(),
+                                                                .rule = DispatchRuleFor(config_),
+                                                                .owners = OwnerPolicyFor(config_),
                                                                 .reshard_interval = config_.parallel().reshard_interval()});
   }
   tuner_ = std::move(tuner);
@@ -203,8 +207,11 @@ absl::Status RankModel::AfterStep() {
 absl::Status RankModel::MoveExperts() {
   ExpertStore& experts = store_->experts();
   mover_->Observe(decoder_->rows_by_rank());
-  mover_->SetOverlap(config_.parallel().expert_overlap() >= 0 ? config_.parallel().expert_overlap()
-                                                              : OverlapOf(tuner_->profiler().table()));
+  const Workload workload = WorkloadOf(train_.shape);
+  if (const auto costs = MeasuredCopyCosts(tuner_->profiler().table(), train_.shape, workload, topology_); costs.has_value()) {
+    // What moves beside the weights is in fp32: they, and two moments.
+    mover_->SetCosts(*costs, static_cast<int>(100 * 3 * workload.expert_elements * 4 / workload.expert_weight_bytes));
+  }
   // Of all layers, with those without experts.
   const auto spread = [&](const auto& moe) {
     std::vector<typename std::decay_t<decltype(moe)>::value_type> layers(experts.placement().size());
@@ -219,27 +226,6 @@ absl::Status RankModel::MoveExperts() {
   }
   experts.SetHolders(spread(mover_->Placement()));
   return absl::OkStatus();
-}
-
-// Experts that travel while attention and routing of a layer compute, by what such tasks and the link took.
-int RankModel::OverlapOf(const CostTable& costs) const {
-  const bool several = topology_.hosts() > 1;
-  const Lane lane = several ? Lane::kInter : Lane::kIntra;
-  const auto model = [&](const CostKey& key) {
-    const auto found = costs.models.find(key);
-    return found == costs.models.end() ? CostModel() : found->second;
-  };
-  CostModel link = model({Op::kMaterialise, Phase::kForward, lane});
-  if (link.ns_per_unit <= 0) link = model({Op::kDispatch, Phase::kForward, lane});
-  if (link.ns_per_unit <= 0) return 0;
-  const double tokens = static_cast<double>(TokensOfRanks(config_.train().global_batch_size() / train_.shape.parts,
-                                                          config_.train().seq_length()).front());
-  const double other = model({Op::kAttention, Phase::kForward, Lane::kCompute}).Predict(tokens) +
-                       model({Op::kRoute, Phase::kForward, Lane::kCompute}).Predict(tokens) - link.fixed_ns;
-  const int64_t act = config_.train().precision() == "bf16" ? 2 : 4;
-  return OverlapBudget(topology_, {.other_work_ns = static_cast<int64_t>(std::max(0.0, other)),
-                                   .link_bytes_per_s = static_cast<int64_t>(1e9 / link.ns_per_unit),
-                                   .expert_bytes = store_->experts().expert_elements() * act});
 }
 
 // ---- Running.

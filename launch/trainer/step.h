@@ -103,7 +103,6 @@ class RankModel {
   absl::Status SetSchedule(const Schedule& schedule);
   absl::Status AfterStep();
   absl::Status MoveExperts();
-  int OverlapOf(const CostTable& costs) const;
   absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);

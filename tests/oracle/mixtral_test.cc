@@ -43,6 +43,8 @@ struct Case {
   int prefetch = 1;
   int ranks_per_host = 0;  // 0: one host.
   int waves = 1;
+  std::string owners = "hecate";
+  int overlap = 2;  // -1: copies by cost.
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -51,6 +53,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "")
              << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
+             << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "")
              << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "")
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
@@ -114,7 +117,8 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_schedule()->set_waves(c.waves);
   config.mutable_parallel()->set_rematerialise(c.rematerialise);
   // Copies from the second step on, other owners every few steps.
-  config.mutable_parallel()->set_expert_overlap(2);
+  config.mutable_parallel()->set_expert_overlap(c.overlap);
+  config.mutable_parallel()->set_owners(c.owners);
   config.mutable_parallel()->set_expert_copies(2);
   config.mutable_parallel()->set_reshard_interval(3);
   return config;
@@ -293,6 +297,10 @@ std::vector<Case> PlacementCases() {
     cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .rematerialise = true, .prefetch = 2});
     cases.push_back({.folder = folder, .ranks = 3, .recompute = true, .dense = "sharded", .experts = "sparse", .rematerialise = true});
     cases.push_back({.folder = folder, .ranks = 2, .accumulation = 2, .dense = "sharded", .experts = "sparse", .rematerialise = true});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .owners = "eplb"});
+    cases.push_back({.folder = folder, .ranks = 3, .experts = "sparse", .rematerialise = true, .owners = "tuned"});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .ranks_per_host = 1, .owners = "eplb", .overlap = -1});
+    cases.push_back({.folder = folder, .ranks = 2, .experts = "sparse", .owners = "tuned", .overlap = -1});
   }
   return cases;
 }
