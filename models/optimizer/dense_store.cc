@@ -218,8 +218,7 @@ void DenseStore::Refresh(Stream& stream) {
   }
 }
 
-int64_t DenseStore::SumSquares(double* sums, Stream& stream) const {
-  int64_t elements = 0;
+void DenseStore::SumSquares(double* sums, Stream& stream) const {
   for (const Bucket& bucket : buckets_) {
     int64_t offset = 0;
     for (int block : bucket.blocks) {
@@ -227,9 +226,13 @@ int64_t DenseStore::SumSquares(double* sums, Stream& stream) const {
       offset += count;
       if (begin < 0 || begin + count > bucket.own_count) continue;
       sums[block] += kernels::SumOfSquares(bucket.own_gradients.Elements(begin, {count}), stream);
-      elements += count;
     }
   }
+}
+
+int64_t DenseStore::owned_elements() const {
+  int64_t elements = 0;
+  for (const Bucket& bucket : buckets_) elements += bucket.own_count;
   return elements;
 }
 

@@ -60,9 +60,10 @@ class DenseStore {
   // Brings own copies up to date with master weights; those of other ranks are gathered with the next Gather.
   void Refresh(Stream& stream);
 
-  // Adds the sum of squares of each owned block's gradient at its index in `sums`; returns the elements.
-  int64_t SumSquares(double* sums, Stream& stream) const;
+  // Adds the sum of squares of each owned block's gradient at its index in `sums`.
+  void SumSquares(double* sums, Stream& stream) const;
   void AppendOwned(std::vector<OwnedPart>* owned) const;
+  int64_t owned_elements() const;
 
   struct Memory {
     int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0;

@@ -268,16 +268,13 @@ void ExpertStore::Refresh(Stream& stream) {
   for (Layer& layer : layers_) layer.fresh = false;
 }
 
-int64_t ExpertStore::SumSquares(double* sums, Stream& stream) const {
-  int64_t elements = 0;
+void ExpertStore::SumSquares(double* sums, Stream& stream) const {
   for (const Layer& layer : layers_) {
     for (size_t e = 0; e < layer.slot.size(); ++e) {
       if (layer.slot[e] < 0) continue;
       sums[layer.blocks[e]] += kernels::SumOfSquares(Row(gradients_, layer.slot[e]), stream);
-      elements += elements_;
     }
   }
-  return elements;
 }
 
 void ExpertStore::AppendOwned(std::vector<OwnedPart>* owned) const {

@@ -65,8 +65,9 @@ class ExpertStore {
   // AdamW on the owned experts of a layer. Returns their elements.
   int64_t Update(int layer, const kernels::AdamWStep& step, Stream& stream);
   void Refresh(Stream& stream);
-  int64_t SumSquares(double* sums, Stream& stream) const;
+  void SumSquares(double* sums, Stream& stream) const;
   void AppendOwned(std::vector<OwnedPart>* owned) const;
+  int64_t owned_elements() const { return (slots_ - static_cast<int64_t>(free_slots_.size())) * elements_; }
   struct Memory {
     int64_t weights_bytes = 0, gradients_bytes = 0, state_bytes = 0;  // Copies included.
   };

@@ -77,12 +77,6 @@ Tensor ParameterStore::SquaresByBlock(Stream& stream) const {
   return squares;
 }
 
-int64_t ParameterStore::owned_elements() const {
-  int64_t elements = 0;
-  for (const OwnedPart& part : owned()) elements += part.master.elements();
-  return elements;
-}
-
 ParameterStore::Memory ParameterStore::memory() const {
   const DenseStore::Memory dense = dense_->memory();
   const ExpertStore::Memory experts = experts_->memory();

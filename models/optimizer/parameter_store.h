@@ -49,7 +49,7 @@ class ParameterStore {
   // Sums of squares of reduced gradients by block [blocks] (f64), of those that this rank owns, 0 for others: summed over ranks
   // and then in the order of blocks they give a norm that does not depend on who owns what.
   Tensor SquaresByBlock(Stream& stream) const;
-  int64_t owned_elements() const;
+  int64_t owned_elements() const { return dense_->owned_elements() + experts_->owned_elements(); }
 
   bool training() const { return options_.training; }
   const std::vector<Block>& blocks() const { return blocks_; }

@@ -85,6 +85,12 @@ void Decoder::Begin(Pass pass) {
 
 std::vector<RoutingSums> Decoder::routing() const {
   std::vector<RoutingSums> sums = waves_.front().routing;
+  if (waves_.size() == 1) return sums;
+  const auto copy = [](Tensor* tensor) {
+    const Tensor own = Empty(tensor->shape(), tensor->dtype());
+    if (!tensor->empty()) std::memcpy(own.raw(), tensor->raw(), static_cast<size_t>(tensor->bytes()));
+    *tensor = own;
+  };
   const auto add = [](const Tensor& from, const Tensor& to) {
     for (int64_t i = 0; i < from.elements(); ++i) {
       if (from.dtype() == DType::kF64) {
@@ -94,8 +100,9 @@ std::vector<RoutingSums> Decoder::routing() const {
       }
     }
   };
-  for (size_t wave = 1; wave < waves_.size(); ++wave) {
-    for (size_t layer = 0; layer < sums.size(); ++layer) {
+  for (size_t layer = 0; layer < sums.size(); ++layer) {
+    for (Tensor* tensor : {&sums[layer].counts, &sums[layer].prob_sums, &sums[layer].dropped}) copy(tensor);
+    for (size_t wave = 1; wave < waves_.size(); ++wave) {
       const RoutingSums& from = waves_[wave].routing[layer];
       add(from.counts, sums[layer].counts);
       add(from.prob_sums, sums[layer].prob_sums);

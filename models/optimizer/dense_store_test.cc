@@ -1,0 +1,281 @@
+#include "models/optimizer/dense_store.h"
+
+#include <cmath>
+#include <mutex>
+
+#include "absl/strings/str_cat.h"
+#include "gtest/gtest.h"
+#include "models/optimizer/testing.h"
+#include "runtime/kernels/elementwise.h"
+#include "tests/harness/ranks.h"
+
+namespace shoal {
+namespace {
+
+using store_testing::FirstElement;
+using store_testing::Number;
+using store_testing::SmallConfig;
+
+struct Case {
+  int ranks = 1;
+  DensePolicy policy = DensePolicy::kReplicated;
+  DType compute = DType::kF32;
+  bool tied = false;
+};
+void PrintTo(const Case& c, std::ostream* os) {
+  *os << c.ranks << (c.policy == DensePolicy::kSharded ? "_sharded_" : "_replicated_") << Name(c.compute) << (c.tied ? "_tied" : "");
+}
+
+// What all ranks agree on.
+struct Model {
+  explicit Model(const Case& c) {
+    config = SmallConfig();
+    config.tie_word_embeddings = c.tied;
+    specs = ParameterSpecs(config);
+    blocks = MakeBlocks(specs);
+  }
+  bool IsExpert(size_t parameter) const { return specs[parameter].name.find(".experts.") != std::string::npos; }
+  int Bucket(size_t parameter) const {
+    const std::string& name = specs[parameter].name;
+    const BucketIndex index{config.num_hidden_layers, !config.tie_word_embeddings};
+    if (specs[parameter].shape.size() == 1) return BucketIndex::kVectors;
+    if (name == "model.embed_tokens.weight") return BucketIndex::kEmbedding;
+    if (name == "lm_head.weight") return index.OfHead();
+    return index.OfLayer(name[std::string("model.layers.").size()] - '0');
+  }
+  int64_t DenseElements() const {
+    int64_t elements = 0;
+    for (size_t i = 0; i < specs.size(); ++i) elements += IsExpert(i) ? 0 : ElementCount(specs[i].shape);
+    return elements;
+  }
+  ModelConfig config;
+  std::vector<ParameterSpec> specs;
+  std::vector<Block> blocks;
+};
+
+class Fixture {
+ public:
+  Fixture(const Case& c, Communicator& world) : model(c), group(&world) {
+    store = *DenseStore::Create(model.specs, model.blocks, model.config.num_hidden_layers, world,
+                                {.compute = c.compute, .policy = c.policy, .buffers = 2});
+    store->AppendOwned(&owned);
+    for (const OwnedPart& part : owned) {
+      for (int64_t i = 0; i < part.master.elements(); ++i) {
+        part.master.data<float>()[i] = Number(0, part.parameter, FirstElement(part) + i);
+      }
+    }
+    store->Refresh(stream);
+  }
+  template <typename Visit> void ForEachParameterOf(int bucket, const Visit& visit) {
+    for (size_t i = 0; i < model.specs.size(); ++i) {
+      if (!model.IsExpert(i) && model.Bucket(i) == bucket) visit(model.specs[i], static_cast<int64_t>(i));
+    }
+  }
+  void ExpectWeights(int bucket) {
+    ForEachParameterOf(bucket, [&](const ParameterSpec& spec, int64_t parameter) {
+      const Tensor weight = store->Weight(spec.name, spec.shape);
+      const Tensor wide = Empty(spec.shape, DType::kF32);
+      kernels::Convert(weight, wide, stream);
+      int64_t wrong = 0;
+      for (int64_t i = 0; i < wide.elements(); ++i) wrong += wide.data<float>()[i] != Number(0, parameter, i);
+      EXPECT_EQ(wrong, 0) << spec.name;
+    });
+  }
+  // As a backward pass of part `part` on this rank would.
+  void WriteGradients(int bucket, int part) {
+    const kernels::Accumulate mode = bucket >= 2 && bucket < 2 + model.config.num_hidden_layers
+                                         ? store->AccumulateOf(bucket - 2, part)
+                                         : (part == 0 ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd);
+    ForEachParameterOf(bucket, [&](const ParameterSpec& spec, int64_t parameter) {
+      const Tensor gradient = store->Gradient(spec.name, spec.shape);
+      for (int64_t i = 0; i < gradient.elements(); ++i) {
+        float& to = gradient.data<float>()[i];
+        to = Number(1 + group->index() + 10 * part, parameter, i) + (mode == kernels::Accumulate::kAdd ? to : 0);
+      }
+    });
+  }
+  // In three slices of unequal sizes, the last first.
+  void Reduce(int bucket, int part) {
+    const int64_t all = store->elements(bucket), first = all / 5, second = all / 2;
+    for (auto [begin, end] : {std::pair{second, all}, {int64_t{0}, first}, {first, second}}) {
+      const absl::Status status = store->Reduce(bucket, begin, end - begin, part);
+      EXPECT_TRUE(status.ok()) << status;
+    }
+  }
+  float WantedGradient(int64_t parameter, int64_t element, int parts) const {
+    float sum = 0;
+    for (int part = 0; part < parts; ++part) {
+      for (int rank = 0; rank < group->size(); ++rank) sum += Number(1 + rank + 10 * part, parameter, element);
+    }
+    return sum;
+  }
+
+  Model model;
+  Communicator* group;
+  Stream stream;
+  std::unique_ptr<DenseStore> store;
+  std::vector<OwnedPart> owned;
+};
+
+class DenseStoreRanks : public testing::TestWithParam<Case> {};
+
+TEST_P(DenseStoreRanks, OwnersTileEveryParameter) {
+  const Model model(GetParam());
+  std::mutex mutex;
+  std::vector<std::vector<int>> owners(model.specs.size());  // By row.
+  for (size_t i = 0; i < model.specs.size(); ++i) owners[i].assign(static_cast<size_t>(model.specs[i].shape[0]), 0);
+  int64_t elements = 0;
+  RunRanks(GetParam().ranks, "auto", [&](Communicator& world) {
+    Fixture fixture(GetParam(), world);
+    const std::lock_guard<std::mutex> lock(mutex);
+    elements += fixture.store->owned_elements();
+    for (const OwnedPart& part : fixture.owned) {
+      const size_t parameter = static_cast<size_t>(part.parameter);
+      EXPECT_EQ(part.name, model.specs[parameter].name);
+      EXPECT_EQ(part.full_shape, model.specs[parameter].shape);
+      for (const Tensor& tensor : {part.gradient, part.exp_avg, part.exp_avg_sq}) EXPECT_EQ(tensor.shape(), part.master.shape());
+      for (int64_t row = 0; row < part.master.dim(0); ++row) ++owners[parameter][static_cast<size_t>(part.row_begin + row)];
+    }
+  });
+  for (size_t i = 0; i < owners.size(); ++i) {
+    for (int count : owners[i]) ASSERT_EQ(count, model.IsExpert(i) ? 0 : 1) << model.specs[i].name;
+  }
+  EXPECT_EQ(elements, model.DenseElements());
+}
+
+TEST_P(DenseStoreRanks, GatherBringsTheOwnersWeights) {
+  RunRanks(GetParam().ranks, "auto", [&](Communicator& world) {
+    Fixture fixture(GetParam(), world);
+    DenseStore& store = *fixture.store;
+    EXPECT_EQ(store.buckets(), fixture.model.config.num_hidden_layers + (GetParam().tied ? 2 : 3));
+    for (int bucket = 0; bucket < store.buckets(); ++bucket) {
+      EXPECT_EQ(store.sharded(bucket),
+                GetParam().policy == DensePolicy::kSharded && GetParam().ranks > 1 && bucket >= 2 && bucket < 5);
+    }
+    // Two layers at a time, in turn and out of it: each buffer serves all.
+    const int head = BucketIndex{fixture.model.config.num_hidden_layers, !GetParam().tied}.OfHead();
+    for (int bucket : {BucketIndex::kVectors, BucketIndex::kEmbedding, head}) ASSERT_TRUE(store.Gather(bucket).ok());
+    int last = 2;
+    ASSERT_TRUE(store.Gather(last).ok());
+    for (int next : {3, 4, 2, 3, 4, 3, 2}) {
+      ASSERT_TRUE(store.Gather(next).ok());
+      fixture.ExpectWeights(next);
+      fixture.ExpectWeights(last);
+      store.Release(last);
+      last = next;
+    }
+    store.Release(last);
+    for (int bucket : {BucketIndex::kVectors, BucketIndex::kEmbedding, head}) fixture.ExpectWeights(bucket);
+  });
+}
+
+TEST_P(DenseStoreRanks, ReduceIsTheSumOverRanksAndParts) {
+  for (int parts = 1; parts <= 3; ++parts) {
+    SCOPED_TRACE(absl::StrCat(parts, " parts"));
+    RunRanks(GetParam().ranks, "auto", [&](Communicator& world) {
+      Fixture fixture(GetParam(), world);
+      DenseStore& store = *fixture.store;
+      for (int step = 0; step < 2; ++step) {  // Nothing of the first is left in the second.
+        for (int part = 0; part < parts; ++part) {
+          for (int bucket = store.buckets() - 1; bucket >= 0; --bucket) {
+            fixture.WriteGradients(bucket, part);
+            if (store.sharded(bucket) || part + 1 == parts) fixture.Reduce(bucket, part);
+          }
+        }
+      }
+      double squares = 0, wanted_squares = 0;
+      for (const OwnedPart& part : fixture.owned) {
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < part.gradient.elements(); ++i) {
+          const float want = fixture.WantedGradient(part.parameter, FirstElement(part) + i, parts);
+          wrong += part.gradient.data<float>()[i] != want;
+          wanted_squares += static_cast<double>(want) * want;
+        }
+        EXPECT_EQ(wrong, 0) << part.name;
+      }
+      std::vector<double> sums(fixture.model.blocks.size(), 0);
+      store.SumSquares(sums.data(), fixture.stream);
+      for (double sum : sums) squares += sum;
+      EXPECT_DOUBLE_EQ(squares, wanted_squares);  // Integers: exact.
+    });
+  }
+}
+
+TEST_P(DenseStoreRanks, UpdateIsOfWhatIsOwned) {
+  RunRanks(GetParam().ranks, "auto", [&](Communicator& world) {
+    Fixture fixture(GetParam(), world);
+    DenseStore& store = *fixture.store;
+    const kernels::AdamWStep step{.learning_rate = 0.01, .weight_decay = 0.1, .update = 1};
+    int64_t updated = 0;
+    for (int bucket = store.buckets() - 1; bucket >= 0; --bucket) {
+      fixture.WriteGradients(bucket, 0);
+      fixture.Reduce(bucket, 0);
+      updated += store.Update(bucket, step, fixture.stream);
+    }
+    EXPECT_EQ(updated, store.owned_elements());
+    for (int bucket = 0; bucket < store.buckets(); ++bucket) {
+      ASSERT_TRUE(store.Gather(bucket).ok());
+      fixture.ForEachParameterOf(bucket, [&](const ParameterSpec& spec, int64_t parameter) {
+        const Tensor weight = store.Weight(spec.name, spec.shape), wide = Empty(spec.shape, DType::kF32);
+        kernels::Convert(weight, wide, fixture.stream);
+        const double decay = spec.shape.size() == 1 ? 0 : 0.1, tolerance = GetParam().compute == DType::kF32 || decay == 0 ? 1e-5 : 0.2;
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < wide.elements(); ++i) {
+          const double gradient = fixture.WantedGradient(parameter, i, 1);
+          // The first update moves each weight by the rate, against its gradient.
+          const double want = Number(0, parameter, i) * (1 - 0.01 * decay) - (gradient == 0 ? 0 : std::copysign(0.01, gradient));
+          wrong += std::abs(wide.data<float>()[i] - want) > tolerance;
+        }
+        EXPECT_EQ(wrong, 0) << spec.name;
+      });
+      store.Release(bucket);
+    }
+  });
+}
+
+TEST_P(DenseStoreRanks, MemoryAddsUp) {
+  const Model model(GetParam());
+  std::mutex mutex;
+  DenseStore::Memory sum;
+  RunRanks(GetParam().ranks, "auto", [&](Communicator& world) {
+    Fixture fixture(GetParam(), world);
+    const DenseStore::Memory memory = fixture.store->memory();
+    const std::lock_guard<std::mutex> lock(mutex);
+    sum.weights_bytes += memory.weights_bytes;
+    sum.gradients_bytes += memory.gradients_bytes;
+    sum.state_bytes += memory.state_bytes;
+  });
+  int64_t vectors = 0, layers = 0, largest = 0;
+  std::vector<int64_t> of_layer(3, 0);
+  for (size_t i = 0; i < model.specs.size(); ++i) {
+    if (model.IsExpert(i)) continue;
+    const int64_t elements = ElementCount(model.specs[i].shape);
+    const int bucket = model.Bucket(i);
+    if (bucket == 0) vectors += elements;
+    if (bucket >= 2 && bucket < 5) of_layer[static_cast<size_t>(bucket - 2)] += elements;
+  }
+  for (int64_t elements : of_layer) {
+    layers += elements;
+    largest = std::max(largest, elements);
+  }
+  const int64_t all = model.DenseElements(), ranks = GetParam().ranks, width = SizeOf(GetParam().compute);
+  const bool sharded = GetParam().policy == DensePolicy::kSharded && ranks > 1;
+  // Everywhere, or once and in two buffers on each rank.
+  const int64_t copies = sharded ? ranks * (all - vectors - layers) + layers + 2 * ranks * largest : ranks * (all - vectors);
+  EXPECT_EQ(sum.weights_bytes, copies * width + ranks * vectors * 4);
+  EXPECT_EQ(sum.gradients_bytes, copies * 4 + ranks * vectors * 4);
+  EXPECT_EQ(sum.state_bytes, 8 * all + (width == 4 ? 0 : 4 * (all - vectors)));
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  for (int ranks = 1; ranks <= 4; ++ranks) {
+    cases.push_back({ranks, DensePolicy::kReplicated, ranks == 2 ? DType::kBF16 : DType::kF32, ranks == 3});
+    cases.push_back({ranks, DensePolicy::kSharded, ranks == 3 ? DType::kBF16 : DType::kF32, ranks == 2});
+  }
+  return cases;
+}
+INSTANTIATE_TEST_SUITE_P(Ranks, DenseStoreRanks, testing::ValuesIn(Cases()), testing::PrintToStringParamName());
+
+}  // namespace
+}  // namespace shoal
