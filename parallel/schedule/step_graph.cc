@@ -171,6 +171,7 @@ class Emitter {
       wave().x = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
                          {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
     });
+    routed_ = waves_.front().x;  // The part has begun: all that its totals wait for where no layer has experts.
     for (int layer = 0; layer < layers(); ++layer) {
       EmitLayer(layer, Phase::kForward, [&] {
         GatherLayer(layer + schedule_.prefetch, Phase::kForward);

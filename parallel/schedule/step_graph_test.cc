@@ -81,6 +81,7 @@ Case RandomCase(uint64_t seed) {
     one.schedule.layers.push_back({.forward_chunks = Pick(random, 1, 8), .backward_chunks = Pick(random, 1, 8)});
   }
   one.schedule.gradients = RandomSlices(random, one.shape, one.schedule.prefetch);
+  one.schedule.waves = Pick(random, 1, 3);
   return one;
 }
 
@@ -143,8 +144,8 @@ TEST_F(StepGraph, TasksWaitForEarlierOnesOnce) {
   });
 }
 
-// (op, phase, lane, back, part, layer, chunk)
-using Identity = std::tuple<Op, Phase, Lane, bool, int, int, int>;
+// (op, phase, lane, back, part, wave, layer, chunk)
+using Identity = std::tuple<Op, Phase, Lane, bool, int, int, int, int>;
 
 class Expected {
  public:
@@ -156,9 +157,11 @@ class Expected {
         for (Phase phase : {Phase::kForward, Phase::kRecompute, Phase::kBackward}) {
           if (phase != Phase::kForward && !training) continue;
           if (phase == Phase::kRecompute && !one.shape.recompute) continue;
-          Add(Op::kAttention, phase, -1);
-          if (moe) AddExperts(phase);
-          if (!moe) Add(Op::kDense, phase, -1);
+          for (wave_ = 0; wave_ < one.schedule.waves; ++wave_) {
+            Add(Op::kAttention, phase, -1);
+            if (moe) AddExperts(phase);
+            if (!moe) Add(Op::kDense, phase, -1);
+          }
         }
       }
     }
@@ -167,7 +170,7 @@ class Expected {
 
  private:
   void Add(Op op, Phase phase, int chunk, Lane lane = Lane::kCompute, bool back = false) {
-    tasks_.emplace(op, phase, lane, back, part_, layer_, chunk);
+    tasks_.emplace(op, phase, lane, back, part_, wave_, layer_, chunk);
   }
   void Travel(Op op, Phase phase, int chunk) {
     if (!one_.shape.dispatch) return;
@@ -177,13 +180,15 @@ class Expected {
   }
   void AddExperts(Phase phase) {
     const bool backward = phase == Phase::kBackward;
+    // Beside another wave's computation.
+    const Lane lane = !backward && one_.shape.dispatch && one_.schedule.waves > 1 ? Lane::kCopy : Lane::kCompute;
     Add(Op::kRoute, phase, -1);
-    if (!backward) Add(Op::kArrange, phase, -1);
+    if (!backward) Add(Op::kArrange, phase, -1, lane);
     if (phase == Phase::kForward && one_.shape.ranks > 1) Add(Op::kExchange, phase, -1, Lane::kControl);
     if (one_.shape.layers[static_cast<size_t>(layer_)].shared_expert) Add(Op::kShared, phase, -1);
     const LayerSchedule& chunks = one_.schedule.layers[static_cast<size_t>(layer_)];
     for (int chunk = 0; chunk < (backward ? chunks.backward_chunks : chunks.forward_chunks); ++chunk) {
-      Add(Op::kPack, phase, chunk);
+      Add(Op::kPack, phase, chunk, lane);
       Travel(Op::kDispatch, phase, chunk);
       Add(Op::kExperts, phase, chunk);
       Travel(Op::kReturn, phase, chunk);
@@ -193,17 +198,17 @@ class Expected {
   }
 
   const Case& one_;
-  int part_ = 0, layer_ = 0;
+  int part_ = 0, wave_ = 0, layer_ = 0;
   std::set<Identity> tasks_;
 };
 
-TEST_F(StepGraph, EveryLayerIsDoneOncePerChunkPassAndPart) {
+TEST_F(StepGraph, EveryLayerIsDoneOncePerChunkWavePassAndPart) {
   ForEachCase([](const Case& one, const Graph& graph) {
     std::set<Identity> tasks;
     for (const Task& task : graph.tasks) {
       if (task.layer < 0 || task.phase == Phase::kUpdate) continue;
       if (task.op == Op::kMaterialise || task.op == Op::kReduceExperts || task.op == Op::kRelease) continue;
-      EXPECT_TRUE(tasks.emplace(task.op, task.phase, task.lane, task.back, task.part, task.layer, task.chunk).second)
+      EXPECT_TRUE(tasks.emplace(task.op, task.phase, task.lane, task.back, task.part, task.wave, task.layer, task.chunk).second)
           << Name(task) << " twice";
     }
     EXPECT_TRUE(tasks == Expected(one).tasks()) << tasks.size() << " tasks, expected " << Expected(one).tasks().size();
@@ -214,25 +219,70 @@ TEST_F(StepGraph, RowsTravelBetweenWhatMakesThemAndWhatNeedsThem) {
   ForEachCase([](const Case& one, const Graph& graph) {
     if (!one.shape.dispatch) return;
     const Order order(graph);
-    std::map<std::tuple<Op, Phase, int, int, int>, std::vector<size_t>> found;  // op, phase, part, layer, chunk
+    std::map<std::tuple<Op, Phase, int, int, int, int>, std::vector<size_t>> found;  // op, phase, part, wave, layer, chunk
     for (size_t i = 0; i < graph.tasks.size(); ++i) {
       const Task& task = graph.tasks[i];
       const Op op = task.op != Op::kStay ? task.op : task.back ? Op::kReturn : Op::kDispatch;
-      found[{op, task.phase, task.part, task.layer, task.chunk}].push_back(i);
+      found[{op, task.phase, task.part, task.wave, task.layer, task.chunk}].push_back(i);
     }
     for (const auto& [key, tasks] : found) {
-      const auto& [op, phase, part, layer, chunk] = key;
+      const auto& [op, phase, part, wave, layer, chunk] = key;
       if (op != Op::kDispatch && op != Op::kReturn) continue;
       const bool forth = op == Op::kDispatch;
       const Op made_by = forth ? Op::kPack : Op::kExperts;
       const Op needed_by = forth ? Op::kExperts : phase == Phase::kForward ? Op::kCombine : Op::kRoute;
       for (size_t travel : tasks) {
-        EXPECT_TRUE(order.Before(found.at({made_by, phase, part, layer, chunk}).front(), travel)) << Name(graph.tasks[travel]);
+        EXPECT_TRUE(order.Before(found.at({made_by, phase, part, wave, layer, chunk}).front(), travel)) << Name(graph.tasks[travel]);
         // What is computed again is needed by the backward pass.
         const auto needing = forth || phase == Phase::kForward
-                                 ? found.at({needed_by, phase, part, layer, chunk})
-                                 : found.at({Op::kRoute, Phase::kBackward, part, layer, -1});
+                                 ? found.at({needed_by, phase, part, wave, layer, chunk})
+                                 : found.at({Op::kRoute, Phase::kBackward, part, wave, layer, -1});
         EXPECT_TRUE(order.Before(travel, needing.front())) << Name(graph.tasks[travel]);
+      }
+    }
+  });
+}
+
+// The first embedding of a part begins it, and drops what is left of the part before.
+TEST_F(StepGraph, PartsDoNotOverlapButForWeightsAndGradients) {
+  ForEachCase([](const Case& one, const Graph& graph) {
+    const Order order(graph);
+    std::vector<size_t> begins;
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& task = graph.tasks[i];
+      if (task.op == Op::kEmbed && task.phase == Phase::kForward && task.wave == 0) begins.push_back(i);
+    }
+    ASSERT_EQ(begins.size(), static_cast<size_t>(one.shape.parts));
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& task = graph.tasks[i];
+      const bool of_store = task.op == Op::kGather || task.op == Op::kRelease || task.op == Op::kMaterialise ||
+                            task.op == Op::kReduce || task.op == Op::kReduceExperts;
+      if (of_store || task.part < 0) continue;
+      const size_t part = static_cast<size_t>(task.part);
+      EXPECT_TRUE(i == begins[part] || order.Before(begins[part], i)) << Name(task);
+      if (part + 1 < begins.size()) {
+        EXPECT_TRUE(order.Before(i, begins[part + 1])) << Name(task);
+      }
+    }
+  });
+}
+
+TEST_F(StepGraph, TotalsAreThoseOfAllRouters) {
+  ForEachCase([](const Case& one, const Graph& graph) {
+    const Order order(graph);
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& totals = graph.tasks[i];
+      if (totals.op != Op::kTotals) continue;
+      EXPECT_GT(one.shape.ranks, 1);
+      for (size_t j = 0; j < graph.tasks.size(); ++j) {
+        const Task& task = graph.tasks[j];
+        if (task.part != totals.part) continue;
+        if (task.op == Op::kArrange && task.phase == Phase::kForward) {
+          EXPECT_TRUE(order.Before(j, i)) << Name(task);
+        }
+        if (task.op == Op::kBalance) {
+          EXPECT_TRUE(order.Before(i, j)) << Name(task);
+        }
       }
     }
   });
@@ -315,7 +365,7 @@ TEST_F(StepGraph, NoMoreLayersAreGatheredThanThereAreBuffers) {
       }
       ASSERT_TRUE(ran) << "deadlock";
     }
-    EXPECT_LE(most, one.schedule.prefetch + 1);
+    EXPECT_LE(most, DenseBuffers(one.schedule.prefetch, one.schedule.waves));
     EXPECT_LE(most_experts, one.schedule.prefetch + 1);
     EXPECT_EQ(live, 0);
     EXPECT_EQ(live_experts, 0);
