@@ -10,7 +10,9 @@ namespace shoal {
 namespace {
 
 constexpr size_t kProbeSteps = 5;    // That a schedule is measured for.
-constexpr size_t kReplanSteps = 10;  // Between looks at what another schedule would give.
+// Between looks at what another schedule would give; twice as many after each, as long as tasks take what they took.
+constexpr size_t kReplanSteps = 10, kReplanStepsMax = 320;
+constexpr size_t kRecentSteps = 10;  // That say what a schedule takes now.
 constexpr size_t kProbesMax = 6;
 // A schedule is measured when it is predicted to take at most so much more than the best prediction: at the start, and when what
 // tasks take has changed in mid-run, where every step with a slow schedule counts.
@@ -82,10 +84,12 @@ absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& 
     // Not the schedule has changed, but what tasks take: what was measured before may be different now.
     tried_.clear();
     steps_ns_.clear();
+    replan_steps_ = kReplanSteps;
     PlanProbes(kPlausibleAgain);
     return NextProbe();
   }
-  if (steps_ns_.size() % kReplanSteps != 0) return false;
+  if (steps_ns_.size() % replan_steps_ != 0) return false;
+  replan_steps_ = std::min(2 * replan_steps_, kReplanStepsMax);
   Remember();
   ScheduleChoice choice = Choose();
   const double noise = std::isfinite(profiler_.prediction_error()) ? profiler_.prediction_error() : 0;
@@ -160,7 +164,7 @@ bool StepTuner::Take(Tried tried) {
 
 double StepTuner::Median() const {
   std::vector<int64_t> steps(steps_ns_.begin() + (steps_ns_.size() > 1 ? 1 : 0), steps_ns_.end());
-  if (steps.size() > kReplanSteps) steps.erase(steps.begin(), steps.end() - static_cast<ptrdiff_t>(kReplanSteps));
+  if (steps.size() > kRecentSteps) steps.erase(steps.begin(), steps.end() - static_cast<ptrdiff_t>(kRecentSteps));
   if (steps.empty()) return 0;
   std::sort(steps.begin(), steps.end());
   return static_cast<double>(steps[steps.size() / 2]);

@@ -68,6 +68,7 @@ class StepTuner {
   std::vector<int64_t> steps_ns_;     // Of schedule_.
   std::map<uint64_t, Tried> tried_;   // By fingerprint; since the times of tasks changed last.
   int64_t jumps_ = 0;
+  size_t replan_steps_ = 10;          // Until the next look.
   std::vector<std::string> reasons_;
   double predicted_ns_ = 0;
 };

@@ -42,7 +42,7 @@ struct BenchOptions {
   double gflops = 4;        // Of an emulated device.
   double task_us = 300;     // Fixed cost of a compute task.
   double sigma = 1.0;
-  int64_t width = 128, inner = 256, experts = 16, layers = 2, rows = 2, seq = 256;
+  int64_t width = 128, inner = 256, experts = 16, layers = 4, rows = 4, seq = 128;
   int64_t warmup = 70, steps = 20;
   int64_t seed = 1;
 };
@@ -192,16 +192,18 @@ absl::Status Measure(std::vector<Variant>& variants, const BenchOptions& o, cons
 
 void Print(std::vector<Variant>& variants) {
   const double base = At(variants.front().seconds, 0.5);
-  absl::PrintF("%-18s %9s %9s %9s %8s  %s\n", "", "median ms", "p10", "p90", "speed", "schedule");
+  absl::PrintF("%-18s %9s %9s %9s %8s %18s  %s\n", "", "median ms", "p10", "p90", "speed", "compute + exposed", "schedule");
   for (Variant& variant : variants) {
     const double median = At(variant.seconds, 0.5);
-    absl::PrintF("%-18s %9.1f %9.1f %9.1f %7.2fx  %s\n", variant.name, 1e3 * median, 1e3 * At(variant.seconds, 0.1),
-                 1e3 * At(variant.seconds, 0.9), base / median, Describe(variant.model->schedule()));
+    const StepSummary last = Summarise(variant.model->graph(), variant.model->record());
+    absl::PrintF("%-18s %9.1f %9.1f %9.1f %7.2fx %9.1f + %6.1f  %s\n", variant.name, 1e3 * median, 1e3 * At(variant.seconds, 0.1),
+                 1e3 * At(variant.seconds, 0.9), base / median, static_cast<double>(last.busy_ns[0]) * 1e-6,
+                 static_cast<double>(last.exposed_ns + last.overhead_ns) * 1e-6, Describe(variant.model->schedule()));
   }
 }
 
 absl::Status AddSchedules(const BenchOptions& o, const RankEnvironment& environment, Communicator& world, std::vector<Variant>* variants) {
-  for (auto [waves, chunks] : {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}}) {
+  for (auto [waves, chunks] : {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}, {4, 1}}) {
     Config config = BaseConfig(o, world.size());
     SetSchedule(&config, waves, chunks);
     SHOAL_RETURN_IF_ERROR(Add(absl::StrFormat("%d wave%s, %d chunk%s", waves, waves > 1 ? "s" : "", chunks, chunks > 1 ? "s" : ""),
