@@ -93,6 +93,7 @@ StepLayout LayoutOf(const Config& config, int ranks) {
   layout.recompute = config.train().recompute();
   layout.parts = static_cast<int>(config.train().gradient_accumulation_steps());
   layout.prefetch = config.schedule().prefetch();
+  layout.copies = parallel.expert_copies();
   return layout;
 }
 

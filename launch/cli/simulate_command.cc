@@ -66,6 +66,18 @@ void Print(const PlanInputs& inputs, const StepEstimate& estimate) {
   absl::PrintF("peak memory  %s\n", estimate.memory.ToString());
 }
 
+void PrintJson(const StepEstimate& estimate) {
+  const auto mib = [](int64_t bytes) { return static_cast<double>(bytes) / (1 << 20); };
+  const MemoryUse& memory = estimate.memory;
+  absl::PrintF("{\"step_ms\":%.3f,\"exposed_ms\":%.3f,\"compute_ms\":%.3f,\"intra_ms\":%.3f,\"inter_ms\":%.3f,"
+               "\"peak_memory_mib\":%.2f,\"weights_mib\":%.2f,\"gradients_mib\":%.2f,\"state_mib\":%.2f,"
+               "\"copies_mib\":%.2f,\"activations_mib\":%.2f,\"buffers_mib\":%.2f,\"working_mib\":%.2f}\n",
+               estimate.step_ns / 1e6, estimate.exposed_ns / 1e6, estimate.busy_ns[static_cast<size_t>(Lane::kCompute)] / 1e6,
+               estimate.busy_ns[static_cast<size_t>(Lane::kIntra)] / 1e6, estimate.busy_ns[static_cast<size_t>(Lane::kInter)] / 1e6,
+               mib(memory.total()), mib(memory.weights), mib(memory.gradients), mib(memory.optimizer), mib(memory.copies),
+               mib(memory.activations), mib(memory.buffers), mib(memory.working));
+}
+
 int RunSweep(absl::Span<const std::string> args) {
   FlagSet flags(
       "shoal simulate sweep",
@@ -95,8 +107,10 @@ int RunSimulate(absl::Span<const std::string> args) {
   PlanFlags values;
   AddPlanFlags(&flags, &values);
   std::string trace;
+  bool json = false;
   flags.Add({.name = "trace", .value = "FILE", .help = "Writes the predicted timeline for chrome://tracing or ui.perfetto.dev."},
             &trace);
+  flags.Add({.name = "json", .help = "Prints one line of JSON instead of a report."}, &json);
   flags.Examples({"./shoal simulate configs/bench-small.yaml --cluster configs/clusters/laptop.yaml",
                   "./shoal simulate configs/bench-small.yaml --cluster configs/clusters/emulated-4.yaml --set parallel.expert=4 "
                   "--trace step.json",
@@ -110,7 +124,11 @@ int RunSimulate(absl::Span<const std::string> args) {
   const auto estimate = EstimateStep(inputs->model, inputs->cluster, LayoutOf(inputs->config.config, ranks), inputs->skew,
                                      SchedulerOptionsOf(inputs->config.config), trace.empty() ? Record::kNo : Record::kYes);
   if (!estimate.ok()) return Fail(flags.command(), estimate.status());
-  Print(*inputs, *estimate);
+  if (json) {
+    PrintJson(*estimate);
+  } else {
+    Print(*inputs, *estimate);
+  }
   if (!trace.empty()) {
     const absl::Status written = WriteTrace(*estimate, trace);
     if (!written.ok()) return Fail(flags.command(), written);

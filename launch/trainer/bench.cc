@@ -91,9 +91,12 @@ void Print(const Config& config, const RankModel& model, const BenchOptions& opt
   if (options.json) {
     absl::PrintF("{\"config\":\"%s\",\"precision\":\"%s\",\"ranks\":%d,\"threads\":%d,\"step_ms_median\":%.2f,"
                  "\"step_ms_best\":%.2f,\"tokens_per_s_median\":%.1f,\"tokens_per_s_best\":%.1f,\"gflops_median\":%.1f,"
-                 "\"gemm_peak_gflops\":%.1f,\"peak_memory_mib\":%.0f}\n",
+                 "\"step_ms_p10\":%.2f,\"step_ms_p90\":%.2f,\"gemm_peak_gflops\":%.1f,\"peak_memory_mib\":%.0f,"
+                 "\"weights_mib\":%.2f,\"gradients_mib\":%.2f,\"state_mib\":%.2f,\"private_tensors_mib\":%.2f}\n",
                  config.run().name(), config.train().precision(), ranks, Threads(), times.median * 1e3, times.best * 1e3,
-                 tokens / times.median, tokens / times.best, gflops, peak_gflops, resident);
+                 tokens / times.median, tokens / times.best, gflops, times.p10 * 1e3, times.p90 * 1e3, peak_gflops, resident,
+                 static_cast<double>(memory.weights_bytes) * mib, static_cast<double>(memory.gradients_bytes) * mib,
+                 static_cast<double>(memory.state_bytes) * mib, activations);
     return;
   }
   absl::PrintF("%s, %s, %d rank%s x %d thread%s, %d steps\n", config.run().name(), config.train().precision(), ranks,

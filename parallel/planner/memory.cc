@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "parallel/placement/placement.h"
 
 namespace shoal {
 namespace {
@@ -59,6 +60,8 @@ class MemoryCount {
     int64_t sent = 0, arrived = 0;
   };
 
+  // Of memory that ranks of a host map: exact. A host's only rank keeps it with its other tensors.
+  int64_t Shared(int64_t bytes) const { return out_.shape.intra ? bytes : Held(bytes); }
   int64_t master_bytes() const { return b_ == kF32 ? 0 : kF32; }
 
   void CountDense() {
@@ -70,14 +73,14 @@ class MemoryCount {
       const int64_t count = elements[static_cast<size_t>(bucket)], owned = CeilDiv(count, ranks_);
       const bool layer = bucket >= 2 && bucket < 2 + buckets.layers;
       const bool split = sharded && layer;
-      use_.weights += split ? owned * b_ : bytes[static_cast<size_t>(bucket)];
-      use_.gradients += kF32 * (split ? owned : count);
+      use_.weights += Shared(split ? owned * b_ : bytes[static_cast<size_t>(bucket)]);
+      use_.gradients += split ? Held(kF32 * owned) : Shared(kF32 * count);
       use_.optimizer += 2 * Held(owned * kF32) + Held(bucket == 0 ? 0 : owned * master_bytes());
       if (split) largest = std::max(largest, count);
     }
     const int64_t buffers = std::min(DenseBuffers(layout_.prefetch, waves_), buckets.layers);
-    use_.weights += buffers * largest * b_;
-    use_.gradients += buffers * largest * kF32;
+    use_.weights += buffers * Shared(largest * b_);
+    use_.gradients += buffers * Shared(largest * kF32);
   }
 
   void CountExperts() {
@@ -89,60 +92,142 @@ class MemoryCount {
       room = std::max(room, counts.copies);
       ++layers;
     }
+    if (layout_.sparse && layers > 0) {
+      room = std::min(layout_.copies < 0 ? std::max(1, model_.experts / 4) : layout_.copies, model_.experts);
+    }
     // Owners are dealt so that over all layers ranks own nearly as many.
     const int64_t slots = std::min(owned, CeilDiv(layers * model_.experts, ranks_) + (layers > 0 ? 1 : 0));
     const int64_t expert = model_.expert_elements();
-    use_.weights += slots * expert * b_;
-    use_.gradients += slots * expert * kF32;
+    use_.weights += Shared(slots * expert * b_);
+    use_.gradients += Shared(slots * expert * kF32);
     use_.optimizer += 2 * Held(slots * expert * kF32) + Held(slots * expert * master_bytes());
     const int64_t rooms = layout_.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout_.prefetch + 1, layers);
-    use_.copies += rooms * room * expert * (b_ + kF32);
+    use_.copies += rooms * (Shared(room * expert * b_) + Shared(room * expert * kF32));
   }
 
-  int64_t AttentionKept() const {
-    return Held(tokens_ * b_ * model_.width) + Held(tokens_ * b_ * (model_.query_size + 2 * model_.kv_size)) +
-           Held(tokens_ * b_ * model_.query_size) + Held(tokens_ * kF32) + Held(tokens_ * kF32 * model_.heads);
-  }
-  int64_t LayerKept(size_t layer) const {
-    const int64_t normed = Held(tokens_ * model_.width * kF32) + Held(tokens_ * model_.width * b_) + Held(tokens_ * kF32);
-    if (!model_.moe[layer]) return AttentionKept() + normed + Held(tokens_ * 2 * b_ * model_.dense_inner);
-    const Rows& rows = rows_[static_cast<size_t>(out_.work.experts_of_layer[layer])];
-    const int64_t routing = Held(tokens_ * kF32) + Held(tokens_ * kF32 * model_.experts) +
-                            2 * Held(tokens_ * kF32 * model_.choices) + 2 * Held(rows.sent * kF32);
-    const int64_t travelled = Held(b_ * rows.arrived * model_.width) + Held(b_ * rows.arrived * 2 * model_.expert_inner) +
-                              Held(b_ * rows.sent * model_.width);
-    return AttentionKept() + normed + routing + travelled + Held(2 * b_ * tokens_ * model_.shared_inner);
-  }
-  // Of a layer's backward pass, beside what it keeps: the gradient and those by rows, or by a dense layer's inner vectors.
-  int64_t LayerWorking(size_t layer) const {
-    const int64_t gradient = Held(tokens_ * model_.width * kF32);
-    if (!model_.moe[layer]) {
-      const int64_t narrow = b_ == kF32 ? 0 : Held(tokens_ * b_ * model_.width);
-      return gradient + narrow + Held(tokens_ * b_ * model_.width) + Held(tokens_ * b_ * model_.dense_inner);
+  // ---- Of one wave.
+
+  struct Wave {
+    int64_t tokens = 0;
+    double share = 1;  // Of the rank's tokens.
+  };
+  // What a layer holds of a wave at different times.
+  struct LayerBytes {
+    int64_t input = 0;      // x.
+    int64_t kept = 0;       // From the forward pass to the backward pass, beside x.
+    int64_t home = 0;       // Of those, rows that came home: until they have been packed for the backward pass.
+    int64_t working = 0;    // In the backward pass, beside what is kept and the gradient.
+    int64_t remaining = 0;  // Of all of these, with x, when its experts are done and its attention is not.
+  };
+
+  std::vector<Wave> Waves() const {
+    const int64_t sequences = tokens_ / model_.sequence_length;
+    const int count = static_cast<int>(std::clamp<int64_t>(sequences, 1, waves_));
+    std::vector<Wave> waves;
+    for (int wave = 0; wave < count; ++wave) {
+      const int64_t tokens = EvenPart(sequences, count, wave).count * model_.sequence_length;
+      waves.push_back({tokens, tokens_ == 0 ? 1.0 / count : static_cast<double>(tokens) / static_cast<double>(tokens_)});
     }
-    const Rows& rows = rows_[static_cast<size_t>(out_.work.experts_of_layer[layer])];
-    return gradient + Held(rows.sent * kF32) + Held(b_ * rows.arrived * model_.width) + Held(b_ * rows.sent * model_.width) +
-           Held(b_ * rows.arrived * model_.expert_inner);
+    return waves;
   }
+
+  int64_t Narrow(int64_t tokens) const { return Held(tokens * model_.width * b_); }
+  int64_t Wide(int64_t tokens) const { return Held(tokens * model_.width * kF32); }
+
+  int64_t AttentionKept(int64_t tokens) const {
+    return Narrow(tokens) + Held(tokens * b_ * (model_.query_size + 2 * model_.kv_size)) + Held(tokens * b_ * model_.query_size) +
+           Held(tokens * kF32) + Held(tokens * kF32 * model_.heads);
+  }
+
+  LayerBytes BytesOf(size_t layer, const Wave& wave) const {
+    const int64_t tokens = wave.tokens;
+    const int64_t normed = Wide(tokens) + Narrow(tokens) + Held(tokens * kF32);
+    LayerBytes bytes{.input = Wide(tokens)};
+    if (!model_.moe[layer]) {
+      bytes.kept = AttentionKept(tokens) + normed + Held(tokens * 2 * b_ * model_.dense_inner);
+      bytes.working = (b_ == kF32 ? 0 : Narrow(tokens)) + Narrow(tokens) + Held(tokens * b_ * model_.dense_inner);
+      bytes.remaining = bytes.input + AttentionKept(tokens);
+      return bytes;
+    }
+    const Rows& all = rows_[static_cast<size_t>(out_.work.experts_of_layer[layer])];
+    const int64_t sent = Share(all.sent, wave), arrived = Share(all.arrived, wave);
+    const int64_t routing = Held(tokens * kF32) + Held(tokens * kF32 * model_.experts) +
+                            2 * Held(tokens * kF32 * model_.choices) + 2 * Held(sent * kF32);
+    bytes.home = Narrow(sent);
+    const int64_t travelled = Narrow(arrived) + Held(b_ * arrived * 2 * model_.expert_inner) + bytes.home;
+    bytes.kept = AttentionKept(tokens) + normed + routing + travelled + Held(2 * b_ * tokens * model_.shared_inner);
+    bytes.working = Held(sent * kF32) + Narrow(arrived) + Narrow(sent) + Held(b_ * arrived * model_.expert_inner);
+    bytes.remaining = bytes.input + AttentionKept(tokens) + normed + routing + Narrow(sent);
+    return bytes;
+  }
+  static int64_t Share(int64_t rows, const Wave& wave) { return std::llround(std::ceil(static_cast<double>(rows) * wave.share)); }
+
+  // ---- Of all waves, at the times that may be the worst.
 
   void CountActivations() {
-    int64_t largest = 0, kept = 0, working = 0;
+    const std::vector<Wave> waves = Waves();
+    std::vector<std::vector<LayerBytes>> layers;
     for (size_t layer = 0; layer < model_.moe.size(); ++layer) {
-      const int64_t here = LayerKept(layer);
-      largest = std::max(largest, here);
-      kept += here;
-      working = std::max(working, LayerWorking(layer));
+      layers.emplace_back();
+      for (const Wave& wave : waves) layers.back().push_back(BytesOf(layer, wave));
     }
-    const int64_t inputs = (model_.layers() + 1) * Held(tokens_ * model_.width * kF32);  // Of each layer, and of the head.
-    use_.activations = inputs + (layout_.recompute ? largest : kept);
-    const int64_t chunk = std::min(model_.loss_chunk, tokens_);
-    const int64_t head = Held(tokens_ * model_.width * b_) + 2 * Held(tokens_ * model_.width * kF32) +
-                         Held(chunk * model_.vocab * kF32) + Held(b_ == kF32 ? 0 : chunk * model_.vocab * b_);
-    use_.working = std::max(head, working);
+    int64_t gradients = 0, inputs = 0, kept = 0;  // Of the layers up to the one at hand.
+    for (const Wave& wave : waves) gradients += Wide(wave.tokens);
+    int64_t peak = 0;
+    const auto consider = [&](int64_t activations, int64_t working) {
+      if (activations + working <= peak) return;
+      peak = activations + working;
+      use_.activations = activations;
+      use_.working = working;
+    };
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+      int64_t here = 0;
+      for (const LayerBytes& bytes : layers[layer]) {
+        inputs += bytes.input;
+        here += bytes.kept;
+      }
+      kept += here;
+      const std::vector<LayerBytes>* above = layer + 1 < layers.size() && waves.size() > 1 ? &layers[layer + 1] : nullptr;
+      consider(inputs + (layout_.recompute ? here : kept), gradients + BackwardWorking(layers[layer], above));
+    }
+    // The head, whose input is as wide as a layer's; the gradients of the waves before are there.
+    consider(inputs + gradients + (layout_.recompute ? 0 : kept), gradients + HeadWorking(waves));
     if (!out_.shape.dispatch) return;
+    for (const Wave& wave : waves) CountBuffers(wave);
+  }
+
+  // Waves pass from the attention of the layer above to the departure of this layer's rows one after the other.
+  static int64_t BackwardWorking(const std::vector<LayerBytes>& layer, const std::vector<LayerBytes>* above) {
     int64_t most = 0;
-    for (const Rows& rows : rows_) most = std::max({most, rows.sent, rows.arrived});
-    use_.buffers = 2 * b_ * most * model_.width;
+    for (size_t arrived = above == nullptr ? layer.size() : 0; arrived <= layer.size(); ++arrived) {
+      int64_t bytes = 0;
+      for (size_t wave = 0; wave < layer.size(); ++wave) {
+        if (wave < arrived) bytes += layer[wave].working - (wave + 1 < arrived ? layer[wave].home : 0);
+        if (wave >= arrived) bytes += (*above)[wave].remaining;
+      }
+      most = std::max(most, bytes);
+    }
+    return most;
+  }
+
+  int64_t HeadWorking(const std::vector<Wave>& waves) const {
+    const Wave& largest = waves.front();
+    const int64_t chunk = std::min(model_.loss_chunk, largest.tokens);
+    const int64_t logits = Held(chunk * model_.vocab * kF32) + Held(b_ == kF32 ? 0 : chunk * model_.vocab * b_);
+    return std::max(Narrow(largest.tokens) + logits, Wide(largest.tokens));
+  }
+
+  // Buffers have room for a quarter more rows than the first that they were made for.
+  void CountBuffers(const Wave& wave) {
+    int64_t sent = 0, arrived = 0;
+    for (const Rows& rows : rows_) {
+      sent = std::max(sent, Share(rows.sent, wave));
+      arrived = std::max(arrived, Share(rows.arrived, wave));
+    }
+    for (int64_t rows : {sent, arrived}) {
+      const int64_t bytes = rows * model_.width * b_;
+      use_.buffers += Shared(bytes + bytes / 4);
+    }
   }
 
   const ModelShape& model_;

@@ -1,5 +1,6 @@
 // Peak memory of a rank, from what training keeps. Tensors of 256 KiB and more of one rank occupy whole pages of 2 MiB
-// (runtime/device/memory.h); those that ranks share (weights, gradients, copies, buffers) do not.
+// (runtime/device/memory.h); those that ranks of a host share (weights, gradients, copies, buffers) do not. With several waves each
+// has tensors of its own.
 //
 // With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
 // experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:
@@ -9,8 +10,10 @@
 //   copies       of experts that others own, b + 4 each: of all layers, or prefetch + 1 rooms when they are rematerialised.
 //   activations  of a layer: x 4TD; attention bT(D + 2q + 2kv) + 4T(1 + heads); experts 4TD + bTD + 4T(2 + E + 2K) + 8S +
 //                b(RD + 2RF + SD); shared 2bTF'; dense 4TD + bTD + 4T + 2bTF. With recompute x of every layer, the rest of one.
-//   buffers      two for rows on their way, b max(S, R) D each, where rows travel.
-//   working      the larger of the head (bTD + 8TD + logits of a chunk) and a layer's backward pass (4TD + 4S + b(RD + SD + RF)).
+//   buffers      two for rows on their way where rows travel, b SD and b RD, each with room for a quarter more.
+//   working      of the head 4TD and the larger of bTD + logits of a chunk and 4TD; of a layer's backward pass
+//                4TD + 4S + b(RD + SD + RF), and what waves that are behind have of the layer above.
+// Activations and working are those of the worst moment: the head, or the backward pass of some layer.
 #pragma once
 
 #include <cstdint>

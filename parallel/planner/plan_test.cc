@@ -123,7 +123,45 @@ TEST(PeakMemory, OneRankByHand) {
   const int64_t inputs = 2 * T * D * 4, attention = T * (4 * (D + 2 * 8 + 2 * 4) + 4 * 3);
   const int64_t moe = T * D * 8 + T * 4 * (2 + 4 + 4) + S * 8 + 4 * (S * (8 + 32) + S * 8);
   EXPECT_EQ(use.activations, inputs + attention + moe);
-  EXPECT_EQ(use.working, T * D * 12 + T * 100 * 4);
+  EXPECT_EQ(use.working, T * D * 8 + T * 100 * 4);  // The head's.
+}
+
+// Two hosts of one rank each, which keep everything in pages of 2 MiB.
+TEST(PeakMemory, WavesHaveTensorsAndBuffersOfTheirOwn) {
+  ModelShape model;
+  model.vocab = 100;
+  model.width = 256;
+  model.expert_inner = 256;
+  model.query_size = 256;
+  model.kv_size = 128;
+  model.heads = 2;
+  model.experts = 4;
+  model.choices = 2;
+  model.moe = {true};
+  model.sequences = 4;
+  model.sequence_length = 1500;
+  const auto out = LayOut(model, Hosts(2, 1), {.expert = 2}, {});
+  ASSERT_TRUE(out.ok()) << out.status();
+  // 3,000 tokens of a rank; 6,000 rows of 1 KiB sent, and as many arrive: 5.86 MiB, with a quarter more 7.32.
+  constexpr int64_t kMiB = 1 << 20;
+  EXPECT_EQ(PeakMemory(model, {.expert = 2}, *out, 1).buffers, 2 * 8 * kMiB);
+  EXPECT_EQ(PeakMemory(model, {.expert = 2}, *out, 2).buffers, 4 * 4 * kMiB);  // 3.66 each.
+  // An expert has 768 KiB, two of four are here: 1.5 MiB. Embedding and head have 100 KiB each, the layer 769 KiB.
+  const int64_t small = 3 * 256 * 4 + 2 * 100 * 256 * 4;
+  EXPECT_EQ(PeakMemory(model, {.expert = 2}, *out, 1).weights, 2 * kMiB + 2 * kMiB + small);
+  EXPECT_EQ(PeakMemory(model, {.expert = 2}, *out, 1).gradients, 2 * kMiB + 2 * kMiB + small);
+  // More waves than sequences are as many as sequences.
+  EXPECT_EQ(PeakMemory(model, {.expert = 2}, *out, 9).total(), PeakMemory(model, {.expert = 2}, *out, 2).total());
+}
+
+TEST(EstimateStep, TransportThatComputesMakesCommunicationDearer) {
+  Cluster cluster = Hosts(2, 1);
+  cluster.inter_bytes_per_ns = 10;
+  const double free_ns = Estimate(Model(), cluster, {.expert = 2}).step_ns;
+  cluster.inter_compute_ns_per_byte = 0.02;  // A fifth of a device.
+  const StepEstimate taxed = Estimate(Model(), cluster, {.expert = 2});
+  EXPECT_GT(taxed.step_ns, free_ns);
+  EXPECT_LT(taxed.step_ns, free_ns / 0.8);
 }
 
 TEST(PeakMemory, EachPolicySavesWhatItShould) {

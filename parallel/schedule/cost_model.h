@@ -2,6 +2,8 @@
 // (profiler.h), or from the rates of a cluster that is only described (planner/). Plain values.
 #pragma once
 
+#include <array>
+
 #include "absl/container/flat_hash_map.h"
 #include "parallel/schedule/graph.h"
 
@@ -17,6 +19,10 @@ struct CostTable {
   absl::flat_hash_map<CostKey, CostModel> models;
   // How many times longer communication takes while another lane communicates as well (>= 1).
   double interference = 1.0;
+  // Share of a rank's computing rate that a communication lane takes while it is busy: a transport that runs on the processor, a
+  // collective library's channels on a GPU. By lane; the profiler leaves them at 0, because what it measures of computation has
+  // them in it.
+  std::array<double, kLanes> compute_share = {};
 
   // Nanoseconds; a key without a model takes none.
   double Predict(const Task& task, double units) const {

@@ -17,6 +17,9 @@ constexpr int kNone = -1;
 constexpr size_t At(int index) { return static_cast<size_t>(index); }
 constexpr size_t At(Lane lane) { return static_cast<size_t>(lane); }
 
+// However much communication asks for, computation goes on.
+constexpr double kLeastComputeRate = 0.05;
+
 int64_t Rounded(double ns) { return static_cast<int64_t>(std::llround(ns)); }
 
 // The tasks of each lane, in order.
@@ -52,7 +55,7 @@ class AlikeRun {
         if (!busy_[lane]) Begin(lane, now, record);
       }
       const double slow = busy_[At(Lane::kIntra)] && busy_[At(Lane::kInter)] ? costs_.interference() : 1.0;
-      const std::array<double, kLanes> factor = {1, 1, slow, slow, 1};
+      const std::array<double, kLanes> factor = {costs_.ComputeSlowdown(busy_), 1, slow, slow, 1};
       double span = std::numeric_limits<double>::infinity();
       for (size_t lane = 0; lane < kLanes; ++lane) {
         if (busy_[lane]) span = std::min(span, left_ns_[lane] * factor[lane]);
@@ -190,7 +193,7 @@ class ClusterRun {
     while (!events_.empty()) {
       const Event event = events_.top();
       events_.pop();
-      if (event.group != nullptr && event.version != event.group->version) continue;
+      if (event.version != (event.group != nullptr ? event.group->version : VersionOf(event))) continue;
       now_ = event.at;
       if (event.group == nullptr) {
         End(event.member, event.lane);
@@ -221,6 +224,9 @@ class ClusterRun {
     std::array<size_t, kLanes> next = {}, waited = {};
     std::array<bool, kLanes> busy = {}, here = {};  // `here`: has reached a group's task.
     double accounted = 0;
+    // Of the task that computes, as Group has it.
+    double left_ns = 0, since = 0, factor = 1;
+    uint64_t version = 0;
   };
   // The task at which the members of a host or of the world meet, on one lane.
   struct Group {
@@ -244,6 +250,10 @@ class ClusterRun {
   };
 
   const Task& TaskAt(const Member& member, size_t lane) const { return graph_.tasks[At(lanes_[lane][member.next[lane]])]; }
+
+  uint64_t VersionOf(const Event& event) const {
+    return event.lane == At(Lane::kCompute) ? members_[At(event.member)].version : 0;
+  }
 
   void Push(Event event) {
     event.number = events_pushed_++;
@@ -289,7 +299,11 @@ class ClusterRun {
       const double cost = costs_.Predict(task, units_.Of(task, schedule_, classes_.ranks[At(index)].first_rank));
       if (ReachOf(task, one_host_) == Reach::kRank) {
         SetBusy(index, lane, true);
-        Push({.at = now_ + cost, .member = index, .lane = lane});
+        if (lane == At(Lane::kCompute)) {
+          BeginComputing(index, cost);
+        } else {
+          Push({.at = now_ + cost, .member = index, .lane = lane});
+        }
         continue;
       }
       member.here[lane] = true;
@@ -297,6 +311,35 @@ class ClusterRun {
       group->cost_ns = std::max(group->cost_ns, cost);
       if (++group->arrived == group->members->size()) BeginGroup(group);
     }
+  }
+
+  void BeginComputing(int index, double cost) {
+    Member& member = members_[At(index)];
+    member.left_ns = cost;
+    member.since = now_;
+    member.factor = costs_.ComputeSlowdown(member.busy);
+    AwaitComputing(index);
+  }
+
+  void AwaitComputing(int index) {
+    Member& member = members_[At(index)];
+    ++member.version;
+    Push({.at = member.since + member.left_ns * member.factor,
+          .member = index,
+          .lane = At(Lane::kCompute),
+          .version = member.version});
+  }
+
+  // After a communication lane of the member has begun or ended.
+  void UpdateComputing(int index) {
+    Member& member = members_[At(index)];
+    if (!costs_.slows_compute() || !member.busy[At(Lane::kCompute)]) return;
+    const double factor = costs_.ComputeSlowdown(member.busy);
+    if (factor == member.factor) return;
+    member.left_ns = std::max(0.0, member.left_ns - (now_ - member.since) / member.factor);
+    member.since = now_;
+    member.factor = factor;
+    AwaitComputing(index);
   }
 
   void End(int index, size_t lane) {
@@ -313,7 +356,10 @@ class ClusterRun {
     group->left_ns = group->cost_ns;
     group->since = now_;
     group->factor = 1;
-    for (int member : *group->members) SetBusy(member, At(group->lane), true);
+    for (int member : *group->members) {
+      SetBusy(member, At(group->lane), true);
+      UpdateComputing(member);
+    }
     Await(group);
     if (group->lane == Lane::kIntra) ++intra_running_;
     UpdateSpeeds(group);
@@ -326,7 +372,10 @@ class ClusterRun {
     group->cost_ns = 0;
     if (group->lane == Lane::kIntra) --intra_running_;
     UpdateSpeeds(group);
-    for (int member : *group->members) End(member, At(group->lane));
+    for (int member : *group->members) {
+      End(member, At(group->lane));
+      UpdateComputing(member);
+    }
     for (int member : *group->members) BeginReady(member);
   }
 
@@ -373,8 +422,17 @@ class ClusterRun {
 
 }  // namespace
 
-FlatCosts::FlatCosts(const CostTable& costs) : interference_(std::max(1.0, costs.interference)) {
+FlatCosts::FlatCosts(const CostTable& costs)
+    : interference_(std::max(1.0, costs.interference)), compute_share_(costs.compute_share) {
   for (const auto& [key, model] : costs.models) models_[Index(key)] = model;
+  for (double share : compute_share_) slows_compute_ = slows_compute_ || share > 0;
+}
+
+double FlatCosts::ComputeSlowdown(const std::array<bool, kLanes>& busy) const {
+  if (!slows_compute_) return 1;
+  double rate = 1;
+  for (size_t lane = 0; lane < kLanes; ++lane) rate -= busy[lane] ? compute_share_[lane] : 0;
+  return 1 / std::max(rate, kLeastComputeRate);
 }
 
 Prediction SimulateAlike(const Graph& graph, const FlatCosts& costs, Record record) { return AlikeRun(graph, costs).Run(record); }

@@ -1,6 +1,7 @@
 // Predicts when the tasks of a step run, without running them: lanes in list order, a task when what it waits for is done, as
 // the executor does. Communication begins when every rank that takes part has reached it and ends for all at once; it is
-// slowed by CostTable::interference while the host's other communication lane is busy too. Pure.
+// slowed by CostTable::interference while the host's other communication lane is busy too; computation by
+// CostTable::compute_share while its rank communicates. Pure.
 #pragma once
 
 #include <array>
@@ -36,6 +37,9 @@ class FlatCosts {
     return model.fixed_ns + model.ns_per_unit * units;
   }
   double interference() const { return interference_; }
+  // How many times longer computation takes while these lanes are busy.
+  double ComputeSlowdown(const std::array<bool, kLanes>& busy) const;
+  bool slows_compute() const { return slows_compute_; }
 
  private:
   static size_t Index(const CostKey& key) {
@@ -43,6 +47,8 @@ class FlatCosts {
   }
   std::array<CostModel, static_cast<size_t>(kOps) * 4 * kLanes> models_;
   double interference_;
+  std::array<double, kLanes> compute_share_;
+  bool slows_compute_ = false;
 };
 
 // One rank of many that all do the same: Task::units are every rank's. About 50 ns a task.

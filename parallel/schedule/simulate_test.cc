@@ -152,6 +152,45 @@ TEST(SimulateCluster, CommunicationWaitsForTheSlowestRank) {
   EXPECT_GT(got.classes[1].prediction.exposed_ns + 1, got.classes[0].prediction.exposed_ns);
 }
 
+// 100 of computation: at full rate until 10, at 3/4 while 40 are sent (30 done by 50), then 60 at full rate.
+TEST(SimulateAlike, CommunicationSlowsComputation) {
+  Graph graph;
+  graph.tasks = {Of(Op::kPack, Lane::kCompute, 10, {}), Of(Op::kDispatch, Lane::kInter, 40, {0}),
+                 Of(Op::kExperts, Lane::kCompute, 90, {})};
+  CostTable costs = UnitCosts();
+  costs.compute_share[static_cast<size_t>(Lane::kInter)] = 0.25;
+  const Prediction got = SimulateAlike(graph, FlatCosts(costs), Record::kYes);
+  EXPECT_EQ(got.record.tasks[1].end_ns, 50);
+  EXPECT_DOUBLE_EQ(got.step_ns, 110);
+  EXPECT_DOUBLE_EQ(got.exposed_ns, 0);
+}
+
+// A lane that would take all of it leaves some.
+TEST(SimulateAlike, ComputationAlwaysGoesOn) {
+  Graph graph;
+  graph.tasks = {Of(Op::kDispatch, Lane::kInter, 40, {}), Of(Op::kExperts, Lane::kCompute, 22, {})};
+  CostTable costs = UnitCosts();
+  costs.compute_share[static_cast<size_t>(Lane::kInter)] = 3;
+  EXPECT_DOUBLE_EQ(SimulateAlike(graph, FlatCosts(costs), Record::kNo).step_ns, 60);  // 2 of the 22 by 40.
+}
+
+// Ranks that all do the same take as long as one of them, also where communication slows computation.
+TEST(SimulateCluster, CommunicationSlowsComputation) {
+  const Topology topology = {{0, 0, 1, 1}};
+  const Case c = MakeCase(3, 2, topology, 4, 4);
+  CostTable costs = UnitCosts();
+  for (auto& [key, model] : costs.models) model.ns_per_unit = key.lane == Lane::kCompute ? 20 : 1;
+  const StepUnits units(c.work, topology);
+  const double without = SimulateCluster(c.graph, FlatCosts(costs), c.schedule, units, topology, Record::kNo).step_ns;
+  costs.compute_share[static_cast<size_t>(Lane::kInter)] = 0.2;
+  costs.compute_share[static_cast<size_t>(Lane::kIntra)] = 0.1;
+  const double with = SimulateCluster(c.graph, FlatCosts(costs), c.schedule, units, topology, Record::kNo).step_ns;
+  Graph graph = c.graph;
+  for (Task& task : graph.tasks) task.units = units.Of(task, c.schedule, 0);
+  EXPECT_GT(with, without);
+  EXPECT_NEAR(with, SimulateAlike(graph, FlatCosts(costs), Record::kNo).step_ns, 1e-6 * with);
+}
+
 // Ranks that are simulated once must come out as if each had been simulated.
 TEST(SimulateCluster, ClassesAreInvisible) {
   const Topology topology = {{0, 0, 1, 1, 2, 2}};

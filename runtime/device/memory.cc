@@ -45,10 +45,10 @@ struct HostMemory::Impl {
     stats.peak_bytes = std::max(stats.peak_bytes, stats.in_use_bytes);
   }
 
-  void Release(void* block, int64_t bytes) {
+  void Release(void* block, int64_t block_bytes, int64_t needed_bytes) {
     MutexLock lock(&mutex);
-    stats.in_use_bytes -= bytes;
-    free.emplace(bytes, block);
+    stats.in_use_bytes -= needed_bytes;
+    free.emplace(block_bytes, block);
   }
 
   // The size of the block found and the block, or null. A block may be up to a quarter (or a huge page) too large.
@@ -83,7 +83,8 @@ std::shared_ptr<void> HostMemory::Allocate(int64_t bytes) {
     return std::shared_ptr<void>(::operator new(size, std::align_val_t(64)),
                                  [](void* block) { ::operator delete(block, std::align_val_t(64)); });
   }
-  int64_t size = RoundUp(bytes, kHugePageBytes);
+  const int64_t needed = RoundUp(bytes, kHugePageBytes);
+  int64_t size = needed;
   MutexLock lock(&impl->mutex);
   auto [found_size, block] = impl->TakeFree(size);
   if (block != nullptr) {
@@ -98,8 +99,8 @@ std::shared_ptr<void> HostMemory::Allocate(int64_t bytes) {
                                   << " in use, " << impl->stats.reserved_bytes << " reserved";
     impl->stats.reserved_bytes += size;
   }
-  impl->Count(size);
-  return std::shared_ptr<void>(block, [impl, size](void* freed) { impl->Release(freed, size); });
+  impl->Count(needed);
+  return std::shared_ptr<void>(block, [impl, size, needed](void* freed) { impl->Release(freed, size, needed); });
 }
 
 HostMemoryStats HostMemory::stats() const {

@@ -8,7 +8,7 @@
 namespace shoal {
 
 struct HostMemoryStats {
-  int64_t in_use_bytes = 0;
+  int64_t in_use_bytes = 0;    // Pages that tensors need. A block that is used again may have more.
   int64_t peak_bytes = 0;      // Of in_use_bytes, since the last ResetPeak().
   int64_t reserved_bytes = 0;  // Mapped from the system.
 };
