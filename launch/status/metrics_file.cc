@@ -74,6 +74,19 @@ absl::StatusOr<MetricsFile::History> Truncate(const std::string& path, int64_t f
   return history;
 }
 
+std::string ExpertsJson(const ExpertSummary& experts) {
+  std::string json = absl::StrCat("{\"hottest_expert\":", Number(experts.hottest_expert),
+                                  ",\"expert_max_over_mean\":", Number(experts.expert_max_over_mean),
+                                  ",\"rank_max_over_mean\":", Number(experts.rank_max_over_mean),
+                                  ",\"stay_rank\":", Number(experts.stay_rank));
+  absl::StrAppend(
+      &json, ",\"stay_host\":", Number(experts.stay_host), ",\"dropped\":", Number(experts.dropped),
+      ",\"copies_per_layer\":", Number(experts.copies_per_layer), ",\"weight_bytes\":", experts.weight_bytes);
+  absl::StrAppend(&json, ",\"gradient_bytes\":", experts.gradient_bytes,
+                  ",\"owner_moves\":", experts.owner_moves, "}");
+  return json;
+}
+
 }  // namespace
 
 std::string StepJson(const TrainRecord& record, ExpertCounts expert_counts) {
@@ -84,6 +97,7 @@ std::string StepJson(const TrainRecord& record, ExpertCounts expert_counts) {
   absl::StrAppend(&json, ",\"z_loss\":", Number(record.z_loss), ",\"lr\":", Number(record.learning_rate),
                   ",\"grad_norm\":", Number(record.grad_norm), ",\"tokens\":", record.tokens);
   absl::StrAppend(&json, ",\"tokens_per_second\":", Number(rate), ",\"seconds\":", Number(record.seconds));
+  if (record.experts.has_value()) absl::StrAppend(&json, ",\"experts\":", ExpertsJson(*record.experts));
   if (expert_counts == ExpertCounts::kInclude && !record.expert_counts.empty()) {
     const auto layer = [](std::string* out, const std::vector<int64_t>& counts) {
       absl::StrAppend(out, "[", absl::StrJoin(counts, ","), "]");

@@ -5,12 +5,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "parallel/expert/expert_summary.h"
 
 namespace shoal {
 
@@ -24,6 +26,7 @@ struct TrainRecord {
   double data_wait_seconds = 0;
   std::vector<std::vector<int64_t>> expert_counts = {};  // [MoE layer][expert], global. Empty: not counted.
   std::vector<int> moe_layers = {};  // The layers of expert_counts, as the model numbers them.
+  std::optional<ExpertSummary> experts = {};  // None: no layer has experts, or there is one rank.
   std::vector<std::pair<std::string, double>> phase_seconds = {};
 };
 
@@ -37,7 +40,8 @@ struct EvalRecord {
 enum class ExpertCounts : uint8_t { kOmit, kInclude };
 
 // {"step":12,"loss":...,"ce_loss":...,"aux_loss":...,"z_loss":...,"lr":...,"grad_norm":...,"tokens":...,
-// "tokens_per_second":...,"seconds":...,"expert_counts":[[...],...]}, without a line end.
+// "tokens_per_second":...,"seconds":...,"experts":{...},"expert_counts":[[...],...]}, without a line end;
+// "experts" has the fields of ExpertSummary.
 std::string StepJson(const TrainRecord& record, ExpertCounts expert_counts);
 // {"step":12,"validation_loss":...,"validation_tokens":...,"validation_seconds":...}
 std::string EvalJson(const EvalRecord& record);

@@ -57,6 +57,25 @@ TEST(StepJson, HasExactlyTheKeysInOrder) {
   EXPECT_FALSE(nlohmann::json::parse(StepJson(record, ExpertCounts::kOmit)).contains("expert_counts"));
 }
 
+TEST(StepJson, HasExpertsWhereTheyAreKnown) {
+  TrainRecord record = Record(0);
+  EXPECT_FALSE(nlohmann::json::parse(StepJson(record, ExpertCounts::kOmit)).contains("experts"));
+  record.experts = ExpertSummary{.expert_max_over_mean = 1.5,
+                                 .rank_max_over_mean = 1.25,
+                                 .hottest_expert = 2,
+                                 .stay_rank = 0.5,
+                                 .stay_host = 0.75,
+                                 .dropped = 0.125,
+                                 .copies_per_layer = 3,
+                                 .weight_bytes = 100,
+                                 .gradient_bytes = 200,
+                                 .owner_moves = 4};
+  EXPECT_EQ(nlohmann::json::parse(StepJson(record, ExpertCounts::kOmit))["experts"],
+            nlohmann::json::parse(R"({"hottest_expert": 2, "expert_max_over_mean": 1.5, "rank_max_over_mean": 1.25,
+                "stay_rank": 0.5, "stay_host": 0.75, "dropped": 0.125, "copies_per_layer": 3, "weight_bytes": 100,
+                "gradient_bytes": 200, "owner_moves": 4})"));
+}
+
 TEST(StepJson, NumbersReadBackExactly) {
   for (const double value : {1.0 / 3, 1e-300, 5e-324, 1.7976931348623157e308, -0.1, 123456789.123456789}) {
     TrainRecord record = Record(0);

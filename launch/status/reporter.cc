@@ -152,6 +152,7 @@ struct Reporter::Impl {
 
   void CountStep(const TrainRecord& record);
   void FeedMetrics(const TrainRecord& record) const;
+  void FeedExperts(const ExpertSummary& experts) const;
   Progress ProgressAt(const TrainRecord& record) const;
   void ShowStep(const TrainRecord& record);
   void PrintHeader();
@@ -201,6 +202,7 @@ void Reporter::Impl::FeedMetrics(const TrainRecord& record) const {
   metrics.grad_norm.Set(record.grad_norm);
   metrics.learning_rate.Set(record.learning_rate);
   metrics.data_wait.Add(record.data_wait_seconds);
+  if (record.experts.has_value()) FeedExperts(*record.experts);
   for (size_t i = 0; i < std::min(layers.size(), record.expert_counts.size()); ++i) {
     const std::vector<int64_t>& counts = record.expert_counts[i];
     const auto sum = static_cast<double>(std::accumulate(counts.begin(), counts.end(), int64_t{0}));
@@ -216,6 +218,21 @@ void Reporter::Impl::FeedMetrics(const TrainRecord& record) const {
     layers[i].max_violation.Set(Quantile(loads, 1) - 1);
     layers[i].idle_experts.Set(static_cast<double>(std::count(counts.begin(), counts.end(), 0)));
   }
+}
+
+void Reporter::Impl::FeedExperts(const ExpertSummary& experts) const {
+  const ExpertMetrics& to = metrics.experts;
+  to.hottest_expert.Set(experts.hottest_expert);
+  to.expert_max_over_mean.Set(experts.expert_max_over_mean);
+  to.rank_max_over_mean.Set(experts.rank_max_over_mean);
+  to.stay_rank.Set(experts.stay_rank);
+  to.stay_host.Set(experts.stay_host);
+  to.dropped.Set(experts.dropped);
+  to.copies_per_layer.Set(experts.copies_per_layer);
+  if (!options.is_rank0) return;
+  to.weight_bytes.Add(static_cast<double>(experts.weight_bytes));
+  to.gradient_bytes.Add(static_cast<double>(experts.gradient_bytes));
+  to.owner_moves.Add(static_cast<double>(experts.owner_moves));
 }
 
 Progress Reporter::Impl::ProgressAt(const TrainRecord& record) const {

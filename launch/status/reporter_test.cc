@@ -72,6 +72,7 @@ class Desk {
     record.seconds = step == 0 ? 5 : 0.1;
     record.flops = 20e9;
     record.expert_counts = {{200, 300, 250, 250}};
+    record.experts = ExpertSummary{.rank_max_over_mean = 1.5, .stay_host = 0.75, .weight_bytes = 1000, .owner_moves = 2};
     record.moe_layers = {1};
     record.phase_seconds = {{"forward", 0.04}};
     return record;
@@ -381,6 +382,10 @@ TEST(Reporter, FeedsTheMetrics) {
            "shoal_moe_expert_load_ratio{layer=\"1\",stat=\"max\"} 1.2\n",
            "shoal_moe_expert_load_ratio{layer=\"1\",stat=\"min\"} 0.8\n",
            "shoal_moe_idle_experts{layer=\"1\"} 0\n",
+           "shoal_moe_max_over_mean_ratio{of=\"ranks\"} 1.5\n",
+           "shoal_moe_local_rows_ratio{on=\"host\"} 0.75\n",
+           "shoal_moe_copied_bytes_total{what=\"weights\"} 3000\n",
+           "shoal_moe_owner_moves_total 6\n",
            "shoal_job_state{state=\"train\"} 1\n",
        }) {
     EXPECT_THAT(text, HasSubstr(line));

@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
 #include "parallel/expert/copy_costs.h"
+#include "parallel/placement/reshard.h"
 #include "runtime/device/cpu.h"
 
 namespace shoal {
@@ -199,12 +200,26 @@ std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
 
 // ---- Between steps.
 
-absl::Status RankModel::AfterStep() {
+absl::Status RankModel::AfterStep(StepResult* result) {
+  result->experts = Summarise(*result);
   SHOAL_ASSIGN_OR_RETURN(reschedule_, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
-  return mover_ == nullptr ? absl::OkStatus() : MoveExperts();
+  if (mover_ == nullptr) return absl::OkStatus();
+  SHOAL_ASSIGN_OR_RETURN(result->experts->owner_moves, MoveExperts());
+  return absl::OkStatus();
 }
 
-absl::Status RankModel::MoveExperts() {
+std::optional<ExpertSummary> RankModel::Summarise(const StepResult& result) const {
+  if (world_->size() == 1 || result.expert_counts.empty()) return std::nullopt;
+  ExpertSummary summary = SummariseExperts(WorkloadOf(train_.shape), topology_, train_.graph);
+  int64_t choices = 0, dropped = 0;
+  for (const std::vector<int64_t>& layer : result.expert_counts) choices = std::accumulate(layer.begin(), layer.end(), choices);
+  for (const std::vector<int64_t>& layer : result.dropped) dropped = std::accumulate(layer.begin(), layer.end(), dropped);
+  if (choices > 0) summary.dropped = static_cast<double>(dropped) / static_cast<double>(choices);
+  return summary;
+}
+
+absl::StatusOr<int64_t> RankModel::MoveExperts() {
+  int64_t moves = 0;
   ExpertStore& experts = store_->experts();
   mover_->Observe(decoder_->rows_by_rank());
   const Workload workload = WorkloadOf(train_.shape);
@@ -222,10 +237,12 @@ absl::Status RankModel::MoveExperts() {
     return layers;
   };
   if (const std::optional<OwnerMap> owners = mover_->Reshard(); owners.has_value()) {
-    SHOAL_RETURN_IF_ERROR(experts.SetOwners(spread(*owners)), "moving experts to new owners");
+    const OwnerMap after = spread(*owners);
+    moves = static_cast<int64_t>(MovesBetween(OwnersOf(experts.placement()), after).size());
+    SHOAL_RETURN_IF_ERROR(experts.SetOwners(after), "moving experts to new owners");
   }
   experts.SetHolders(spread(mover_->Placement()));
-  return absl::OkStatus();
+  return moves;
 }
 
 // ---- Running.
@@ -265,7 +282,7 @@ absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, do
     step.result.router_state.push_back(routers[layer]->state());
   }
   SetTimes(train_.graph, &step.result);
-  SHOAL_RETURN_IF_ERROR(AfterStep());
+  SHOAL_RETURN_IF_ERROR(AfterStep(&step.result));
   return std::move(step.result);
 }
 

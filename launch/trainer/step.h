@@ -4,6 +4,7 @@
 
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "collectives/communicator.h"
@@ -13,6 +14,7 @@
 #include "models/routers/balance.h"
 #include "models/zoo/decoder.h"
 #include "parallel/expert/expert_mover.h"
+#include "parallel/expert/expert_summary.h"
 #include "parallel/schedule/executor.h"
 
 namespace shoal {
@@ -25,6 +27,7 @@ struct StepResult {
   std::vector<std::vector<int64_t>> dropped;        // Of these, refused for capacity; empty: the router never drops.
   std::vector<int64_t> unrouted;                    // Per MoE layer, tokens without any expert.
   std::vector<Tensor> router_state;                 // Per MoE layer, after the step: Router::state.
+  std::optional<ExpertSummary> experts;             // None: no layer has experts, or there is one rank.
   bool finite = true;                               // False: the update was skipped.
   double forward_seconds = 0, backward_seconds = 0, reduce_seconds = 0, update_seconds = 0;
 };
@@ -101,8 +104,9 @@ class RankModel {
   std::vector<ExpertWork> ExpertWorkOfStep() const;
   // Collective. FAILED_PRECONDITION names the ranks that have another graph than rank 0.
   absl::Status SetSchedule(const Schedule& schedule);
-  absl::Status AfterStep();
-  absl::Status MoveExperts();
+  absl::Status AfterStep(StepResult* result);
+  absl::StatusOr<int64_t> MoveExperts();  // Experts with new owners.
+  std::optional<ExpertSummary> Summarise(const StepResult& result) const;
   absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);

@@ -336,6 +336,7 @@ class TrainingRun {
                    static_cast<double>(TrainFlopsPerToken(model_config_, config_.train().seq_length()));
     record.data_wait_seconds = data_seconds;
     record.expert_counts = result.expert_counts;
+    record.experts = result.experts;
     record.moe_layers = moe_layers_;
     record.phase_seconds = {{"data", data_seconds},
                             {"forward", result.forward_seconds},

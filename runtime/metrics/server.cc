@@ -84,6 +84,36 @@ void AddStepSeries(Catalogue& catalogue, Metrics& metrics) {
       "shoal_step_cost_changes_total", "How often the time that a kind of task takes changed for good: a link, a clock, a neighbour.");
 }
 
+void AddExpertSeries(Catalogue& catalogue, ExpertMetrics& metrics) {
+  metrics.hottest_expert = catalogue.AddGauge("shoal_moe_hottest_expert_ratio",
+                                              "Tokens of the busiest expert of any layer over its fair share, in the last step.");
+  const auto balance = [&](const char* of) {
+    return catalogue.AddGauge("shoal_moe_max_over_mean_ratio",
+                              "Rows of the busiest over the mean, of experts or of the ranks that compute them; mean over layers.",
+                              {{"of", of}});
+  };
+  metrics.expert_max_over_mean = balance("experts");
+  metrics.rank_max_over_mean = balance("ranks");
+  const auto stay = [&](const char* on) {
+    return catalogue.AddGauge("shoal_moe_local_rows_ratio",
+                              "Share of rows whose expert is computed on the rank, or on the host, where they come from.",
+                              {{"on", on}});
+  };
+  metrics.stay_rank = stay("rank");
+  metrics.stay_host = stay("host");
+  metrics.dropped = catalogue.AddGauge("shoal_moe_dropped_ratio", "Share of choices that experts refused for capacity.");
+  metrics.copies_per_layer =
+      catalogue.AddGauge("shoal_moe_copies_per_layer", "Copies of experts beside their owners, on all ranks together.");
+  const auto bytes = [&](const char* what) {
+    return catalogue.AddCounter("shoal_moe_copied_bytes_total",
+                                "What travelled for copies of experts, of all ranks; counted on rank 0.", {{"what", what}});
+  };
+  metrics.weight_bytes = bytes("weights");
+  metrics.gradient_bytes = bytes("gradients");
+  metrics.owner_moves = catalogue.AddCounter("shoal_moe_owner_moves_total",
+                                             "Experts that got another owner; counted on rank 0.");
+}
+
 void AddTrainSeries(Catalogue& catalogue, Metrics& metrics) {
   metrics.train_step = catalogue.AddGauge("shoal_train_step", "Committed optimizer steps.", {}, 0);
   const auto steps = [&](const char* outcome) {
@@ -104,6 +134,7 @@ void AddTrainSeries(Catalogue& catalogue, Metrics& metrics) {
         "shoal_train_phase_seconds_total", "Time of steps, by phase.", {{"phase", std::string(kPhases[i])}});
   }
   AddStepSeries(catalogue, metrics);
+  AddExpertSeries(catalogue, metrics.experts);
   metrics.tokens =
       catalogue.AddCounter("shoal_train_tokens_total", "Tokens in committed steps, of all ranks; counted on rank 0.");
   metrics.model_flops =

@@ -87,6 +87,15 @@ struct LayerMetrics {
   Gauge idle_experts;
 };
 
+// Series of all layers with experts together.
+struct ExpertMetrics {
+  Gauge hottest_expert;                           // Load of the busiest expert of any layer over its fair share.
+  Gauge expert_max_over_mean, rank_max_over_mean;  // Means over layers.
+  Gauge stay_rank, stay_host, dropped;            // Shares of rows.
+  Gauge copies_per_layer;
+  Counter weight_bytes, gradient_bytes, owner_moves;  // Of all ranks.
+};
+
 // Series of one kind of collective.
 struct CommMetrics {
   Histogram duration_seconds;
@@ -104,6 +113,7 @@ struct Metrics {
   Counter exposed_communication, scheduling_overhead;
   Gauge predicted_step_duration, task_prediction_error;
   Counter cost_changes;
+  ExpertMetrics experts;
   Counter tokens, model_flops;
   Gauge mfu;
   Gauge loss_lm, loss_load_balance, loss_z;
