@@ -24,6 +24,7 @@ constexpr int kRounds = 4;
 // Fitting costs as much as a few small tasks: not after every step.
 constexpr int64_t kEagerSteps = 8, kFitInterval = 4;
 constexpr double kMostInterference = 4;
+constexpr double kNearUnits = 1.25;  // Beyond the units seen so far by more than this a prediction is a guess.
 // The variance of overlap that says anything about interference.
 constexpr double kLeastSpread = 0.01;
 // What is known from before counts as so many tasks at either end of its range.
@@ -225,12 +226,17 @@ double Profiler::Predict(const History& history, const Sample& sample) const {
 }
 
 bool Profiler::NoticeJump(const std::vector<Sample>& fresh, History* history) {
+  const auto by_units = [](const Sample& a, const Sample& b) { return a.units < b.units; };
+  if (history->samples.empty()) return false;
+  const auto [low, high] = std::minmax_element(history->samples.begin(), history->samples.end(), by_units);
   std::vector<double> ratios;
   for (const Sample& sample : fresh) {
+    // Far from what was seen a wrong prediction tells of fixed costs that were not known, not of another level.
+    if (sample.units < low->units / kNearUnits || sample.units > high->units * kNearUnits) continue;
     const double predicted = Predict(*history, sample);
     if (predicted > 0) ratios.push_back(sample.ns / predicted);
   }
-  if (ratios.empty() || history->samples.empty()) return false;
+  if (ratios.empty()) return false;
   const double ratio = Median(std::move(ratios));
   const double threshold = std::max(options_.jump, 1 + 3 * history->line.residual);
   const int direction = ratio > threshold ? 1 : ratio < 1 / threshold ? -1 : 0;

@@ -114,6 +114,28 @@ TEST(Profiler, FollowsALinkThatBecomesFourTimesSlowerAndBack) {
   }
 }
 
+TEST(Profiler, OtherUnitsAreNoOtherLevel) {
+  // Chunks of a fourth take half: what was not known is the fixed cost.
+  const CostModel truth{.fixed_ns = 400'000, .ns_per_unit = 600};
+  Profiler profiler;
+  for (int step = 0; step < 12; ++step) {
+    Graph graph;
+    StepRecord record;
+    int64_t now = 0;
+    for (int i = 0; i < 4; ++i) {
+      Task task;
+      task.op = Op::kExperts;
+      graph.tasks.push_back(task);
+      const double units = step < 6 ? 2000 : 500;
+      record.tasks.push_back({now, now + std::llround(truth.Predict(units)), units});
+      now = record.tasks.back().end_ns;
+    }
+    profiler.Add(graph, record);
+  }
+  EXPECT_EQ(profiler.jumps(), 0);
+  for (double units : {500.0, 1000.0, 2000.0}) EXPECT_LT(RelativeError(profiler.table(), kExpertsKey, truth, units), 0.03);
+}
+
 TEST(Profiler, FollowsSlowDrift) {
   Machine machine(1);
   Profiler profiler;
