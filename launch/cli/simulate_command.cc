@@ -73,8 +73,8 @@ void PrintJson(const StepEstimate& estimate) {
                "\"peak_memory_mib\":%.2f,\"weights_mib\":%.2f,\"gradients_mib\":%.2f,\"state_mib\":%.2f,"
                "\"copies_mib\":%.2f,\"activations_mib\":%.2f,\"buffers_mib\":%.2f,\"working_mib\":%.2f}\n",
                estimate.step_ns / 1e6, estimate.exposed_ns / 1e6, estimate.busy_ns[static_cast<size_t>(Lane::kCompute)] / 1e6,
-               estimate.busy_ns[static_cast<size_t>(Lane::kIntra)] / 1e6, estimate.busy_ns[static_cast<size_t>(Lane::kInter)] / 1e6,
-               mib(memory.total()), mib(memory.weights), mib(memory.gradients), mib(memory.optimizer), mib(memory.copies),
+               estimate.busy_ns[static_cast<size_t>(Lane::kIntra)] / 1e6,
+               estimate.busy_ns[static_cast<size_t>(Lane::kInter)] / 1e6, mib(memory.total()), mib(memory.weights), mib(memory.gradients), mib(memory.optimizer), mib(memory.copies),
                mib(memory.activations), mib(memory.buffers), mib(memory.working));
 }
 

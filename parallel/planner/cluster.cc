@@ -47,8 +47,8 @@ absl::StatusOr<Cluster> LoadCluster(const std::string& path) {
   cluster.intra_bytes_per_ns = BytesPerNs(file.intra());
   cluster.inter_latency_ns = file.inter().latency_us() * kNsPerUs;
   cluster.inter_bytes_per_ns = BytesPerNs(file.inter());
-  cluster.intra_compute_ns_per_byte = file.intra().compute_s_per_gbyte();
-  cluster.inter_compute_ns_per_byte = file.inter().compute_s_per_gbyte();
+  cluster.intra_compute_share = file.intra().compute_share();
+  cluster.inter_compute_share = file.inter().compute_share();
   cluster.interference = file.interference();
   if (cluster.ranks() > kRanksMax) {
     return absl::InvalidArgumentError(absl::StrCat(path, ": hosts * devices_per_host is ", cluster.ranks(), "; at most ",

@@ -24,10 +24,8 @@ class CostBuilder {
         width_(static_cast<double>(model.width)),
         flops_per_ns_(model.compute_bytes == 2 ? cluster.bf16_flops_per_ns : cluster.fp32_flops_per_ns) {
     costs_.interference = cluster.interference;
-    costs_.compute_share[static_cast<size_t>(Lane::kIntra)] = cluster.intra_compute_ns_per_byte * cluster.intra_bytes_per_ns;
-    // All devices of a host send at the same time.
-    costs_.compute_share[static_cast<size_t>(Lane::kInter)] =
-        cluster.inter_compute_ns_per_byte * cluster.inter_bytes_per_ns / cluster.devices_per_host;
+    costs_.compute_share[static_cast<size_t>(Lane::kIntra)] = cluster.intra_compute_share;
+    costs_.compute_share[static_cast<size_t>(Lane::kInter)] = cluster.inter_compute_share;
   }
 
   CostTable Build() {

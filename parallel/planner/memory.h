@@ -1,6 +1,6 @@
 // Peak memory of a rank, from what training keeps. Tensors of 256 KiB and more of one rank occupy whole pages of 2 MiB
-// (runtime/device/memory.h); those that ranks of a host share (weights, gradients, copies, buffers) do not. With several waves each
-// has tensors of its own.
+// (runtime/device/memory.h); those that ranks of a host share (weights, gradients, copies, buffers) do not. With
+// several waves each has tensors of its own.
 //
 // With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
 // experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:

@@ -158,7 +158,7 @@ TEST(EstimateStep, TransportThatComputesMakesCommunicationDearer) {
   Cluster cluster = Hosts(2, 1);
   cluster.inter_bytes_per_ns = 10;
   const double free_ns = Estimate(Model(), cluster, {.expert = 2}).step_ns;
-  cluster.inter_compute_ns_per_byte = 0.02;  // A fifth of a device.
+  cluster.inter_compute_share = 0.2;
   const StepEstimate taxed = Estimate(Model(), cluster, {.expert = 2});
   EXPECT_GT(taxed.step_ns, free_ns);
   EXPECT_LT(taxed.step_ns, free_ns / 0.8);
