@@ -344,7 +344,8 @@ std::string HecateSweepReport() {
       "ranks on 4 hosts, GPT-MoE-S, 50 steps, moves of owners included. The paper has 1.34 to 1.78 (A) and "
       "1.26 to 1.70 (B) for\n"
       "Hecate. \"by cost\": the copies that save most after what they cost, whether attention hides it or "
-      "not.\n"
+      "not;\n"
+      "\"EPLB owners\" and \"tuned\": the same with other ways to find owners.\n"
       "\"balanced\": expert parallelism with equal loads.\n\n";
   absl::StrAppend(&text, absl::StrFormat("%-8s %6s %9s", "cluster", "sigma", "max/mean"));
   for (size_t i = 1; i < kSystems; ++i) absl::StrAppend(&text, absl::StrFormat(" %11s", kNames[i]));
