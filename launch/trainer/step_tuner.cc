@@ -13,7 +13,8 @@ constexpr size_t kProbeSteps = 5;    // That a schedule is measured for.
 // Between looks at what another schedule would give; twice as many after each, as long as tasks take what they took.
 constexpr size_t kReplanSteps = 10, kReplanStepsMax = 320;
 constexpr size_t kRecentSteps = 10;  // That say what a schedule takes now.
-constexpr size_t kProbesMax = 6;
+constexpr size_t kProbesMax = 6, kProbesAgainMax = 3;
+constexpr ptrdiff_t kJumpSteps = 3;  // Steps that show that tasks take something else now.
 // A schedule is measured when it is predicted to take at most so much more than the best prediction: at the start, and when what
 // tasks take has changed in mid-run, where every step with a slow schedule counts.
 constexpr double kPlausible = 1.15, kPlausibleAgain = 1.03;
@@ -83,9 +84,11 @@ absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& 
   if (std::exchange(jumps_, profiler_.jumps()) != profiler_.jumps() && steps_ns_.size() > kProbeSteps) {
     // Not the schedule has changed, but what tasks take: what was measured before may be different now.
     tried_.clear();
-    steps_ns_.clear();
+    steps_ns_.erase(steps_ns_.begin(), steps_ns_.end() - kJumpSteps);
+    Remember();
     replan_steps_ = kReplanSteps;
     PlanProbes(kPlausibleAgain);
+    if (probes_.size() > kProbesAgainMax) probes_.resize(kProbesAgainMax);
     return NextProbe();
   }
   if (steps_ns_.size() % replan_steps_ != 0) return false;
@@ -116,7 +119,9 @@ void StepTuner::AddProbe(Schedule schedule, std::vector<std::string> reasons) {
 void StepTuner::PlanProbes(double plausible) {
   const CostTable costs = profiler_.table();
   const SchedulerOptions& fixed = options_.scheduler;
-  ScheduleChoice choice = Choose();
+  const ScheduleChoice choice = Choose();
+  AddProbe(choice.schedule, choice.reasons);
+  if (!shape_.dispatch) return;  // No rows travel: chunks and waves have nothing to hide.
   std::vector<std::pair<double, Schedule>> uniform;
   for (int waves : fixed.waves) {
     for (int chunks : fixed.chunks) {
@@ -128,7 +133,6 @@ void StepTuner::PlanProbes(double plausible) {
     }
   }
   std::stable_sort(uniform.begin(), uniform.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-  AddProbe(std::move(choice.schedule), std::move(choice.reasons));
   for (auto& [_, schedule] : uniform) {
     if (probes_.size() < kProbesMax) AddProbe(std::move(schedule), {"the fastest of those that were measured"});
   }
