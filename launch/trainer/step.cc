@@ -77,7 +77,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .experts = shape.experts,
                                                  .prefetch = config.schedule().prefetch(),
                                                  .waves_max = WavesToChooseFrom(config, model, shape).back(),
-                                                 .copies = CopiesFor(config, model, world.size())}));
+                                                 .copies = CopiesFor(config, model, world.size()),
+                                                 .topology = rank_model->topology_}));
   const bool several = rank_model->topology_.hosts() > 1;
   rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
                                                           several ? rank_model->intra_.get() : rank_model->bulk_.get(),

@@ -94,19 +94,15 @@ void ExpertStore::Arrange(int index) {
   layer.copy.assign(placement.size(), -1);
   layer.fresh = false;
   int copies = 0;
-  int64_t sent = 0;
   for (size_t e = 0; e < placement.size(); ++e) {
     const int expert = static_cast<int>(e);
     if (placement[e].On(self)) layer.local.push_back(expert);
     if (placement[e].holders.empty()) continue;
     layer.moves.push_back({expert, placement[e].owner, placement[e].holders});
-    if (placement[e].owner == self) {
-      ++sent;
-    } else if (placement[e].On(self)) {
-      layer.copy[e] = copies++;
-    }
+    if (placement[e].owner != self && placement[e].On(self)) layer.copy[e] = copies++;
   }
-  layer.moved = std::max<int64_t>(sent, copies);
+  const Topology one_host = Topology::OneHost(group_->size());
+  layer.moved = MovedExperts(placement, options_.topology.ranks() > 0 ? options_.topology : one_host)[static_cast<size_t>(self)];
   SHOAL_CHECK_LE(copies, copies_) << "no room for the copies of layer " << index;
 }
 

@@ -30,6 +30,7 @@ class ExpertStore {
     ExpertPolicy policy = ExpertPolicy::kKeep;
     int prefetch = 1;
     int copies = -1;  // Room for copies of a layer; -1: as many as the first placement needs.
+    Topology topology;  // To count bytes; empty: one host.
   };
   // `placement` is by layer, empty for layers without experts. Borrows all but `placement` and `options` for life.
   // RESOURCE_EXHAUSTED: too little shared memory.
@@ -80,7 +81,7 @@ class ExpertStore {
     std::vector<int> local;      // Experts here.
     std::vector<int> copy;       // By expert: of those copied here, its row in a room; else -1.
     std::vector<SparseMove> moves;
-    int64_t moved = 0;           // Experts that this rank sends or receives, the larger.
+    int64_t moved = 0;           // MovedExperts of this rank.
     int room = -1;               // Where copies are now; -1: nowhere.
     bool fresh = false;          // Copies are up to date.
   };

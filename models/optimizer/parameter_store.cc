@@ -27,7 +27,8 @@ absl::StatusOr<std::unique_ptr<ParameterStore>> ParameterStore::Create(std::vect
                                                                .training = options.training,
                                                                .policy = options.experts,
                                                                .prefetch = options.prefetch,
-                                                               .copies = options.copies}));
+                                                               .copies = options.copies,
+                                                               .topology = options.topology}));
   return store;
 }
 

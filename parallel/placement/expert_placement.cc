@@ -1,6 +1,7 @@
 #include "parallel/placement/expert_placement.h"
 
 #include <algorithm>
+#include <map>
 
 #include "parallel/placement/placement.h"
 #include "runtime/base/check.h"
@@ -42,6 +43,27 @@ std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks
     }
   }
   return result;
+}
+
+std::vector<int64_t> MovedExperts(const ExpertPlacement& placement, const Topology& topology) {
+  std::vector<int64_t> sent(static_cast<size_t>(topology.ranks())), received = sent;
+  for (size_t expert = 0; expert < placement.size(); ++expert) {
+    const ExpertCopies& copies = placement[expert];
+    std::map<int, std::vector<int>> holders_of;  // By host.
+    for (int holder : copies.holders) {
+      holders_of[topology.HostOf(holder)].push_back(holder);
+      ++received[static_cast<size_t>(holder)];
+    }
+    for (const auto& [host, holders] : holders_of) {
+      const bool owners = host == topology.HostOf(copies.owner);
+      const int64_t others = static_cast<int64_t>(holders.size()) - (owners ? 0 : 1);
+      const int leader = owners ? copies.owner : holders[expert % holders.size()];  // Rotated: their links share the load.
+      if (!owners) ++sent[static_cast<size_t>(copies.owner)];
+      sent[static_cast<size_t>(leader)] += others;
+    }
+  }
+  for (size_t rank = 0; rank < sent.size(); ++rank) sent[rank] = std::max(sent[rank], received[rank]);
+  return sent;
 }
 
 OwnerMap OwnersOf(absl::Span<const ExpertPlacement> layers) {

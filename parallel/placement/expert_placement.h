@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "parallel/placement/topology.h"
 
 namespace shoal {
 
@@ -32,6 +33,10 @@ ExpertPlacement OwnersOnly(absl::Span<const int> owners);
 // holds EvenPart(experts, group, p), and the ranks with equal places hold the same experts and share their ownership, dealt
 // in turn from layer to layer so that each owns nearly as many. group == ranks: expert parallelism; 1: data parallelism.
 std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks, int group);
+
+// Experts that each rank sends or receives, the larger, when the copies of a layer are gathered by two-level trees, as
+// Communicator::SparseAllGather does: an owner sends to one holder of each other host, it and they to the holders of their hosts.
+std::vector<int64_t> MovedExperts(const ExpertPlacement& placement, const Topology& topology);
 
 OwnerMap OwnersOf(absl::Span<const ExpertPlacement> layers);
 

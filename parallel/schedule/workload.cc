@@ -93,23 +93,10 @@ void SplitRows(const Workload& workload, const ExpertWork& experts, const Topolo
   }
 }
 
-// An owner sends to the leader of each other host that has holders, leaders and the owner to the members of their hosts.
 void CountCopies(const ExpertPlacement& placement, const Topology& topology, std::vector<ExpertShare>* shares) {
-  std::vector<double> sent(shares->size()), received(shares->size());
-  for (size_t expert = 0; expert < placement.size(); ++expert) {
-    const ExpertCopies& copies = placement[expert];
-    (*shares)[At(copies.owner)].owned += 1;
-    if (copies.holders.empty()) continue;
-    std::vector<int> members = MembersOf(copies);
-    ForHosts(topology, &members, [&](int host, size_t begin, size_t end) {
-      const bool owners = host == topology.HostOf(copies.owner);
-      const int leader = owners ? copies.owner : members[begin + expert % (end - begin)];
-      if (!owners) sent[At(copies.owner)] += 1;
-      sent[At(leader)] += static_cast<double>(end - begin - 1);
-    });
-    for (int holder : copies.holders) received[At(holder)] += 1;
-  }
-  for (size_t rank = 0; rank < shares->size(); ++rank) (*shares)[rank].copies = std::max(sent[rank], received[rank]);
+  for (const ExpertCopies& copies : placement) (*shares)[At(copies.owner)].owned += 1;
+  const std::vector<int64_t> moved = MovedExperts(placement, topology);
+  for (size_t rank = 0; rank < shares->size(); ++rank) (*shares)[rank].copies = static_cast<double>(moved[rank]);
 }
 
 ExpertShare Largest(const std::vector<ExpertShare>& shares) {

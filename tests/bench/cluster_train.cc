@@ -287,8 +287,12 @@ std::map<std::string, std::pair<double, double>> BytesMoved(RankModel& model) {
 
 absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
   std::vector<Variant> variants;
-  SHOAL_RETURN_IF_ERROR(Add("expert parallel", BaseConfig(o, world.size()), o, environment, world, &variants));
-  Config sparse = BaseConfig(o, world.size());
+  // One wave and one chunk, as in the paper: then the bytes of a task are those of the formula, and not of pieces, of which each
+  // counts what is more, sent or received.
+  Config grouped = BaseConfig(o, world.size());
+  SetSchedule(&grouped, 1, 1);
+  SHOAL_RETURN_IF_ERROR(Add("expert parallel", grouped, o, environment, world, &variants));
+  Config sparse = grouped;
   sparse.mutable_parallel()->set_experts("sparse");
   sparse.mutable_parallel()->set_expert(1);
   sparse.mutable_parallel()->set_expert_copies(static_cast<int>(o.experts / 2));
