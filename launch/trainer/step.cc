@@ -9,21 +9,13 @@
 
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
+#include "launch/trainer/rank_values.h"
 #include "parallel/expert/copy_costs.h"
 #include "parallel/placement/reshard.h"
 #include "runtime/device/cpu.h"
 
 namespace shoal {
 namespace {
-
-// One integer of every rank, in rank order.
-absl::StatusOr<std::vector<int64_t>> AllGatherInteger(Communicator& world, int64_t value, std::string_view label) {
-  const Tensor own = Empty({1}, DType::kI64), all = Empty({world.size()}, DType::kI64);
-  own.data<int64_t>()[0] = value;
-  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
-  SHOAL_RETURN_IF_ERROR(world.AllGather(own, counts, all, {.label = label}).Await());
-  return std::vector<int64_t>(all.span<int64_t>().begin(), all.span<int64_t>().end());
-}
 
 // What a routing sum of one layer holds in a packed vector, in this order.
 struct Packing {
@@ -98,7 +90,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
 }
 
 absl::Status RankModel::Connect(int64_t host) {
-  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> hosts, AllGatherInteger(*world_, host, "hosts"));
+  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> hosts, GatherValues(*world_, host, "hosts"));
   topology_ = TopologyOf(hosts);
   std::vector<int> all(static_cast<size_t>(world_->size()));
   std::iota(all.begin(), all.end(), 0);
@@ -152,7 +144,7 @@ absl::Status RankModel::SetSchedule(const Schedule& schedule) {
   train_.schedule = schedule;
   train_.graph = EmitStep(train_.shape, schedule);
   SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> fingerprints,
-                         AllGatherInteger(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));
+                         GatherValues(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));
   std::vector<int> others;
   for (size_t rank = 1; rank < fingerprints.size(); ++rank) {
     if (fingerprints[rank] != fingerprints[0]) others.push_back(static_cast<int>(rank));
@@ -291,7 +283,7 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
   switch (task.op) {
     case Op::kEmbed:
       if (task.phase == Phase::kForward && task.wave == 0) BeginPart(task.part, step);
-      return decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_);
+      return decoder_->Run(task, StreamOf(task));
     case Op::kTotals:
       return SumRouting(step);
     case Op::kBalance:
@@ -307,7 +299,7 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
     case Op::kUpdate:
       return step->result.finite ? Update(task, *step) : 0;
     case Op::kHead: {
-      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_));
+      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, StreamOf(task)));
       // The decoder sums the waves of a part.
       if (task.phase == Phase::kForward && task.wave + 1 == train_.schedule.waves) step->cross_entropy += decoder_->cross_entropy();
       return units;
@@ -344,7 +336,7 @@ absl::StatusOr<double> RankModel::RunStoreTask(const Task& task) {
       return static_cast<double>(bytes);
     }
     default:
-      return decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_);
+      return decoder_->Run(task, StreamOf(task));
   }
 }
 
@@ -363,13 +355,14 @@ void RankModel::BeginPart(int part, StepState* step) {
 
 absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
   const Packing packing{model_.num_local_experts};
-  const Tensor packed = Pack(decoder_->routing(), packing);
+  const std::vector<RoutingSums> routing = decoder_->routing();
+  const Tensor packed = Pack(routing, packing);
   if (world_->size() > 1) {
     SHOAL_RETURN_IF_ERROR(control_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "routing sums"}).Await(),
                           "summing what routers did");
   }
   RoutingTotals totals;
-  const int64_t layers = static_cast<int64_t>(decoder_->routing().size());
+  const int64_t layers = static_cast<int64_t>(routing.size());
   step->result.expert_counts.resize(static_cast<size_t>(layers));
   step->result.unrouted.resize(static_cast<size_t>(layers));
   if (model_.has_capacity()) step->result.dropped.resize(static_cast<size_t>(layers));
@@ -481,7 +474,7 @@ absl::Status RankModel::RunForward(Decoder::Pass pass) {
   pass.schedule = &forward_.schedule;
   return Execute(forward_, /*record=*/nullptr, [&](const Task& task) -> absl::StatusOr<double> {
     if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass);
-    return task.op == Op::kHead ? decoder_->Run(task, task.lane == Lane::kCompute ? stream_ : copy_stream_) : RunStoreTask(task);
+    return task.op == Op::kHead ? decoder_->Run(task, StreamOf(task)) : RunStoreTask(task);
   });
 }
 

@@ -110,6 +110,7 @@ class RankModel {
   absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);
+  Stream& StreamOf(const Task& task) { return task.lane == Lane::kCompute ? stream_ : copy_stream_; }
 
   absl::StatusOr<double> RunTrainTask(const Task& task, StepState* step);
   absl::StatusOr<double> RunStoreTask(const Task& task);

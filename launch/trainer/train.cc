@@ -8,6 +8,7 @@
 #include "launch/status/measured_communicator.h"
 #include "launch/status/reporter.h"
 #include "launch/trainer/folder_lock.h"
+#include "launch/trainer/rank_values.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
 #include "launch/trainer/step_watch.h"
@@ -26,15 +27,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
-
-// One value of every rank, in rank order.
-absl::StatusOr<std::vector<int64_t>> GatherValues(Communicator& world, int64_t value) {
-  const Tensor own = Empty({1}, DType::kI64), all = Empty({world.size()}, DType::kI64);
-  own.data<int64_t>()[0] = value;
-  const std::vector<int64_t> counts(static_cast<size_t>(world.size()), 1);
-  SHOAL_RETURN_IF_ERROR(world.AllGather(own, counts, all, {.label = "rank values"}).Await());
-  return std::vector<int64_t>(all.span<int64_t>().begin(), all.span<int64_t>().end());
-}
 
 class TrainingRun {
  public:

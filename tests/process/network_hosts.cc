@@ -44,11 +44,10 @@ absl::Status Shape(const std::string& space, const std::string& device, int64_t 
   SHOAL_RETURN_IF_ERROR(
       Ip(absl::StrCat("-n ", space, " link set dev ", device, " gso_max_size ", packet)));
   const std::string at = absl::StrCat("-n ", space, " qdisc ");
-  if (bytes == 0) {
-    Run(kTc, absl::StrCat(at, "del dev ", device, " root")).IgnoreError();  // There may be none.
-    return absl::OkStatus();
-  }
-  return Run(kTc, absl::StrCat(at, "replace dev ", device, " root tbf rate ", bits_per_second, "bit burst ",
+  // Not `replace`: a bucket that becomes smaller while packets wait may never let them go. What waits is lost, and sent again.
+  Run(kTc, absl::StrCat(at, "del dev ", device, " root")).IgnoreError();  // There may be none.
+  if (bytes == 0) return absl::OkStatus();
+  return Run(kTc, absl::StrCat(at, "add dev ", device, " root tbf rate ", bits_per_second, "bit burst ",
                                packet + 128 + bytes / 10'000, " limit ", std::max(bytes / 200, 8 * packet)));
 }
 
