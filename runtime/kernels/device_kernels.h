@@ -1,0 +1,88 @@
+// The kernels of a device plug-in: one function per operation of this folder's headers, where its contract stands; here only what
+// differs. Tensors are in device memory unless said otherwise; an empty tensor (elements 0, data null) stands for "none". A function
+// checks nothing that its CPU counterpart checks already (device_dispatch.h calls it after those checks), puts work on the stream and
+// returns at once.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime/device/device_api.h"
+#include "runtime/tensor/dtype.h"
+
+namespace shoal {
+
+struct DeviceTensor {
+  void* data = nullptr;
+  int64_t elements = 0;
+  int64_t shape[4] = {0, 0, 0, 0};
+  int32_t rank = 0;
+  DType dtype = DType::kF32;
+};
+
+struct DeviceKernels {
+  using T = const DeviceTensor&;
+  using S = DeviceStream*;
+  using R = DeviceResult;
+
+  // elementwise.h
+  R (*convert)(T from, T to, S);
+  R (*add_to)(T x, T sum, S);
+  R (*fill_normal)(uint64_t seed, uint64_t stream, uint64_t first_index, double mean, double stddev, T x, S);
+  // embedding.h
+  R (*embedding)(T table, T ids, T out, S);
+  R (*embedding_backward)(T dout, T ids, T dtable, S);
+  // norm.h
+  R (*rms_norm)(T x, T delta, T weight, float epsilon, T sum, T y, T rstd, S);
+  R (*rms_norm_backward)(T dy, T x, T weight, T rstd, T dx, T dweight, S);
+  // rope.h. `backward`: by the negative angle.
+  R (*rope)(T x, int32_t heads, int32_t dim, T cos, T sin, bool backward, S);
+  // swiglu.h
+  R (*swiglu)(T gate_up, T h, S);
+  R (*swiglu_backward)(T dh, T gate_up, T dgate_up, T h, S);
+  // optimizer.h. Of AdamWStep; grad_scale is read from device memory (f32 [1]), where clipping left it.
+  R (*adamw)(double learning_rate, double beta1, double beta2, double epsilon, double weight_decay, int64_t update, T grad_scale,
+             T grad, T master, T m, T v, T copy, S);
+  R (*sum_of_squares)(T x, T sum, S);  // sum: f64 [1]
+  // cross_entropy.h
+  R (*cross_entropy)(T logits, T targets, float scale, T loss, T dlogits, S);
+  // permute.h
+  R (*gather_rows)(T x, T token, T rows, S);
+  R (*sum_slots)(T drows, T offset, T slot, T dx, S);
+  R (*combine_slots)(T residual, T y, T offset, T slot, T weight, T out, S);
+  R (*combine_slots_backward)(T dout, T y, T offset, T slot, T weight, T dy, T dweight, S);
+  // router.h
+  R (*topk_softmax)(T logits, bool renormalize, T probs, T chosen, T weights, T logz, S);
+  R (*topk_softmax_backward)(T probs, T chosen, T weights, T logz, bool renormalize, T dweights, T dprob, float z_scale, T dlogits, S);
+  R (*softmax)(T logits, T probs, T logz, S);
+  R (*softmax_backward)(T probs, T logz, T dprobs, float z_scale, T dlogits, S);
+  R (*topk_sigmoid)(T logits, T bias, float scale, T scores, T chosen, T weights, S);
+  R (*topk_sigmoid_backward)(T scores, T chosen, T weights, float scale, T dweights, T dshare, T dlogits, S);
+  R (*sum_shares)(T scores, T sums, S);
+  R (*top_tokens)(T scores, int64_t capacity, T score, T token, S);
+  R (*normalize_rows)(T x, T y, T norm, S);
+  R (*normalize_rows_backward)(T dy, T y, T norm, T dx, S);
+  R (*sum_over_tokens)(T values, T sums, S);
+  // Counts of choices and the order of rows in one pass, for layers whose rows stay on this device: count_E (i32), first_E1 (i32,
+  // exclusive sums of the counts), slot_S and token_S (i32) with rows by expert, then by token.
+  R (*order_by_expert)(T chosen, T count, T first, T slot, T token, S);
+
+  // matmul.h
+  R (*matmul)(T a, bool transpose_a, T b, bool transpose_b, bool add, T c, S);
+  // Segments are rows (expert, begin, count) of an i32 tensor [segments, 3]; weights are addresses, i64 [experts], of row-major
+  // matrices of `x`'s type; both in device memory, so counts need not be known to the host. Segments with count 0 are allowed.
+  // `width`: N of forward, K of the gradient by the input.
+  R (*grouped_matmul)(T x, T weights, T segments, T y, S);
+  R (*grouped_matmul_grad_input)(T dy, T weights, T segments, T dx, S);
+  // weight_grads: addresses, i64 [experts], of f32 [N, K] with N, K the widths of dy and x.
+  R (*grouped_matmul_grad_weight)(T dy, T x, T segments, bool add, T weight_grads, S);
+
+  // attention.h. Its AttentionShape.
+  R (*attention)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, S);
+  R (*attention_backward)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, T dout,
+                          T dqkv, S);
+
+  // A reduction of communicator buffers: to (f32 or bf16) = sum of `count` tensors like it (host array), in their order.
+  R (*sum_tensors)(const DeviceTensor* from, int32_t count, T to, S);
+};
+
+}  // namespace shoal
