@@ -18,8 +18,11 @@ constexpr double kClassWidth = 1.05;
 // Residuals beyond so many standard deviations are outliers.
 constexpr double kHuber = 1.5;
 constexpr double kLeastNoise = 0.01;
-// The fixed part is expected within this share of the whole time of zero: decides where units hardly differ.
-constexpr double kFixedShare = 0.5;
+// The fixed part is expected within this share of the whole time of what was known of it: decides where units hardly differ.
+// As long as nothing is known, of zero.
+constexpr double kFixedShare = 0.5, kKnownFixedShare = 0.05;
+// It is known when samples tell it to this share of the whole time.
+constexpr double kKnownAccuracy = 0.02;
 constexpr int kRounds = 4;
 // Fitting costs as much as a few small tasks: not after every step.
 constexpr int64_t kEagerSteps = 8, kFitInterval = 4;
@@ -50,26 +53,23 @@ int64_t Covered(const Interval& own, const std::vector<Interval>& others) {
   return covered;
 }
 
-constexpr double kFraction = 1 << 20;
-constexpr size_t kPhasesOfKeys = 4;
-constexpr size_t kIntegers = 1 + 3 * static_cast<size_t>(kOps) * kPhasesOfKeys * kLanes;
-size_t IntegerIndex(const CostKey& key) {
-  const size_t row = static_cast<size_t>(key.op) * kPhasesOfKeys + static_cast<size_t>(key.phase);
-  return 1 + 3 * (row * kLanes + static_cast<size_t>(key.lane));
-}
-
 struct Point {
   double units, ns;
   double weight;
 };
 struct Line {
   CostModel model;
-  double residual = 0.05;  // Relative.
+  double residual = 0.05;       // Relative.
+  bool fixed_is_known = false;  // From the points alone.
+};
+struct ExpectedFixed {
+  double ns = 0, share = kFixedShare;
 };
 
-// Least squares of relative errors, (ns - line) / predicted, with non-negative parameters.
-CostModel SolveLine(const std::vector<Point>& points, const std::vector<double>& predicted, const std::vector<double>& weights,
-                    double scale, double noise) {
+// Least squares of relative errors, (ns - line) / predicted, with non-negative parameters. Sets all but the residual.
+void SolveLine(const std::vector<Point>& points, const std::vector<double>& predicted, const std::vector<double>& weights,
+               double scale, const ExpectedFixed& expected, Line* line) {
+  const double noise = line->residual;
   double s = 0, sx = 0, sxx = 0, sy = 0, sxy = 0, samples = 0;
   for (size_t i = 0; i < points.size(); ++i) {
     const double w = weights[i] / (predicted[i] * predicted[i]), x = points[i].units / scale, y = points[i].ns;
@@ -80,17 +80,20 @@ CostModel SolveLine(const std::vector<Point>& points, const std::vector<double>&
     sy += w * y;
     sxy += w * x * y;
   }
-  const double held = s + (noise / kFixedShare) * (noise / kFixedShare) * s / samples;
-  const double determinant = held * sxx - sx * sx;
-  if (sxx == 0 || determinant <= 0) return {.fixed_ns = sy / s, .ns_per_unit = 0};
-  const double fixed = (sxx * sy - sx * sxy) / determinant, slope = (held * sxy - sx * sy) / determinant;
-  if (slope < 0) return {.fixed_ns = sy / s, .ns_per_unit = 0};
-  if (fixed < 0) return {.fixed_ns = 0, .ns_per_unit = sxy / sxx / scale};
-  return {.fixed_ns = fixed, .ns_per_unit = slope / scale};
+  const double spread = s * sxx - sx * sx;
+  line->fixed_is_known = spread * kKnownAccuracy * kKnownAccuracy * samples > noise * noise * sxx * s;
+  const double pull = (noise / expected.share) * (noise / expected.share) * s / samples;
+  const double held = s + pull, sum = sy + pull * expected.ns, determinant = held * sxx - sx * sx;
+  line->model = {.fixed_ns = sy / s, .ns_per_unit = 0};
+  if (sxx == 0 || determinant <= 0) return;
+  const double fixed = (sxx * sum - sx * sxy) / determinant, slope = (held * sxy - sx * sum) / determinant;
+  if (slope < 0) return;
+  line->model = fixed < 0 ? CostModel{.fixed_ns = 0, .ns_per_unit = sxy / sxx / scale}
+                          : CostModel{.fixed_ns = fixed, .ns_per_unit = slope / scale};
 }
 
 // Weights of outliers shrink from round to round (iteratively re-weighted least squares).
-Line FitLine(const std::vector<Point>& points) {
+Line FitLine(const std::vector<Point>& points, const ExpectedFixed& expected) {
   Line line;
   double scale = 1;
   std::vector<double> predicted, weights, errors(points.size());
@@ -100,7 +103,7 @@ Line FitLine(const std::vector<Point>& points) {
     weights.push_back(point.weight);
   }
   for (int round = 0; round < kRounds; ++round) {
-    line.model = SolveLine(points, predicted, weights, scale, line.residual);
+    SolveLine(points, predicted, weights, scale, expected, &line);
     for (size_t i = 0; i < points.size(); ++i) {
       predicted[i] = std::max(line.model.Predict(points[i].units), 1.0);
       errors[i] = std::abs(points[i].ns - predicted[i]) / predicted[i];
@@ -262,8 +265,9 @@ void Profiler::FitAll() {
     for (const Sample& sample : history.samples) {
       points.push_back({sample.units, sample.ns / (1 + (interference_ - 1) * sample.overlap), AgedWeight(sample)});
     }
-    const Line line = FitLine(points);
+    const Line line = FitLine(points, history.fixed_ns ? ExpectedFixed{*history.fixed_ns, kKnownFixedShare} : ExpectedFixed{});
     history.line = {line.model, line.residual};
+    if (line.fixed_is_known) history.fixed_ns = line.model.fixed_ns;
   }
 }
 
@@ -329,41 +333,12 @@ void Profiler::StartFrom(const Profile& profile) {
     History& history = histories_[Pack(estimate.key)];
     history = {};
     history.line = {estimate.model, estimate.residual};
+    if (estimate.units_high > estimate.units_low * kNearUnits) history.fixed_ns = estimate.model.fixed_ns;
     const double weight = std::min(kMostPriorSamples, static_cast<double>(std::max<int64_t>(estimate.samples, 1)) / 2);
     for (double units : {estimate.units_low, estimate.units_high}) {
       history.samples.push_back({.step = step_, .units = units, .ns = estimate.model.Predict(units), .weight = weight});
     }
   }
-}
-
-std::vector<int64_t> ToIntegers(const CostTable& table) {
-  std::vector<int64_t> integers(kIntegers, 0);
-  integers[0] = std::llround(table.interference * kFraction);
-  for (const auto& [key, model] : table.models) {
-    const size_t at = IntegerIndex(key);
-    integers[at] = std::llround(model.fixed_ns * kFraction);
-    integers[at + 1] = std::llround(model.ns_per_unit * kFraction);
-    integers[at + 2] = 1;
-  }
-  return integers;
-}
-
-CostTable FromIntegers(absl::Span<const int64_t> integers) {
-  SHOAL_CHECK_EQ(integers.size(), kIntegers);
-  CostTable table;
-  table.interference = static_cast<double>(integers[0]) / kFraction;
-  for (int op = 0; op < kOps; ++op) {
-    for (Phase phase : {Phase::kForward, Phase::kBackward, Phase::kUpdate}) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const CostKey key{static_cast<Op>(op), phase, static_cast<Lane>(lane)};
-        const size_t at = IntegerIndex(key);
-        if (integers[at + 2] == 0) continue;
-        table.models[key] = {.fixed_ns = static_cast<double>(integers[at]) / kFraction,
-                             .ns_per_unit = static_cast<double>(integers[at + 1]) / kFraction};
-      }
-    }
-  }
-  return table;
 }
 
 }  // namespace shoal

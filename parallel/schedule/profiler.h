@@ -11,6 +11,10 @@
 // its core for a while costs nothing; what remains of outliers is damped (Huber). Old steps fade; a level that has changed for
 // three steps in a row drops the steps before it.
 //
+// The fixed part belongs to software and latency, and stays when a link or a core becomes slower. So it is remembered when the
+// samples that told it are gone, and what the time per unit follows from while all samples have about the same units; samples
+// that differ correct both.
+//
 // Deterministic; not thread-safe.
 #pragma once
 
@@ -19,9 +23,9 @@
 #include <deque>
 #include <limits>
 #include <map>
+#include <optional>
 #include <vector>
 
-#include "absl/types/span.h"
 #include "parallel/schedule/cost_model.h"
 #include "parallel/schedule/executor.h"
 #include "parallel/schedule/graph.h"
@@ -71,7 +75,7 @@ class Profiler {
   // Of one rank.
   void Add(const Graph& graph, const StepRecord& record) { Add(graph, TimesOf(graph, record), 1); }
 
-  // Where all samples have about the same units, their time is taken for time per unit.
+  // Where all samples ever had about the same units, their time is taken for time per unit.
   Profile profile() const;
   CostTable table() const;
   // sum |predicted - measured| / sum measured over the tasks of the last step, by what was known before it; NaN while some key
@@ -97,6 +101,7 @@ class Profiler {
     int direction = 0;   // ... all slower (1) or all faster (-1).
     double last_ns = 0;  // In the last step.
     FittedLine line;     // Without interference.
+    std::optional<double> fixed_ns;  // Of the line when the samples' units last differed enough to tell.
   };
   using Key = std::array<uint8_t, 3>;  // Ordered, unlike CostKey: sums over keys must not depend on a hash.
 
@@ -117,10 +122,5 @@ class Profiler {
   double prediction_error_ = std::numeric_limits<double>::quiet_NaN();
   int64_t jumps_ = 0;
 };
-
-// Tables as integers of a fixed layout, to be broadcast: whoever plans must plan with the same numbers. Nanoseconds are rounded
-// to 2^-20.
-std::vector<int64_t> ToIntegers(const CostTable& table);
-CostTable FromIntegers(absl::Span<const int64_t> integers);
 
 }  // namespace shoal
