@@ -9,7 +9,7 @@
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
-#include "collectives/engine/data_mesh.h"
+#include "collectives/engine/tcp/data_mesh.h"
 #include "collectives/transport/clock.h"
 #include "collectives/transport/wire.h"
 #include "runtime/base/check.h"

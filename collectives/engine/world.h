@@ -26,7 +26,7 @@
 #include "collectives/engine/epoch_core.h"
 #include "collectives/engine/group_life.h"
 #include "collectives/engine/op.h"
-#include "collectives/engine/shared_memory.h"
+#include "collectives/engine/shm/shared_memory.h"
 #include "collectives/membership/bootstrap.h"
 #include "collectives/transport/control_link.h"
 #include "collectives/transport/death_watch.h"

@@ -1,6 +1,6 @@
-// The messages of one group between this rank and its other members, as engines use them. Implemented over shared memory
-// (engine/shm_channel.h), TCP (engine/tcp_channel.h) and a simulated network (tests/sim). Calls of one channel come from
-// one thread at a time; no call but Wait blocks.
+// The messages of one group between this rank and its other members, as engines use them. Implemented over shared
+// memory (engine/shm/shm_channel.h), TCP (engine/tcp/tcp_channel.h) and a simulated network (tests/sim). Calls of one
+// channel come from one thread at a time; no call but Wait blocks.
 //
 // A message is known by (sender, receiver, op, tag). Both sides know its size. Any number may be in flight; they are
 // matched whatever the order in which the two sides post them.

@@ -5,7 +5,7 @@
 //   both   both send and receive at the same time, as the steps of a ring do
 //
 // Plain sockets: `ping` spins on recv and send; `both` polls one socket for reading and writing.
-#include "collectives/engine/tcp_channel.h"
+#include "collectives/engine/tcp/tcp_channel.h"
 
 #include <poll.h>
 #include <sched.h>

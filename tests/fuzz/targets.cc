@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "collectives/engine/tcp_channel.h"
+#include "collectives/engine/tcp/tcp_channel.h"
 #include "collectives/membership/frame.h"
 #include "collectives/membership/message_link.h"
 #include "collectives/membership/messages.h"

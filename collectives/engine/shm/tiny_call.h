@@ -1,4 +1,4 @@
-// The calls of a communicator as tiny operations (engine/tiny.h), without anything that costs time.
+// The calls of a communicator as tiny operations (engine/shm/tiny.h), without anything that costs time.
 //
 // Each function fills `op`, but for its number, deadline and label, and returns true; or false when the call is not tiny, or
 // when its arguments are not right: the long way finds out which. What is tiny all ranks know alike. The group is on one
@@ -9,7 +9,7 @@
 
 #include "absl/types/span.h"
 #include "collectives/communicator.h"
-#include "collectives/engine/tiny.h"
+#include "collectives/engine/shm/tiny.h"
 
 namespace shoal {
 

@@ -1,6 +1,6 @@
 // The memory that this process shares with peers on its host: its own segments, which live as long as their
 // users and are announced to the peers of every epoch, and the segments that the peers of one epoch
-// announced. Peers may write to what a rank lends them (engine/host_group.h). Thread-safe.
+// announced. Peers may write to what a rank lends them (engine/shm/host_group.h). Thread-safe.
 #pragma once
 
 #include <atomic>

@@ -1,4 +1,4 @@
-#include "collectives/engine/host_group.h"
+#include "collectives/engine/shm/host_group.h"
 
 #include <linux/futex.h>
 #include <linux/membarrier.h>
@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "absl/strings/str_join.h"
-#include "collectives/engine/group_page.h"
+#include "collectives/engine/shm/group_page.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"

@@ -1,4 +1,4 @@
-#include "collectives/engine/shm_channel.h"
+#include "collectives/engine/shm/shm_channel.h"
 
 #include <gtest/gtest.h>
 #include <sys/wait.h>
@@ -11,9 +11,9 @@
 #include <random>
 #include <thread>
 
-#include "collectives/engine/group_page.h"
-#include "collectives/engine/shm_ranks.h"
-#include "collectives/engine/shm_ring.h"
+#include "collectives/engine/shm/group_page.h"
+#include "collectives/engine/shm/shm_ranks.h"
+#include "collectives/engine/shm/shm_ring.h"
 
 namespace shoal {
 namespace {

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "collectives/engine/group_page.h"
+#include "collectives/engine/shm/group_page.h"
 
 namespace shoal {
 

@@ -1,4 +1,4 @@
-#include "collectives/engine/tiny_call.h"
+#include "collectives/engine/shm/tiny_call.h"
 
 #include <algorithm>
 #include <cstddef>

@@ -10,7 +10,7 @@
 #include <thread>
 #include <vector>
 
-#include "collectives/engine/host_group.h"
+#include "collectives/engine/shm/host_group.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
 

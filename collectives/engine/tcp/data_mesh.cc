@@ -1,4 +1,4 @@
-#include "collectives/engine/data_mesh.h"
+#include "collectives/engine/tcp/data_mesh.h"
 
 #include <sched.h>
 #include <sys/epoll.h>
@@ -11,8 +11,8 @@
 #include <atomic>
 #include <cerrno>
 
-#include "collectives/engine/data_flow.h"
-#include "collectives/engine/data_port.h"
+#include "collectives/engine/tcp/data_flow.h"
+#include "collectives/engine/tcp/data_port.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
 #include "runtime/base/mutex.h"

@@ -1,4 +1,4 @@
-#include "collectives/engine/data_flow.h"
+#include "collectives/engine/tcp/data_flow.h"
 
 #include <linux/sockios.h>
 #include <netinet/in.h>

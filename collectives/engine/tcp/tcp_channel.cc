@@ -1,4 +1,4 @@
-#include "collectives/engine/tcp_channel.h"
+#include "collectives/engine/tcp/tcp_channel.h"
 
 namespace shoal {
 

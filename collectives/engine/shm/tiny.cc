@@ -1,14 +1,14 @@
-#include "collectives/engine/tiny.h"
+#include "collectives/engine/shm/tiny.h"
 
 #include <algorithm>
 #include <cstring>
 #include <deque>
 #include <utility>
 
-#include "collectives/engine/group_page.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/reduce.h"
-#include "collectives/engine/spin.h"
+#include "collectives/engine/shm/group_page.h"
+#include "collectives/engine/shm/spin.h"
 #include "collectives/engine/work_state.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "collectives/engine/group_page.h"
+#include "collectives/engine/shm/group_page.h"
 
 namespace shoal {
 

@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "collectives/engine/host_group.h"
+#include "collectives/engine/shm/host_group.h"
 #include "collectives/transport/channel.h"
 
 namespace shoal {

@@ -13,8 +13,8 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/statusor.h"
-#include "collectives/engine/data_flow.h"
-#include "collectives/engine/data_mesh.h"
+#include "collectives/engine/tcp/data_flow.h"
+#include "collectives/engine/tcp/data_mesh.h"
 #include "collectives/transport/buffer_pool.h"
 #include "runtime/base/mutex.h"
 

@@ -1,6 +1,6 @@
 // What the members of one group that share a host keep in shared memory: a segment per member, which that
-// member alone writes (but for its doorbell) and the others read. Messages (engine/shm_channel.h) and tiny
-// operations (engine/tiny.h) go through it.
+// member alone writes (but for its doorbell) and the others read. Messages (engine/shm/shm_channel.h) and tiny
+// operations (engine/shm/tiny.h) go through it.
 //
 // Lending. Members also write to memory that others lend them, and nobody may write there any more when its owner
 // has gone on without him. So:
@@ -26,14 +26,14 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "collectives/engine/group_life.h"
-#include "collectives/engine/shared_memory.h"
+#include "collectives/engine/shm/shared_memory.h"
 #include "runtime/base/mutex.h"
 
 namespace shoal {
 
 constexpr int kHostRanksMax = 256;  // Of one group on one host.
 
-struct GroupPage;  // The layout of a member's segment: engine/group_page.h.
+struct GroupPage;  // The layout of a member's segment: engine/shm/group_page.h.
 
 // Members are counted by seat here: their position among the members on this host.
 class HostGroup final : public Sleeper {

@@ -1,4 +1,4 @@
-#include "collectives/engine/shared_memory.h"
+#include "collectives/engine/shm/shared_memory.h"
 
 #include <algorithm>
 #include <map>

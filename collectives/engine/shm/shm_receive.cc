@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "collectives/engine/shm_channel_state.h"
+#include "collectives/engine/shm/shm_channel_state.h"
 #include "runtime/base/status.h"
 
 namespace shoal {

@@ -1,9 +1,9 @@
-#include "collectives/engine/shm_channel.h"
+#include "collectives/engine/shm/shm_channel.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "collectives/engine/shm_channel_state.h"
+#include "collectives/engine/shm/shm_channel_state.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
 

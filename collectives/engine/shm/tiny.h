@@ -16,7 +16,7 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "collectives/communicator.h"
-#include "collectives/engine/host_group.h"
+#include "collectives/engine/shm/host_group.h"
 #include "collectives/program/program.h"
 
 namespace shoal {

@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "collectives/engine/data_mesh.h"
 #include "collectives/engine/group_life.h"
+#include "collectives/engine/tcp/data_mesh.h"
 #include "collectives/transport/channel.h"
 
 namespace shoal {

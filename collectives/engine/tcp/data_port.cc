@@ -1,4 +1,4 @@
-#include "collectives/engine/data_port.h"
+#include "collectives/engine/tcp/data_port.h"
 
 #include <algorithm>
 #include <cstring>

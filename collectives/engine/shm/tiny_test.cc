@@ -1,4 +1,4 @@
-#include "collectives/engine/tiny.h"
+#include "collectives/engine/shm/tiny.h"
 
 #include <gtest/gtest.h>
 
@@ -9,7 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "collectives/engine/op.h"
-#include "collectives/engine/shm_ranks.h"
+#include "collectives/engine/shm/shm_ranks.h"
 
 namespace shoal {
 namespace {

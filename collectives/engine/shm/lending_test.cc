@@ -12,10 +12,10 @@
 #include <random>
 #include <thread>
 
-#include "collectives/engine/group_page.h"
 #include "collectives/engine/program_run.h"
-#include "collectives/engine/shm_channel.h"
-#include "collectives/engine/shm_ranks.h"
+#include "collectives/engine/shm/group_page.h"
+#include "collectives/engine/shm/shm_channel.h"
+#include "collectives/engine/shm/shm_ranks.h"
 #include "collectives/program/algorithms.h"
 
 namespace shoal {

@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
-#include "collectives/engine/shm_answers.h"
-#include "collectives/engine/shm_channel.h"
-#include "collectives/engine/shm_ring.h"
-#include "collectives/engine/spin.h"
+#include "collectives/engine/shm/shm_answers.h"
+#include "collectives/engine/shm/shm_channel.h"
+#include "collectives/engine/shm/shm_ring.h"
+#include "collectives/engine/shm/spin.h"
 
 namespace shoal {
 namespace shm {
