@@ -98,10 +98,12 @@ absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) 
   // Computing the layer again, its ranks need not ask each other again.
   const Tensor& summaries = alone ? saved->summary : saved->summaries;
   saved->routed = router_->Choose(summaries, saved->batch, *saved->routing, sums, stream);
+  if (!alone && saved->first && context_->calibrate != nullptr) Calibrate(*saved);
+  const ExpertPlacement& placement =
+      alone ? Alone(config_.num_local_experts) : store_->experts().placement()[static_cast<size_t>(layer_)];
   saved->plan = DispatchPlan::Make(
-      alone ? Topology::OneHost(1) : context_->topology,
-      alone ? Alone(config_.num_local_experts) : store_->experts().placement()[static_cast<size_t>(layer_)],
-      store_->experts().Local(layer_), saved->routed.rows,
+      alone ? Topology::OneHost(1) : context_->topology, placement, LocalExperts(placement, alone ? 0 : context_->rank),
+      saved->routed.rows,
       {.rank = alone ? 0 : context_->rank,
        .forward_chunks = saved->chunks.forward,
        .backward_chunks = saved->chunks.backward,
@@ -117,6 +119,13 @@ absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) 
   saved->y = plan.all_stay() ? saved->results : Empty({plan.sent(), config_.hidden_size}, act);
   saved->gate_up = Empty({plan.arrived(), 2 * config_.intermediate_size}, act);
   return stream.status();
+}
+
+void MoeLayer::Calibrate(const Saved& saved) {
+  ExpertStore& experts = store_->experts();
+  std::vector<int64_t> rows;
+  AddRows(saved, &rows);
+  experts.AddHolders(layer_, context_->calibrate(experts.placement()[static_cast<size_t>(layer_)], rows));
 }
 
 void MoeLayer::AddRows(const Saved& saved, std::vector<int64_t>* rows) const {

@@ -3,6 +3,7 @@
 // width, F inner width, S rows of this rank's (token, expert) pairs, R rows of the experts that are here.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,6 +23,9 @@ struct ExpertContext {
   Topology topology;
   int rank = 0;
   DispatchRule rule = DispatchRule::kNearest;
+  // Where experts shall be in this step, once the rows_SE [ranks, E] of its first wave are known: `planned`, maybe with more
+  // holders. The same on every rank. Null: as planned. The graph must have kCalibrate then.
+  std::function<ExpertPlacement(const ExpertPlacement& planned, absl::Span<const int64_t> rows)> calibrate;
 };
 
 class MoeLayer {
@@ -29,9 +33,10 @@ class MoeLayer {
   struct Chunks {
     int forward = 1, backward = 1;
   };
-  // What one pass of one wave leaves for the next task and for the backward pass. `wave` is given.
+  // What one pass of one wave leaves for the next task and for the backward pass. `wave` and `first` are given.
   struct Saved {
     int wave = 0;
+    bool first = false;  // Of a training step.
     Router::Batch batch;
     Chunks chunks;
     Tensor x, normed, rstd;  // x: the sum that was normalised.
@@ -79,6 +84,8 @@ class MoeLayer {
   int64_t Stay(const Task& task, Saved* saved);
 
  private:
+  // Adds the holders that the rows of a step's first wave justify.
+  void Calibrate(const Saved& saved);
   struct Ends {
     Tensor from, to;
   };

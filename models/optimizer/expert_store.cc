@@ -89,21 +89,29 @@ void ExpertStore::Arrange(int index) {
   Layer& layer = at(index);
   const ExpertPlacement& placement = placement_[static_cast<size_t>(index)];
   const int self = group_->index();
-  layer.local.clear();
+  layer.local = LocalExperts(placement, self);
   layer.moves.clear();
   layer.copy.assign(placement.size(), -1);
   layer.fresh = false;
   int copies = 0;
   for (size_t e = 0; e < placement.size(); ++e) {
     const int expert = static_cast<int>(e);
-    if (placement[e].On(self)) layer.local.push_back(expert);
     if (placement[e].holders.empty()) continue;
     layer.moves.push_back({expert, placement[e].owner, placement[e].holders});
     if (placement[e].owner != self && placement[e].On(self)) layer.copy[e] = copies++;
   }
-  const Topology one_host = Topology::OneHost(group_->size());
-  layer.moved = MovedExperts(placement, options_.topology.ranks() > 0 ? options_.topology : one_host)[static_cast<size_t>(self)];
+  layer.moved = MovedHere(placement);
   SHOAL_CHECK_LE(copies, copies_) << "no room for the copies of layer " << index;
+}
+
+int64_t ExpertStore::MovedHere(const ExpertPlacement& placement) const {
+  const Topology one_host = Topology::OneHost(group_->size());
+  const Topology& topology = options_.topology.ranks() > 0 ? options_.topology : one_host;
+  return MovedExperts(placement, topology)[static_cast<size_t>(group_->index())];
+}
+
+bool ExpertStore::Here(const Layer& layer, int expert) const {
+  return layer.slot[static_cast<size_t>(expert)] >= 0 || layer.copy[static_cast<size_t>(expert)] >= 0;
 }
 
 void ExpertStore::SetHolders(std::vector<ExpertPlacement> placement) {
@@ -113,6 +121,51 @@ void ExpertStore::SetHolders(std::vector<ExpertPlacement> placement) {
     placement_[layer] = std::move(placement[layer]);
     Arrange(static_cast<int>(layer));
   }
+}
+
+void ExpertStore::AddHolders(int index, ExpertPlacement placement) {
+  ExpertPlacement& now = placement_[static_cast<size_t>(index)];
+  SHOAL_CHECK_EQ(placement.size(), now.size());
+  for (size_t e = 0; e < now.size(); ++e) {
+    SHOAL_CHECK_EQ(placement[e].owner, now[e].owner);
+    SHOAL_CHECK(std::includes(placement[e].holders.begin(), placement[e].holders.end(), now[e].holders.begin(),
+                              now[e].holders.end()))
+        << "expert " << e << " of layer " << index << " would lose a holder";
+  }
+  now = std::move(placement);
+}
+
+absl::StatusOr<int64_t> ExpertStore::MaterialiseAdded(int index) {
+  Layer& layer = at(index);
+  const ExpertPlacement& placement = placement_[static_cast<size_t>(index)];
+  std::vector<const SparseMove*> before(placement.size(), nullptr);
+  for (const SparseMove& move : layer.moves) before[static_cast<size_t>(move.chunk)] = &move;
+  ExpertPlacement added = OwnersOnly(OwnersOf({placement}).front());
+  std::vector<SparseMove> moves, all;
+  for (size_t e = 0; e < placement.size(); ++e) {
+    if (placement[e].holders.empty()) continue;
+    all.push_back({static_cast<int>(e), placement[e].owner, placement[e].holders});
+    if (before[e] == nullptr) {
+      added[e].holders = placement[e].holders;
+    } else {
+      std::set_difference(placement[e].holders.begin(), placement[e].holders.end(), before[e]->holders.begin(),
+                          before[e]->holders.end(), std::back_inserter(added[e].holders));
+    }
+    if (!added[e].holders.empty()) moves.push_back({static_cast<int>(e), placement[e].owner, added[e].holders});
+  }
+  if (moves.empty()) return 0;
+  // Copies that are here stay where they are.
+  const int self = group_->index();
+  int copies = static_cast<int>(std::count_if(layer.copy.begin(), layer.copy.end(), [](int copy) { return copy >= 0; }));
+  for (size_t e = 0; e < placement.size(); ++e) {
+    if (self != added[e].owner && added[e].On(self)) layer.copy[e] = copies++;
+  }
+  SHOAL_CHECK_LE(copies, copies_) << "no room for the added copies of layer " << index;
+  layer.moves = std::move(all);
+  layer.moved = MovedHere(placement);
+  layer.local = LocalExperts(placement, self);
+  SHOAL_RETURN_IF_ERROR(Gather(index, moves), "gathering added copies of experts");
+  return MovedHere(added) * elements_ * SizeOf(options_.compute);
 }
 
 absl::Status ExpertStore::SetOwners(const OwnerMap& owners) {
@@ -198,16 +251,17 @@ absl::StatusOr<int64_t> ExpertStore::Materialise(int index) {
   Layer& layer = at(index);
   if (layer.room < 0 && copies_ > 0) TakeRoom(index);
   if (layer.moves.empty() || layer.fresh) return 0;
-  std::vector<Tensor> chunks(layer.copy.size());
-  for (const SparseMove& move : layer.moves) {
-    if (placement_[static_cast<size_t>(index)][static_cast<size_t>(move.chunk)].On(group_->index())) {
-      chunks[static_cast<size_t>(move.chunk)] = Weights(index, move.chunk);
-    }
-  }
-  SHOAL_RETURN_IF_ERROR(group_->SparseAllGather(chunks, layer.moves, {.label = "expert weights"}).Await(),
-                        "gathering experts");
+  SHOAL_RETURN_IF_ERROR(Gather(index, layer.moves), "gathering experts");
   layer.fresh = true;
   return layer.moved * elements_ * SizeOf(options_.compute);
+}
+
+absl::Status ExpertStore::Gather(int index, absl::Span<const SparseMove> moves) {
+  std::vector<Tensor> chunks(at(index).copy.size());
+  for (const SparseMove& move : moves) {
+    if (Here(at(index), move.chunk)) chunks[static_cast<size_t>(move.chunk)] = Weights(index, move.chunk);
+  }
+  return group_->SparseAllGather(chunks, moves, {.label = "expert weights"}).Await();
 }
 
 void ExpertStore::Release(int index) {
@@ -235,9 +289,7 @@ absl::StatusOr<int64_t> ExpertStore::ReduceGradients(int index) {
   if (!layer.moves.empty()) {
     std::vector<Tensor> chunks(layer.copy.size());
     for (const SparseMove& move : layer.moves) {
-      if (placement_[static_cast<size_t>(index)][static_cast<size_t>(move.chunk)].On(group_->index())) {
-        chunks[static_cast<size_t>(move.chunk)] = Gradients(index, move.chunk);
-      }
+      if (Here(layer, move.chunk)) chunks[static_cast<size_t>(move.chunk)] = Gradients(index, move.chunk);
     }
     SHOAL_RETURN_IF_ERROR(
         group_->SparseReduceScatter(chunks, layer.moves, ReduceOp::kSum, {.label = "expert gradients"}).Await(),

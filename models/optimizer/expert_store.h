@@ -44,6 +44,12 @@ class ExpertStore {
   int64_t expert_elements() const { return elements_; }
   // Other holders, the same owners, for the next passes. Copies are empty until materialised. Between steps only.
   void SetHolders(std::vector<ExpertPlacement> placement);
+  // In a step, before the layer's experts are used: more holders for the rest of it, `placement` with all that there are now. Only
+  // placement() changes at once, so weights of the layer may be on their way meanwhile; the rest follows with MaterialiseAdded.
+  void AddHolders(int layer, ExpertPlacement placement);
+  // Collective, after Materialise: brings weights to holders that were added. Does nothing where none were. Returns bytes as
+  // Materialise.
+  absl::StatusOr<int64_t> MaterialiseAdded(int layer);
   // Collective, between steps: experts, with their optimizer state, to new owners. Layers with moved experts then have no holders.
   // Needs memory for what arrives here once more.
   absl::Status SetOwners(const OwnerMap& owners);
@@ -97,6 +103,9 @@ class ExpertStore {
   Layer& at(int layer) { return layers_[static_cast<size_t>(layer)]; }
   absl::Status Allocate();
   void Arrange(int layer);  // From placement_: local, copy, moves.
+  bool Here(const Layer& layer, int expert) const;
+  absl::Status Gather(int layer, absl::Span<const SparseMove> moves);
+  int64_t MovedHere(const ExpertPlacement& placement) const;
   void TakeRoom(int layer);
   int TakeSlot();
 

@@ -239,6 +239,50 @@ TEST_P(ExpertStoreRanks, ReduceIsTheSumOverHoldersAndParts) {
   }
 }
 
+TEST_P(ExpertStoreRanks, AddedHoldersGetWeightsAndGiveGradientsBack) {
+  const bool keep = GetParam().policy == ExpertPolicy::kKeep;
+  ForEachSeed([&](Fixture& fixture) {
+    ExpertStore& store = *fixture.store;
+    for (int step = 0; step < 2; ++step) {
+      fixture.ForEachLayer([&](int layer) {
+        ExpertPlacement more = store.placement()[static_cast<size_t>(layer)];
+        std::vector<ExpertPlacement> drawn = {more};
+        DrawHolders(GetParam().ranks, &fixture.random, &drawn);
+        for (size_t e = 0; e < more.size(); ++e) {
+          std::vector<int> both;
+          std::set_union(more[e].holders.begin(), more[e].holders.end(), drawn[0][e].holders.begin(), drawn[0][e].holders.end(),
+                         std::back_inserter(both));
+          more[e].holders = both;
+        }
+        store.AddHolders(layer, more);
+        EXPECT_EQ(store.placement()[static_cast<size_t>(layer)], more);
+        for (int call = 0; call < 2; ++call) {  // The second has nothing to bring.
+          const auto bytes = store.MaterialiseAdded(layer);
+          ASSERT_TRUE(bytes.ok()) << bytes.status();
+          if (call == 1) {
+            EXPECT_EQ(*bytes, 0);
+          }
+        }
+        fixture.ExpectWeights(layer);
+        store.Release(layer);
+      });
+      for (int part = 0; part < 2; ++part) {
+        fixture.ForEachLayer([&](int layer) {  // Those that were released come back with the planned ones.
+          fixture.ExpectWeights(layer);
+          fixture.WriteGradients(layer, part);
+          if (keep && part == 0) return;
+          EXPECT_TRUE(store.ReduceGradients(layer).ok());
+        });
+      }
+      fixture.ExpectReduced(2);
+      std::vector<ExpertPlacement> planned = store.placement();
+      DrawHolders(GetParam().ranks, &fixture.random, &planned);
+      store.SetHolders(planned);
+      EXPECT_EQ(store.placement(), planned);
+    }
+  });
+}
+
 TEST_P(ExpertStoreRanks, NewOwnersHaveTheSameBits) {
   ForEachSeed([](Fixture& fixture) {
     fixture.ExpectOwned(OwnersOf(fixture.store->placement()));

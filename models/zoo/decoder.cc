@@ -75,7 +75,10 @@ void Decoder::Begin(Pass pass) {
     wave.ids = Columns(tokens, 0, seq_);
     if (!next_logits) wave.targets = Columns(tokens, 1, seq_);
     wave.layers.resize(layers_.size());
-    for (LayerState& layer : wave.layers) layer.moe.wave = index;
+    for (LayerState& layer : wave.layers) {
+      layer.moe.wave = index;
+      layer.moe.first = training() && pass_.part == 0 && index == 0;
+    }
     wave.routing.resize(moe_layers_);
   }
   if (pass_.part == 0) rows_by_rank_.assign(moe_layers_, {});

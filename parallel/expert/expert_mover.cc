@@ -96,6 +96,12 @@ ExpertPlacement ExpertMover::Place(int layer) const {
   return step_ps(per_host) <= step_ps(alike) ? per_host : alike;
 }
 
+ExpertPlacement ExpertMover::Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> rows) const {
+  if (!costs_.has_value()) return planned;
+  const MaterialiseBudget budget{.overlap = ExpertsOf(owners_), .memory = options_.copies};
+  return shoal::Calibrate(planned, rows, topology_, {budget, options_.rule, *costs_}).placement;
+}
+
 const std::vector<ExpertPlacement>& ExpertMover::Placement() {
   const size_t layers = owners_.size();
   const int64_t entries = std::max<int64_t>(1, int64_t{topology_.ranks()} * ExpertsOf(owners_));

@@ -40,6 +40,9 @@ class ExpertMover {
   std::optional<OwnerMap> Reshard();
   // Of the next step; to be called once a step.
   const std::vector<ExpertPlacement>& Placement();
+  // In a step, when the rows of a layer in that step are known: `planned` with the additional copies that pay (hecate.h);
+  // `planned` itself until costs are known.
+  ExpertPlacement Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> rows) const;
 
  private:
   CopyOptions copy_options() const { return {options_.copies, options_.rule, costs_.value_or(CopyCosts{})}; }

@@ -64,6 +64,19 @@ TEST(ExpertMover, SkewCopiesTheHottest) {
   }
 }
 
+TEST(ExpertMover, CalibrationAddsCopiesOfWhatWasNotExpected) {
+  const Topology topology = Topology::OneHost(kRanks);
+  ExpertMover mover(topology, Dealt(), {.copies = 4});
+  const std::vector<int64_t> rows = Trace(1.5).Rows(0);
+  const ExpertPlacement planned = OwnersOnly(Dealt()[0]);
+  EXPECT_EQ(mover.Calibrate(planned, rows), planned);  // Nothing is known yet of costs.
+  mover.SetCosts(kCosts, kMovePercent);
+  const ExpertPlacement more = mover.Calibrate(planned, rows);
+  EXPECT_FALSE(more[static_cast<size_t>(Hottest(rows))].holders.empty());
+  EXPECT_EQ(mover.Calibrate(more, rows), more);
+  EXPECT_EQ(mover.Calibrate(planned, std::vector<int64_t>(rows.size(), 100)), planned);
+}
+
 TEST(ExpertMover, EvenLoadsGetNoCopies) {
   ExpertMover mover(Topology::OneHost(kRanks), Dealt(), {.copies = 4, .reshard_interval = 2});
   mover.SetCosts(kCosts, kMovePercent);

@@ -23,12 +23,17 @@ int64_t HolderCount(const ExpertPlacement& placement) {
   return count;
 }
 
-// What of the copies nothing hides, when one gather takes `gather_ps`.
-int64_t ExposedPs(int64_t gather_ps, const CopyCosts& costs) {
+// What of the copies nothing hides in the backward pass, when one gather takes `gather_ps`.
+int64_t ReturnPs(int64_t gather_ps, const CopyCosts& costs) {
   if (gather_ps == 0) return 0;
   const int64_t backward = gather_ps * costs.gradient_percent / 100 + (costs.gather_twice ? gather_ps : 0);
-  return std::max<int64_t>(0, gather_ps - costs.hidden_forward_ps) +
-         std::max<int64_t>(0, backward - costs.hidden_backward_ps);
+  return std::max<int64_t>(0, backward - costs.hidden_backward_ps);
+}
+
+// And in both passes.
+int64_t ExposedPs(int64_t gather_ps, const CopyCosts& costs) {
+  if (gather_ps == 0) return 0;
+  return std::max<int64_t>(0, gather_ps - costs.hidden_forward_ps) + ReturnPs(gather_ps, costs);
 }
 
 // Gives the busiest rank's experts more copies, on the ranks that compute least, until it is not busier than
@@ -209,6 +214,10 @@ int64_t CopiesPs(const Topology& topology, const ExpertPlacement& placement, con
   }
   return std::max(std::max(Largest(rank_in), Largest(rank_out)) * costs.expert_send_ps,
                   std::max(Largest(host_in), Largest(host_out)) * costs.expert_cross_ps);
+}
+
+int64_t ReturnCopiesPs(const Topology& topology, const ExpertPlacement& placement, const CopyCosts& costs) {
+  return ReturnPs(CopiesPs(topology, placement, costs.layer), costs);
 }
 
 int64_t StepWithCopiesPs(const Topology& topology, const ExpertPlacement& placement,

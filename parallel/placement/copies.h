@@ -30,6 +30,9 @@ struct CopyCosts {
 // gradient_percent of it.
 int64_t CopiesPs(const Topology& topology, const ExpertPlacement& placement, const LayerCosts& costs);
 
+// What is not hidden of returning gradients of copies, and of gathering copies again where they were released.
+int64_t ReturnCopiesPs(const Topology& topology, const ExpertPlacement& placement, const CopyCosts& costs);
+
 // A layer's forward and backward pass, and what is not hidden of its copies. rows_SE [ranks, experts]: of a
 // whole step.
 int64_t StepWithCopiesPs(const Topology& topology, const ExpertPlacement& placement,

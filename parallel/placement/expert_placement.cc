@@ -24,6 +24,15 @@ ExpertPlacement OwnersOnly(absl::Span<const int> owners) {
   return placement;
 }
 
+OwnerMap EvenOwners(int layers, int experts, int ranks) {
+  OwnerMap owners(static_cast<size_t>(layers));
+  int64_t turn = 0;
+  for (std::vector<int>& layer : owners) {
+    for (int expert = 0; expert < experts; ++expert) layer.push_back(static_cast<int>(turn++ % ranks));
+  }
+  return owners;
+}
+
 std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks, int group) {
   SHOAL_CHECK(group >= 1 && ranks % group == 0);
   const int replicas = ranks / group;
@@ -43,6 +52,14 @@ std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks
     }
   }
   return result;
+}
+
+std::vector<int> LocalExperts(const ExpertPlacement& placement, int rank) {
+  std::vector<int> local;
+  for (size_t e = 0; e < placement.size(); ++e) {
+    if (placement[e].On(rank)) local.push_back(static_cast<int>(e));
+  }
+  return local;
 }
 
 std::vector<int64_t> MovedExperts(const ExpertPlacement& placement, const Topology& topology) {

@@ -29,10 +29,17 @@ using OwnerMap = std::vector<std::vector<int>>;
 // The layer's experts with their owners and no holders.
 ExpertPlacement OwnersOnly(absl::Span<const int> owners);
 
+// Experts of every layer dealt in turn over all ranks, on from layer to layer, so that ranks own nearly as many whatever the
+// number of experts is.
+OwnerMap EvenOwners(int layers, int experts, int ranks);
+
 // Experts of every layer spread over expert groups of `group` consecutive ranks, which divides `ranks`: place p of a group
 // holds EvenPart(experts, group, p), and the ranks with equal places hold the same experts and share their ownership, dealt
 // in turn from layer to layer so that each owns nearly as many. group == ranks: expert parallelism; 1: data parallelism.
 std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks, int group);
+
+// Experts that are on a rank, ascending.
+std::vector<int> LocalExperts(const ExpertPlacement& placement, int rank);
 
 // Experts that each rank sends or receives, the larger, when the copies of a layer are gathered by two-level trees, as
 // Communicator::SparseAllGather does: an owner sends to one holder of each other host, it and they to the holders of their hosts.

@@ -11,6 +11,8 @@
 namespace shoal {
 namespace {
 
+constexpr int64_t kWorthSending = 50;  // Calibration saves more than one part of so many.
+
 // Adds copies of chosen experts on some of the ranks. Ranks are known by their index in `ranks`.
 class Filler {
  public:
@@ -229,8 +231,9 @@ Calibration Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> 
                       const CalibrateOptions& options) {
   const int experts = static_cast<int>(planned.size());
   const auto step_ps = [&](const ExpertPlacement& placement) {
-    return StepPs(RowsOf(topology, SplitTokens(options.rule, topology, placement, rows)), options.costs);
+    return StepPs(RowsOf(topology, SplitTokens(options.rule, topology, placement, rows)), options.costs.layer);
   };
+  const auto return_ps = [&](const ExpertPlacement& placement) { return ReturnCopiesPs(topology, placement, options.costs); };
   const std::vector<int64_t> loads = ColumnSums(rows, experts);
   std::vector<int> left(static_cast<size_t>(topology.ranks()), options.budget.memory);
   for (const ExpertCopies& copies : planned) {
@@ -238,7 +241,8 @@ Calibration Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> 
   }
   for (int& places : left) places = std::max(places, 0);
   Calibration best{planned};
-  const int64_t planned_ps = step_ps(planned);
+  const int64_t planned_ps = step_ps(planned), planned_return_ps = return_ps(planned);
+  int64_t least = planned_ps / kWorthSending;  // To be saved.
   const int most = std::min(options.budget.overlap, experts);
   for (int count = 1, last = 0; last < most; count *= 2) {
     last = std::min(count, most);
@@ -246,8 +250,12 @@ Calibration Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> 
     std::vector<int> free = left;
     Filler(topology, AllRanks(topology), planned, Hottest(loads, last), &free).Fill(loads, &more);
     SortHolders(&more);
-    const int64_t gain = planned_ps - step_ps(more), cost = GatherPs(topology, planned, more, options.costs);
-    if (gain - cost > best.gain_ps - best.gather_ps) best = {std::move(more), gain, cost};
+    const int64_t gain = planned_ps - step_ps(more);
+    const int64_t cost =
+        GatherPs(topology, planned, more, options.costs.layer) + std::max<int64_t>(0, return_ps(more) - planned_return_ps);
+    if (gain - cost <= least) continue;
+    least = gain - cost;
+    best = {std::move(more), gain, cost};
   }
   return best;
 }

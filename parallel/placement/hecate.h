@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "absl/types/span.h"
+#include "parallel/placement/copies.h"
 #include "parallel/placement/dispatch.h"
 #include "parallel/placement/expert_placement.h"
-#include "parallel/placement/layer_cost.h"
 #include "parallel/placement/topology.h"
 
 namespace shoal {
@@ -62,17 +62,19 @@ ExpertPlacement MaterialisePerHost(absl::Span<const int> owners, absl::Span<cons
 struct CalibrateOptions {
   MaterialiseBudget budget;  // overlap: the most experts to send in addition; memory: what planned copies occupy included.
   DispatchRule rule = DispatchRule::kNearest;
-  LayerCosts costs;
+  CopyCosts costs;
 };
 
 struct Calibration {
   ExpertPlacement placement;  // What was planned and maybe more copies; never fewer.
   int64_t gain_ps = 0;        // Saved by the layer's forward and backward pass; 0 if nothing is worth sending.
-  int64_t gather_ps = 0;      // What sending the additional copies costs, on the critical path.
+  // What the additional copies cost: sending them, which nothing hides, and what is not hidden of their return.
+  int64_t copies_ps = 0;
 };
 
-// Once the rows are known, rows_SE [ranks, experts]: the hottest 1, 2, 4, ... experts by true loads get additional copies in
-// the memory that is left; of these plans the one that saves most after its cost, if any does.
+// Once the rows of a step are known, rows_SE [ranks, experts]: the hottest 1, 2, 4, ... experts by true loads get additional
+// copies in the memory that is left; of these plans the one that saves most after its cost, if any saves at least 2% of the
+// layer's time.
 Calibration Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> rows, const Topology& topology,
                       const CalibrateOptions& options);
 

@@ -258,20 +258,28 @@ TEST(Calibrate, SendsMoreOnlyIfItPays) {
     // Planned from another trace: all wrong.
     const std::vector<int64_t> predicted = ColumnSums(RoutingTrace(Skewed(1.2, seed + 100)).Rows(0), 64);
     const ExpertPlacement planned = Materialise(owners, predicted, topology, {2, 2});
-    CalibrateOptions options{{4, 5}, DispatchRule::kWaterFill, kCosts};
+    CalibrateOptions options{{4, 5}, DispatchRule::kWaterFill, {.layer = kCosts, .hidden_backward_ps = int64_t{1} << 60}};
     const Calibration calibration = Calibrate(planned, rows, topology, options);
     ExpectFits(calibration.placement, owners, 32, options.budget.memory);
     for (size_t e = 0; e < planned.size(); ++e) {
       for (int holder : planned[e].holders) EXPECT_TRUE(calibration.placement[e].On(holder));
     }
     EXPECT_EQ(calibration.gain_ps, LayerPs(planned, rows, topology) - LayerPs(calibration.placement, rows, topology));
-    EXPECT_EQ(calibration.gather_ps, GatherPs(topology, planned, calibration.placement, kCosts));
-    EXPECT_TRUE(calibration.gain_ps > calibration.gather_ps || calibration.placement == planned);
+    EXPECT_EQ(calibration.copies_ps, GatherPs(topology, planned, calibration.placement, kCosts));
+    EXPECT_TRUE(calibration.gain_ps - calibration.copies_ps > LayerPs(planned, rows, topology) / 50 ||
+                calibration.placement == planned);
     paid += calibration.gain_ps > 0;
-    options.costs.expert_cross_ps = int64_t{1} << 50;
-    options.costs.expert_send_ps = int64_t{1} << 50;
-    EXPECT_TRUE(Calibrate(planned, rows, topology, options).placement == planned);
-    options = {{4, 0}, DispatchRule::kWaterFill, kCosts};  // No memory left.
+    CalibrateOptions exposed = options;  // Gradients of more copies return with nothing beside them.
+    exposed.costs.hidden_backward_ps = 0;
+    const Calibration dearer = Calibrate(planned, rows, topology, exposed);
+    EXPECT_LE(dearer.gain_ps - dearer.copies_ps, calibration.gain_ps - calibration.copies_ps);
+    EXPECT_TRUE(dearer.placement == planned ||
+                dearer.copies_ps >= GatherPs(topology, planned, dearer.placement, kCosts) +
+                                        ReturnCopiesPs(topology, dearer.placement, exposed.costs) -
+                                        ReturnCopiesPs(topology, planned, exposed.costs));
+    exposed.costs.layer.expert_cross_ps = exposed.costs.layer.expert_send_ps = int64_t{1} << 50;
+    EXPECT_TRUE(Calibrate(planned, rows, topology, exposed).placement == planned);
+    options.budget = {4, 0};  // No memory left.
     EXPECT_TRUE(Calibrate(planned, rows, topology, options).placement == planned);
     options.budget = {0, 64};
     EXPECT_TRUE(Calibrate(planned, rows, topology, options).placement == planned);

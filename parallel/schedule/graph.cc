@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::array<std::string_view, kLanes> kLaneNames = {"compute", "copy", "intra", "inter", "control"};
 constexpr std::array<std::string_view, kOps> kOpNames = {
-    "gather",  "release",        "materialise", "embed",  "attention", "dense", "route",  "exchange", "arrange",
+    "gather",  "release",        "materialise", "calibrate", "embed",  "attention", "dense", "route",  "exchange", "arrange",
     "pack",    "stay",           "dispatch",    "experts", "experts weight", "return", "shared", "combine", "head",
     "totals",  "balance",        "reduce",      "reduce experts", "norm", "norm sum", "update"};
 constexpr std::array<std::string_view, 4> kPhaseNames = {"forward", "recompute", "backward", "update"};

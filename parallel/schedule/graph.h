@@ -28,6 +28,7 @@ enum class Op : uint8_t {
   kRelease,        // The weights of dense bucket `chunk`, or the copies of a layer's experts, are not needed before their next
                    // gather [0].
   kMaterialise,    // Sparse all-gather of a layer's expert weights [bytes that this rank sends or receives, the larger].
+  kCalibrate,      // Sparse all-gather of the copies that a layer's true rows justify beyond those planned [bytes, as above].
   kEmbed,          // [tokens]
   kAttention,      // Norm, projections, attention [tokens].
   kDense,          // Dense feed-forward layer [tokens].

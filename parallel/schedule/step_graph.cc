@@ -144,6 +144,12 @@ class Emitter {
     materialised_[at] = Add(Op::kMaterialise, phase, world_lane_, layer, kNone,
                             {expert_buffers_.Take(schedule_.prefetch + 1), experts_released_[at]});
   }
+  // The first wave of the first part decides for the step, so that copies have one set of gradients; before its rows, because
+  // no expert is computed before all weights are there.
+  void Calibrate(int layer, int arrange) {
+    if (!training() || !shape_.calibrate || !first_part() || wave_ != 0) return;
+    materialised_[static_cast<size_t>(layer)] = Add(Op::kCalibrate, Phase::kForward, world_lane_, layer, kNone, {arrange});
+  }
   void ReleaseExperts(int layer) {
     if (!shape_.materialise || !rematerialise() || !layer_shape(layer).moe) return;
     FreeExperts(layer, Compute(Op::kRelease, Phase::kForward, layer, kNone, {}));
@@ -222,7 +228,10 @@ class Emitter {
       // Where waves take turns, another one computes meanwhile.
       const Lane lane = schedule_.waves > 1 && shape_.dispatch ? Lane::kCopy : Lane::kCompute;
       const int arrange = Add(Op::kArrange, phase, lane, layer, kNone, {exchanged, route});
-      if (phase == Phase::kForward) routed_ = arrange;
+      if (phase == Phase::kForward) {
+        routed_ = arrange;
+        Calibrate(layer, arrange);
+      }
       for (int chunk = 0; chunk < chunks; ++chunk) {
         const int pack = Add(Op::kPack, phase, lane, layer, chunk, {arrange});
         wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));

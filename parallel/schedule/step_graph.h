@@ -51,6 +51,7 @@ struct StepShape {
   bool exchange = true;    // Ranks tell each other what their routers chose: rows travel, or choices depend on all tokens.
   bool dispatch = false;   // Some expert is not on every rank: rows travel.
   bool materialise = false;  // Some expert has holders beside its owner.
+  bool calibrate = false;    // More copies may be sent when a layer's rows are known; needs `materialise` and `exchange`.
   DensePolicy dense = DensePolicy::kReplicated;
   ExpertPolicy experts = ExpertPolicy::kKeep;
   BucketIndex buckets() const { return {static_cast<int>(layers.size()), !tied_head}; }

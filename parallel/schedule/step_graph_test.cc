@@ -50,6 +50,7 @@ StepShape RandomShape(Random& random) {
   }
   shape.dense = Coin(random) ? DensePolicy::kSharded : DensePolicy::kReplicated;
   shape.experts = Coin(random) ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
+  shape.calibrate = shape.materialise && Coin(random);
   return shape;
 }
 
@@ -207,7 +208,7 @@ TEST_F(StepGraph, EveryLayerIsDoneOncePerChunkWavePassAndPart) {
     std::set<Identity> tasks;
     for (const Task& task : graph.tasks) {
       if (task.layer < 0 || task.phase == Phase::kUpdate) continue;
-      if (task.op == Op::kMaterialise || task.op == Op::kReduceExperts || task.op == Op::kRelease) continue;
+      if (task.op == Op::kMaterialise || task.op == Op::kCalibrate || task.op == Op::kReduceExperts || task.op == Op::kRelease) continue;
       EXPECT_TRUE(tasks.emplace(task.op, task.phase, task.lane, task.back, task.part, task.wave, task.layer, task.chunk).second)
           << Name(task) << " twice";
     }
@@ -472,6 +473,36 @@ TEST_F(StepGraph, ExpertsAreThereWhenTheyAreNeededAndTheirGradientsAreReturned) 
       const int passes = !moves ? 0 : again ? one.shape.parts * (training && layer + 1 < one.layers() ? 2 : 1) : 1;
       EXPECT_EQ(materialised[static_cast<size_t>(layer)], passes) << "layer " << layer;
       EXPECT_EQ(returned[static_cast<size_t>(layer)], !moves || !training ? 0 : again ? one.shape.parts : 1) << "layer " << layer;
+    }
+  });
+}
+
+TEST_F(StepGraph, CopiesAreAddedOnceAStepBetweenThePlannedOnesAndTheExperts) {
+  ForEachCase([](const Case& one, const Graph& graph) {
+    const Order order(graph);
+    std::vector<int> added(one.shape.layers.size(), 0);
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& calibrate = graph.tasks[i];
+      if (calibrate.op != Op::kCalibrate) continue;
+      ++added[static_cast<size_t>(calibrate.layer)];
+      EXPECT_EQ(calibrate.part, 0);
+      for (size_t j = 0; j < graph.tasks.size(); ++j) {
+        const Task& task = graph.tasks[j];
+        if (task.layer != calibrate.layer) continue;
+        const bool decides = task.op == Op::kArrange && task.phase == Phase::kForward && task.part == 0 && task.wave == 0;
+        const bool planned = task.op == Op::kMaterialise && task.phase == Phase::kForward && task.part == 0;
+        if (decides || planned) {
+          EXPECT_TRUE(order.Before(j, i)) << Name(task);
+        }
+        const bool later = task.op == Op::kMaterialise && !planned;
+        if (later || task.op == Op::kExperts || task.op == Op::kExpertsWeight || task.op == Op::kReduceExperts) {
+          EXPECT_TRUE(order.Before(i, j)) << Name(task);
+        }
+      }
+    }
+    for (int layer = 0; layer < one.layers(); ++layer) {
+      const bool may = one.shape.calibrate && one.shape.mode == StepShape::Mode::kTrain && one.shape.layers[static_cast<size_t>(layer)].moe;
+      EXPECT_EQ(added[static_cast<size_t>(layer)], may ? 1 : 0) << "layer " << layer;
     }
   });
 }

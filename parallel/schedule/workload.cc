@@ -197,6 +197,7 @@ double StepUnits::Of(const Task& task, const Schedule& schedule, int rank) const
       return static_cast<double>(workload_.bucket_bytes[At(task.chunk)]);
     case Op::kRelease:
     case Op::kBalance:
+    case Op::kCalibrate:  // What is expected was planned.
       return 0;
     case Op::kMaterialise:
       return Share(task.layer, rank).copies * static_cast<double>(workload_.expert_weight_bytes);
