@@ -27,7 +27,7 @@ struct DeviceKernels {
   // elementwise.h
   R (*convert)(T from, T to, S);
   R (*add_to)(T x, T sum, S);
-  R (*fill_normal)(uint64_t seed, uint64_t stream, uint64_t first_index, double mean, double stddev, T x, S);
+  R (*fill_normal)(uint64_t seed, uint64_t key_stream, uint64_t first_index, double mean, double stddev, T x, S);
   // embedding.h
   R (*embedding)(T table, T ids, T out, S);
   R (*embedding_backward)(T dout, T ids, T dtable, S);
