@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "launch/trainer/layout.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -60,21 +61,20 @@ absl::StatusOr<PlanInputs> LoadPlanInputs(const PlanFlags& flags) {
 }
 
 ModelShape ModelShapeOf(const Config& config) {
-  const Model& model = config.model();
+  const ModelConfig model = ModelConfigOf(config);
   ModelShape shape;
-  shape.vocab = model.vocab_size();
-  shape.width = model.hidden_size();
-  shape.expert_inner = model.intermediate_size();
-  shape.dense_inner = model.dense_intermediate_size();
-  shape.shared_inner = model.shared_intermediate_size();
-  shape.query_size = int64_t{model.num_attention_heads()} * model.head_dim();
-  shape.kv_size = int64_t{model.num_key_value_heads()} * model.head_dim();
-  shape.heads = model.num_attention_heads();
-  shape.experts = model.num_local_experts();
-  shape.choices = model.num_experts_per_tok();
-  shape.moe.assign(static_cast<size_t>(model.num_hidden_layers()), true);
-  for (int layer : model.dense_layers()) shape.moe[static_cast<size_t>(layer)] = false;
-  shape.tied_head = model.tie_word_embeddings();
+  shape.vocab = model.vocab_size;
+  shape.width = model.hidden_size;
+  shape.expert_inner = model.intermediate_size;
+  shape.dense_inner = model.dense_intermediate_size;
+  shape.shared_inner = model.shared_intermediate_size;
+  shape.query_size = model.query_size();
+  shape.kv_size = model.kv_size();
+  shape.heads = model.num_attention_heads;
+  shape.experts = model.num_local_experts;
+  shape.choices = model.num_experts_per_tok;
+  for (int layer = 0; layer < model.num_hidden_layers; ++layer) shape.moe.push_back(!model.is_dense(layer));
+  shape.tied_head = model.tie_word_embeddings;
   shape.compute_bytes = config.train().precision() == "bf16" ? 2 : 4;
   shape.sequences = config.train().global_batch_size();
   shape.sequence_length = config.train().seq_length();
@@ -83,17 +83,17 @@ ModelShape ModelShapeOf(const Config& config) {
 }
 
 StepLayout LayoutOf(const Config& config, int ranks) {
-  const Parallel& parallel = config.parallel();
+  const ModelConfig model = ModelConfigOf(config);
   StepLayout layout;
-  layout.expert = parallel.expert() == -1 ? ranks : parallel.expert();
-  layout.sparse = parallel.experts() == "sparse";
-  layout.dense = parallel.dense() == "sharded" ? DensePolicy::kSharded : DensePolicy::kReplicated;
-  layout.experts = parallel.rematerialise() ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
-  layout.dispatch = parallel.dispatch() == "water_fill" ? DispatchRule::kWaterFill : DispatchRule::kNearest;
+  layout.expert = LayoutFor(config, model, ranks).expert;
+  layout.sparse = HasSparseExperts(config, model, ranks);
+  layout.dense = DensePolicyFor(config);
+  layout.experts = ExpertPolicyFor(config);
+  layout.dispatch = DispatchRuleFor(config);
   layout.recompute = config.train().recompute();
   layout.parts = static_cast<int>(config.train().gradient_accumulation_steps());
   layout.prefetch = config.schedule().prefetch();
-  layout.copies = parallel.expert_copies();
+  layout.copies = config.parallel().expert_copies();
   return layout;
 }
 
@@ -103,10 +103,8 @@ SchedulerOptions SchedulerOptionsOf(const Config& config) {
   options.chunks_backward = config.schedule().chunks_backward();
   options.slice_gradients = config.schedule().gradient_slices() == "auto";
   options.prefetch = {config.schedule().prefetch()};
-  const std::string& router = config.model().router();
-  const bool needs_all = router == "expert_choice" || config.model().capacity_factor() > 0;
   options.waves = {std::max(1, config.schedule().waves())};
-  if (config.schedule().waves() == 0 && !needs_all) options.waves = {1, 2};
+  if (config.schedule().waves() == 0 && !ModelConfigOf(config).has_capacity()) options.waves = {1, 2};
   return options;
 }
 

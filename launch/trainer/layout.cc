@@ -62,11 +62,7 @@ int CopiesFor(const Config& config, const ModelConfig& model, int ranks) {
 absl::StatusOr<std::vector<ExpertPlacement>> InitialPlacement(const Config& config, const ModelConfig& model, int ranks) {
   std::vector<ExpertPlacement> moe;
   if (HasSparseExperts(config, model, ranks)) {
-    // Dealt in turn through all layers, so that ranks own nearly as many whatever the number of experts is.
-    int turn = 0;
-    for (int layer = 0; layer < NumMoeLayers(model); ++layer) {
-      std::vector<int> owners;
-      for (int expert = 0; expert < model.num_local_experts; ++expert) owners.push_back(turn++ % ranks);
+    for (const std::vector<int>& owners : EvenOwners(NumMoeLayers(model), model.num_local_experts, ranks)) {
       moe.push_back(OwnersOnly(owners));
     }
   } else {
@@ -105,8 +101,8 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
     }
   }
   shape.exchange = shape.dispatch || model.has_capacity();
-  shape.dense = config.parallel().dense() == "sharded" ? DensePolicy::kSharded : DensePolicy::kReplicated;
-  shape.experts = config.parallel().rematerialise() ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
+  shape.dense = DensePolicyFor(config);
+  shape.experts = ExpertPolicyFor(config);
   return shape;
 }
 
@@ -117,6 +113,14 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
   // With one sequence there is nothing to take turns; without rows that travel there is nothing to hide.
   if (!shape.dispatch || rows < 2 * shape.ranks) return {1};
   return rows < 4 * shape.ranks ? std::vector<int>{1, 2} : std::vector<int>{1, 2, 4};
+}
+
+DensePolicy DensePolicyFor(const Config& config) {
+  return config.parallel().dense() == "sharded" ? DensePolicy::kSharded : DensePolicy::kReplicated;
+}
+
+ExpertPolicy ExpertPolicyFor(const Config& config) {
+  return config.parallel().rematerialise() ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
 }
 
 DispatchRule DispatchRuleFor(const Config& config) {
@@ -130,7 +134,7 @@ OwnerPolicy OwnerPolicyFor(const Config& config) {
 
 std::string LayoutText(const Config& config, const ModelConfig& model, int ranks) {
   if (ranks == 1) return "one rank";
-  const std::string dense = config.parallel().dense() == "sharded" ? "dense layers sharded" : "optimizer sharded";
+  const std::string dense = DensePolicyFor(config) == DensePolicy::kSharded ? "dense layers sharded" : "optimizer sharded";
   if (HasSparseExperts(config, model, ranks)) return "experts sharded, copies where they are busy, " + dense;
   const Layout layout = LayoutFor(config, model, ranks);
   if (layout.expert == 1) return "data parallel, " + dense;

@@ -10,6 +10,12 @@
 namespace shoal {
 namespace {
 
+TEST(EvenOwners, AreDealtOnFromLayerToLayer) {
+  EXPECT_EQ(EvenOwners(3, 2, 4), (OwnerMap{{0, 1}, {2, 3}, {0, 1}}));
+  EXPECT_EQ(EvenOwners(2, 5, 3), (OwnerMap{{0, 1, 2, 0, 1}, {2, 0, 1, 2, 0}}));
+  EXPECT_TRUE(EvenOwners(0, 4, 2).empty());
+}
+
 TEST(GroupedPlacement, RanksWithTheSamePlaceInTheirGroupsHoldTheSameExperts) {
   for (int ranks : {1, 2, 3, 4, 6, 8, 12}) {
     for (int group = 1; group <= ranks; ++group) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "parallel/placement/expert_placement.h"
 #include "parallel/placement/hecate.h"
 #include "parallel/placement/placement.h"
 #include "parallel/placement/traces.h"
@@ -17,14 +18,9 @@ constexpr int kDistinctLayers = 4;
 // Ranks for which loads by rank and expert are drawn.
 constexpr int kSkewRanksMax = 1024;
 
-absl::Status CheckLayout(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew) {
+absl::Status CheckFits(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew) {
   const int ranks = cluster.ranks();
-  if (!layout.sparse && (layout.expert < 1 || ranks % layout.expert != 0)) {
-    return absl::InvalidArgumentError(absl::StrCat("groups of ", layout.expert, " ranks do not divide ", ranks, " ranks"));
-  }
-  if (!layout.sparse && layout.expert > model.experts) {
-    return absl::InvalidArgumentError(absl::StrCat("groups of ", layout.expert, " ranks for ", model.experts, " experts"));
-  }
+  if (!layout.sparse) SHOAL_RETURN_IF_ERROR(CheckLayout({ranks, layout.expert, model.experts}));
   if (model.sequences % layout.parts != 0) {
     return absl::InvalidArgumentError(absl::StrCat(layout.parts, " parts do not divide ", model.sequences, " sequences"));
   }
@@ -40,15 +36,6 @@ std::vector<int64_t> TokensOfRanks(const ModelShape& model, const StepLayout& la
   std::vector<int64_t> tokens;
   for (int rank = 0; rank < ranks; ++rank) tokens.push_back(EvenPart(sequences, ranks, rank).count * model.sequence_length);
   return tokens;
-}
-
-std::vector<int> EvenOwners(int experts, int ranks, int layer) {
-  std::vector<int> owners;
-  for (int expert = 0; expert < experts; ++expert) {
-    // Ranks without an expert in one layer own one in the next.
-    owners.push_back(static_cast<int>((static_cast<int64_t>(layer) * experts + expert) % ranks));
-  }
-  return owners;
 }
 
 // Time of a layer's attention, and what its dense weights take of the link meanwhile, gives room to send experts.
@@ -77,12 +64,12 @@ void DrawLoads(const ModelShape& model, const Cluster& cluster, const StepLayout
                             .sigma = skew.sigma,
                             .seed = skew.seed});
   const int overlap = layout.sparse ? Overlap(model, *out, cluster) : 0;
+  const OwnerMap owners = EvenOwners(distinct, model.experts, cluster.ranks());
   for (int layer = 0; layer < distinct; ++layer) {
     ExpertWork& experts = out->work.experts[static_cast<size_t>(layer)];
     experts.rows = trace.Rows(layer);
     if (!layout.sparse) continue;
-    const std::vector<int> owners = EvenOwners(model.experts, cluster.ranks(), layer);
-    experts.placement = MaterialisePerHost(owners, SumByHost(out->topology, experts.rows, model.experts), out->topology,
+    experts.placement = MaterialisePerHost(owners[static_cast<size_t>(layer)], SumByHost(out->topology, experts.rows, model.experts), out->topology,
                                            {.overlap = overlap, .memory = overlap});
   }
 }
@@ -108,8 +95,8 @@ Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const Ste
                                                                    : layout.sparse || replicas > 1 ? 2
                                                                                                    : 1);
   if (layout.sparse) {
-    for (int layer = 0; layer < distinct; ++layer) {
-      work.experts.push_back({.placement = OwnersOnly(EvenOwners(model.experts, cluster.ranks(), layer))});
+    for (const std::vector<int>& owners : EvenOwners(distinct, model.experts, cluster.ranks())) {
+      work.experts.push_back({.placement = OwnersOnly(owners)});
     }
   } else if (distinct > 0) {
     for (ExpertPlacement& placement : GroupedPlacement(distinct, model.experts, cluster.ranks(), layout.expert)) {
@@ -134,7 +121,7 @@ std::string StepLayout::ToString() const {
 }
 
 absl::StatusOr<LaidOut> LayOut(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew) {
-  SHOAL_RETURN_IF_ERROR(CheckLayout(model, cluster, layout, skew));
+  SHOAL_RETURN_IF_ERROR(CheckFits(model, cluster, layout, skew));
   LaidOut out;
   out.topology = cluster.topology();
   for (const bool moe : model.moe) out.shape.layers.push_back({.moe = moe, .shared_expert = moe && model.shared_inner > 0});

@@ -88,9 +88,9 @@ TEST(EstimateStep, SixteenThousandRanksInSeconds) {
 
 TEST(EstimateStep, SaysWhyALayoutDoesNotFit) {
   EXPECT_THAT(std::string(EstimateStep(Model(), Hosts(1, 8), {.expert = 3}, {}, {}, Record::kNo).status().message()),
-              HasSubstr("groups of 3 ranks do not divide 8 ranks"));
+              HasSubstr("groups of 3 ranks do not fit 8 ranks and"));
   EXPECT_THAT(std::string(EstimateStep(Model(), Hosts(4, 8), {.expert = 32}, {}, {}, Record::kNo).status().message()),
-              HasSubstr("groups of 32 ranks for 16 experts"));
+              HasSubstr("groups of 32 ranks do not fit 32 ranks and 16 experts"));
 }
 
 MemoryUse Memory(const ModelShape& model, const Cluster& cluster, const StepLayout& layout) {
