@@ -92,23 +92,4 @@ double FsmoeTime(const FsmoeLayer& layer, const FsmoeSchedule& schedule, Phase p
   return SimulateAlike(FsmoeGraph(layer, schedule, phase), UnitCosts(interference), Record::kNo).step_ns;
 }
 
-double FsmoeClosedForm(const FsmoeLayer& layer, int chunks, double gradients) {
-  const double r = chunks, a2a = layer.all_to_all.OfChunk(chunks), experts = layer.experts.OfChunk(chunks);
-  const double intra = layer.gather.OfChunk(chunks) + layer.scatter.OfChunk(chunks);
-  const bool q1 = a2a > layer.gather.OfChunk(chunks);
-  const bool q2 = r * experts > 2 * (r - 1) * a2a;
-  const bool q3 = r * experts > (r - 1) * intra;
-  const bool q4 = gradients > intra;
-  const bool q5 = gradients > r * experts - 2 * (r - 1) * a2a + intra;
-  const bool q6 = gradients > r * intra - 2 * (r - 1) * a2a;
-  const double inter_bound = 2 * r * a2a + gradients;
-  const double expert_bound = 2 * a2a + intra + r * experts;
-  if (q1) {
-    if (q2) return q5 ? inter_bound : expert_bound;
-    return q4 ? inter_bound : 2 * r * a2a + intra;
-  }
-  if (q3) return q5 ? inter_bound : expert_bound;
-  return q6 ? inter_bound : 2 * a2a + r * intra;
-}
-
 }  // namespace shoal

@@ -32,7 +32,4 @@ Graph FsmoeGraph(const FsmoeLayer& layer, const FsmoeSchedule& schedule, Phase p
 // Nanoseconds of the graph. `interference` slows communication while there is some of the other kind.
 double FsmoeTime(const FsmoeLayer& layer, const FsmoeSchedule& schedule, Phase phase, double interference);
 
-// The paper's four cases (section 4.1): of the part with experts, without the dense part; gradients: what it carries.
-double FsmoeClosedForm(const FsmoeLayer& layer, int chunks, double gradients);
-
 }  // namespace shoal

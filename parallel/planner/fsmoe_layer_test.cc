@@ -8,7 +8,27 @@
 namespace shoal {
 namespace {
 
-// The four cases of the paper, each where its formula is exact.
+// FSMoE's formula (section 4.1): of the part with experts, without the dense part; gradients: what it carries.
+double FsmoeClosedForm(const FsmoeLayer& layer, int chunks, double gradients) {
+  const double r = chunks, a2a = layer.all_to_all.OfChunk(chunks), experts = layer.experts.OfChunk(chunks);
+  const double intra = layer.gather.OfChunk(chunks) + layer.scatter.OfChunk(chunks);
+  const bool q1 = a2a > layer.gather.OfChunk(chunks);
+  const bool q2 = r * experts > 2 * (r - 1) * a2a;
+  const bool q3 = r * experts > (r - 1) * intra;
+  const bool q4 = gradients > intra;
+  const bool q5 = gradients > r * experts - 2 * (r - 1) * a2a + intra;
+  const bool q6 = gradients > r * intra - 2 * (r - 1) * a2a;
+  const double inter_bound = 2 * r * a2a + gradients;
+  const double expert_bound = 2 * a2a + intra + r * experts;
+  if (q1) {
+    if (q2) return q5 ? inter_bound : expert_bound;
+    return q4 ? inter_bound : 2 * r * a2a + intra;
+  }
+  if (q3) return q5 ? inter_bound : expert_bound;
+  return q6 ? inter_bound : 2 * a2a + r * intra;
+}
+
+// Its four cases, each where its formula is exact.
 TEST(FsmoeTime, ExpertBound) {
   const FsmoeLayer layer = {.all_to_all = {0, 8}, .gather = {0, 4}, .scatter = {0, 4}, .experts = {0, 400}};
   for (int chunks : {1, 2, 4}) {
