@@ -5,6 +5,7 @@
 
 #include "absl/types/span.h"
 #include "runtime/device/stream.h"
+#include "runtime/kernels/numerics.h"
 #include "runtime/tensor/tensor.h"
 
 namespace shoal::kernels {
@@ -24,14 +25,15 @@ struct Segment {
   int64_t count = 0;
 };
 
-// y[rows,N] = x[rows,K] w_e^T for each segment; w_e is [N,K]. Rows outside all segments are left alone.
+// y[rows,N] = x[rows,K] w_e^T for each segment; w_e is [N,K]. Rows outside all segments are left alone. kPinned: the bits of a
+// segment's results depend on its own rows and weights alone.
 void GroupedMatMul(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
-                   const Tensor& y, Stream& stream);
-// dx[rows,K] = dy[rows,N] w_e: the gradient by the input.
+                   const Tensor& y, Stream& stream, Numerics numerics = Numerics::kFast);
+// dx[rows,K] = dy[rows,N] w_e: the gradient by the input. kPinned: as above.
 void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
-                            const Tensor& dx, Stream& stream);
+                            const Tensor& dx, Stream& stream, Numerics numerics = Numerics::kFast);
 // dw_e[N,K] (+)= sum over the segments of e, in their order, of dy^T x. dw_e is f32. With kOverwrite an expert without
-// rows gets zeros.
+// rows gets zeros, and the bits of dw_e depend on the rows of its segments alone.
 void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const Segment> segments,
                              Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream& stream);
 

@@ -211,6 +211,48 @@ TEST_P(Products, RepeatsBitForBit) {
   }
 }
 
+// Each segment alone, at another address, on one thread: the same bits as beside the others.
+TEST_P(Products, PinnedSegmentsDoNotKnowOfEachOther) {
+  for (const auto& [n, k] : {GroupCase{96, 130}, GroupCase{512, 256}, GroupCase{700, 64}}) {
+    for (const DType in : {DType::kF32, DType::kBF16}) {
+      const Tensor x = Random(kRows, k, in, 1), dy = Random(kRows, n, in, 2);
+      const std::vector<Tensor> weights = Weights(n, k, in, 10);
+      const Tensor y = Zeros({kRows, n}, in), dx = Zeros({kRows, k}, in);
+      SetThreads(GetParam());
+      GroupedMatMul(x, weights, kSegments, y, stream_, Numerics::kPinned);
+      GroupedMatMulGradInput(dy, weights, kSegments, dx, stream_, Numerics::kPinned);
+      for (const Segment& s : kSegments) {
+        SCOPED_TRACE(testing::Message() << n << "x" << k << " " << Name(in) << ", rows " << s.begin << "+" << s.count);
+        const auto expect_same = [](const Tensor& got, const Tensor& want) {
+          EXPECT_EQ(0, std::memcmp(got.raw(), want.raw(), static_cast<size_t>(want.bytes())));
+        };
+        // Three rows further on.
+        const auto alone = [&](const Tensor& rows) {
+          const Tensor moved = Zeros({s.count + 3, rows.dim(1)}, rows.dtype());
+          std::memcpy(moved.Rows(3, s.count).raw(), rows.Rows(s.begin, s.count).raw(),
+                      static_cast<size_t>(moved.Rows(3, s.count).bytes()));
+          return moved;
+        };
+        const Tensor x_alone = alone(x), dy_alone = alone(dy);
+        const Tensor y_alone = Zeros({s.count + 3, n}, in), dx_alone = Zeros({s.count + 3, k}, in);
+        const std::vector<Segment> segment = {{0, 3, s.count}};
+        const std::vector<Tensor> weight = {Copy(weights[s.expert])};
+        SetThreads(1);
+        GroupedMatMul(x_alone, weight, segment, y_alone, stream_, Numerics::kPinned);
+        GroupedMatMulGradInput(dy_alone, weight, segment, dx_alone, stream_, Numerics::kPinned);
+        expect_same(y_alone.Rows(3, s.count), y.Rows(s.begin, s.count));
+        expect_same(dx_alone.Rows(3, s.count), dx.Rows(s.begin, s.count));
+        const std::vector<Tensor> dw_alone = {Zeros({n, k}, DType::kF32)}, dw = {Zeros({n, k}, DType::kF32)};
+        GroupedMatMulGradWeight(dy_alone, x_alone, segment, Accumulate::kOverwrite, dw_alone, stream_);
+        SetThreads(GetParam());
+        const std::vector<Segment> among = {{0, s.begin, s.count}};
+        GroupedMatMulGradWeight(dy, x, among, Accumulate::kOverwrite, dw, stream_);
+        expect_same(dw_alone[0], dw[0]);
+      }
+    }
+  }
+}
+
 TEST(MatMulDeathTest, RefusesShapesThatDoNotFit) {
   testing::GTEST_FLAG(death_test_style) = "threadsafe";
   Stream stream;

@@ -54,12 +54,14 @@ void Cut(int64_t extent, int64_t piece, const Add& add) {
 }
 
 // Row blocks of all segments, the largest first, so that no thread works long after the others. Not smaller
-// than needed, because each packs its expert's weights anew.
-std::vector<Unit> RowUnits(absl::Span<const Segment> segments) {
+// than needed, because each packs its expert's weights anew. The blocks of a segment are those of its own rows
+// alone where that is wanted: the order of a product's sums may depend on its number of rows.
+std::vector<Unit> RowUnits(absl::Span<const Segment> segments, Numerics numerics) {
   constexpr int64_t kRowsMin = 256;
   int64_t rows = 0;
   for (const Segment& segment : segments) rows += segment.count;
-  const int64_t rows_max = std::max(kRowsMin, rows / (4 * Threads()) / 32 * 32);
+  const int64_t rows_max =
+      numerics == Numerics::kPinned ? kRowsMin : std::max(kRowsMin, rows / (4 * Threads()) / 32 * 32);
   std::vector<Unit> units;
   for (const Segment& segment : segments) {
     const int64_t pieces = (segment.count + rows_max - 1) / rows_max;
@@ -77,7 +79,7 @@ std::vector<Unit> RowUnits(absl::Span<const Segment> segments) {
 
 // out[rows, n] = in[rows, k] op(weights of the segment's expert).
 void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transpose_weights,
-                 absl::Span<const Segment> segments, const Tensor& out) {
+                 absl::Span<const Segment> segments, const Tensor& out, Numerics numerics) {
   const int64_t k = in.dim(1);
   const int64_t n = out.dim(1);
   for (const Segment& segment : segments) {
@@ -87,7 +89,7 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
     SHOAL_CHECK(w.dim(0) == (transpose_weights ? n : k) && w.dim(1) == (transpose_weights ? k : n))
         << ShapeString(w.shape()) << " for " << ShapeString(in.shape()) << " to " << ShapeString(out.shape());
   }
-  const std::vector<Unit> units = RowUnits(segments);
+  const std::vector<Unit> units = RowUnits(segments, numerics);
   cpu::RunTasks(static_cast<int64_t>(units.size()), [&](int64_t i) {
     const Unit& unit = units[i];
     Gemm gemm;
@@ -135,13 +137,14 @@ void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose t
 }
 
 void GroupedMatMul(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
-                   const Tensor& y, Stream&) {
-  GroupedRows(x, weights, /*transpose_weights=*/true, segments, y);
+                   const Tensor& y, Stream&, Numerics numerics) {
+  GroupedRows(x, weights, /*transpose_weights=*/true, segments, y, numerics);
 }
 
 void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights,
-                            absl::Span<const Segment> segments, const Tensor& dx, Stream&) {
-  GroupedRows(dy, weights, /*transpose_weights=*/false, segments, dx);
+                            absl::Span<const Segment> segments, const Tensor& dx, Stream&,
+                            Numerics numerics) {
+  GroupedRows(dy, weights, /*transpose_weights=*/false, segments, dx, numerics);
 }
 
 void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const Segment> segments,
