@@ -53,6 +53,42 @@ class Splitter {
     return Emit([this](const Choice& choice, Shares* shares) { EmitInOrder(choice, shares); });
   }
 
+  Shares NearestWhole() const {
+    return Emit([this](const Choice& choice, Shares* shares) {
+      for (size_t s = choice.sources; s < choice.sources_end; ++s) {
+        EmitWhole(choice, pool_[s], pool_[choice.targets + FirstExtra(choice, pool_[s])], shares);
+      }
+    });
+  }
+
+  // Longest processing time first: parcels of all choices, the largest first.
+  Shares FilledWhole() {
+    struct Parcel {
+      int64_t rows = 0;
+      size_t choice = 0, source = 0;
+    };
+    std::vector<Parcel> parcels;
+    for (size_t c = 0; c < choices_.size(); ++c) {
+      for (size_t s = choices_[c].sources; s < choices_[c].sources_end; ++s) {
+        parcels.push_back({Rows(pool_[s], choices_[c].expert), c, s});
+      }
+    }
+    std::stable_sort(parcels.begin(), parcels.end(), [](const Parcel& a, const Parcel& b) { return a.rows > b.rows; });
+    AddRowsThatStay();
+    std::vector<int> target(pool_.size());  // By place of the source.
+    for (const Parcel& parcel : parcels) {
+      const Choice& choice = choices_[parcel.choice];
+      const auto first = pool_.begin() + static_cast<ptrdiff_t>(choice.targets);
+      const auto last = pool_.begin() + static_cast<ptrdiff_t>(choice.targets_end);
+      const auto load = [this](int rank) { return load_[static_cast<size_t>(rank)]; };
+      target[parcel.source] = *std::min_element(first, last, [&](int a, int b) { return load(a) < load(b); });
+      load_[static_cast<size_t>(target[parcel.source])] += parcel.rows;
+    }
+    return Emit([&](const Choice& choice, Shares* shares) {
+      for (size_t s = choice.sources; s < choice.sources_end; ++s) EmitWhole(choice, pool_[s], target[s], shares);
+    });
+  }
+
  private:
   int64_t Rows(int source, int expert) const {
     return rows_[static_cast<size_t>(source) * placement_.size() + static_cast<size_t>(expert)];
@@ -120,16 +156,25 @@ class Splitter {
     }
   }
 
-  // Sets amount_ and load_ to those of Nearest(), in O(sources + targets) of each choice. Refilling a choice never raises
-  // the maximum over its targets, so what comes of it is never worse than Nearest().
-  void StartFromEqualShares() {
-    amount_.assign(pool_.size(), 0);
+  void EmitWhole(const Choice& choice, int source, int target, Shares* shares) const {
+    (*shares)[static_cast<size_t>(source)].push_back({choice.expert, target, Rows(source, choice.expert)});
+  }
+
+  // Sets load_ to what ranks compute of their own rows.
+  void AddRowsThatStay() {
     load_.assign(held_.size(), 0);
     for (size_t e = 0; e < placement_.size(); ++e) {
       const int expert = static_cast<int>(e);
       load_[static_cast<size_t>(placement_[e].owner)] += Rows(placement_[e].owner, expert);
       for (int holder : placement_[e].holders) load_[static_cast<size_t>(holder)] += Rows(holder, expert);
     }
+  }
+
+  // Sets amount_ and load_ to those of Nearest(), in O(sources + targets) of each choice. Refilling a choice never raises
+  // the maximum over its targets, so what comes of it is never worse than Nearest().
+  void StartFromEqualShares() {
+    amount_.assign(pool_.size(), 0);
+    AddRowsThatStay();
     std::vector<int64_t> step;  // Differences between neighbouring targets' left-over rows.
     for (const Choice& choice : choices_) {
       const size_t targets = choice.targets_end - choice.targets;
@@ -230,7 +275,17 @@ class Splitter {
 std::vector<std::vector<DispatchShare>> SplitTokens(DispatchRule rule, const Topology& topology,
                                                     const ExpertPlacement& placement, absl::Span<const int64_t> rows) {
   Splitter splitter(topology, placement, rows);
-  return rule == DispatchRule::kNearest ? splitter.Nearest() : splitter.WaterFilled();
+  switch (rule) {
+    case DispatchRule::kNearest:
+      return splitter.Nearest();
+    case DispatchRule::kWaterFill:
+      return splitter.WaterFilled();
+    case DispatchRule::kNearestWhole:
+      return splitter.NearestWhole();
+    case DispatchRule::kWaterFillWhole:
+      return splitter.FilledWhole();
+  }
+  SHOAL_CHECK(false) << "no rule of dispatch has the number " << static_cast<int>(rule);
 }
 
 }  // namespace shoal

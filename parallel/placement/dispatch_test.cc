@@ -81,17 +81,50 @@ TEST(SplitTokens, EveryRowGoesOnceToTheNearestCopies) {
         const Case c = RandomCase(ranks, experts, held, random);
         ExpectValid(c, DispatchRule::kNearest);
         ExpectValid(c, DispatchRule::kWaterFill);
+        ExpectValid(c, DispatchRule::kNearestWhole);
+        ExpectValid(c, DispatchRule::kWaterFillWhole);
         EXPECT_LE(LargestWork(c, DispatchRule::kWaterFill), LargestWork(c, DispatchRule::kNearest));
       }
     }
   }
 }
 
+TEST(SplitTokens, WholeRulesNeverSplitTheRowsOfASource) {
+  int64_t nearest = 0, filled = 0;
+  for (uint32_t seed = 0; seed < 50; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937 random(seed);
+    const Case c = RandomCase(2 + static_cast<int>(random() % 12), 1 + static_cast<int>(random() % 20), 40, random);
+    for (DispatchRule rule : {DispatchRule::kNearestWhole, DispatchRule::kWaterFillWhole}) {
+      ASSERT_TRUE(IsWhole(rule));
+      const auto shares = SplitTokens(rule, c.topology, c.placement, c.rows);
+      for (size_t source = 0; source < shares.size(); ++source) {
+        for (size_t i = 1; i < shares[source].size(); ++i) EXPECT_NE(shares[source][i].expert, shares[source][i - 1].expert);
+      }
+    }
+    nearest += LargestWork(c, DispatchRule::kNearestWhole);
+    filled += LargestWork(c, DispatchRule::kWaterFillWhole);
+  }
+  EXPECT_LT(filled, nearest);
+}
+
+TEST(SplitTokens, WholeParcelsGoRoundOrToTheEmptiestCopy) {
+  // Copies on ranks 0 to 2; ranks 3 to 8 hold none.
+  Case c{Topology::OneHost(9), ExpertPlacement(1, ExpertCopies{1, {0, 2}}), {0, 5, 0, 1, 2, 3, 4, 5, 6}};
+  const auto target = [&](DispatchRule rule, size_t source) {
+    return SplitTokens(rule, c.topology, c.placement, c.rows)[source].at(0).rank;
+  };
+  for (size_t source = 3; source < 9; ++source) EXPECT_EQ(target(DispatchRule::kNearestWhole, source), source % 3);
+  const int filled[] = {0, 2, 1, 2, 0, 0};  // Of parcels of 6, 5, 4, 3, 2 and 1 rows, beside 5 rows that stay on rank 1.
+  for (size_t i = 0; i < 6; ++i) EXPECT_EQ(target(DispatchRule::kWaterFillWhole, 8 - i), filled[i]) << i;
+}
+
 TEST(SplitTokens, NoRowsAreNoShares) {
   std::mt19937 random(1);
   Case c = RandomCase(6, 5, 40, random);
   std::fill(c.rows.begin(), c.rows.end(), 0);
-  for (DispatchRule rule : {DispatchRule::kNearest, DispatchRule::kWaterFill}) {
+  for (DispatchRule rule : {DispatchRule::kNearest, DispatchRule::kWaterFill, DispatchRule::kNearestWhole,
+                            DispatchRule::kWaterFillWhole}) {
     for (const auto& shares : SplitTokens(rule, c.topology, c.placement, c.rows)) EXPECT_TRUE(shares.empty());
   }
   for (const auto& shares : SplitTokens(DispatchRule::kWaterFill, c.topology, {}, {})) EXPECT_TRUE(shares.empty());
