@@ -134,11 +134,7 @@ class Bench {
   double MoveNs(const OwnerMap& before, const OwnerMap& after) const {
     int64_t ps = 0;
     for (size_t layer = 0; layer < kLayers; ++layer) {
-      ExpertPlacement both = OwnersOnly(before[layer]);
-      for (size_t e = 0; e < both.size(); ++e) {
-        if (after[layer][e] != before[layer][e]) both[e].holders = {after[layer][e]};
-      }
-      ps += kMoveFactor * GatherPs(topology(), OwnersOnly(before[layer]), both, costs_);
+      ps += kMoveFactor * GatherPs(topology(), OwnersOnly(before[layer]), OwnersOnly(after[layer]), costs_);
     }
     return static_cast<double>(ps) / kPsPerNs;
   }
@@ -157,6 +153,7 @@ enum System {
   kEp,
   kFasterMoe,
   kSmartMoe,
+  kFlexMoe,
   kEplb,
   kMaterialise,
   kHecate,
@@ -166,9 +163,9 @@ enum System {
   kBalanced,
   kSystems
 };
-constexpr std::array<const char*, kSystems> kNames = {"EP",          "FasterMoE", "SmartMoE", "EPLB+32",
-                                                      "materialise", "Hecate",    "by cost",  "EPLB owners",
-                                                      "tuned",       "balanced"};
+constexpr std::array<const char*, kSystems> kNames = {"EP",      "FasterMoE",   "SmartMoE", "FlexMoE+32",
+                                                      "EPLB+32", "materialise", "Hecate",   "by cost",
+                                                      "EPLB owners", "tuned",   "balanced"};
 
 // One run of all systems over the same routing.
 class Run {
@@ -187,7 +184,7 @@ class Run {
         contiguous_(kLayers, ContiguousOwners(kExperts, bench.topology().ranks())),
         smart_(contiguous_),
         hecate_(contiguous_) {
-    replicas_ = Owners(contiguous_);
+    replicas_ = flexible_ = Owners(contiguous_);
     for (ByCost& system : by_cost_) system.placements = replicas_;
   }
 
@@ -219,6 +216,8 @@ class Run {
     total_[kEp] += bench_.StepNs(Owners(contiguous_), rows_, true);
     AddShadows();
     total_[kSmartMoe] += bench_.StepNs(Owners(smart_), rows_, true);
+    // An all-reduce of the gradients of copies sends what a reduction and new copies send.
+    total_[kFlexMoe] += bench_.StepNs(flexible_, rows_, true);
     total_[kEplb] += bench_.StepNs(replicas_, rows_, true);
     const MaterialiseBudget budget = {.overlap = bench_.overlap(), .memory = bench_.overlap()};
     Placements plain, hecate;
@@ -265,6 +264,7 @@ class Run {
                                      OwnerMap(kLayers, OwnersOf({next})[0])) /
                        kLayers;
       replicas_[static_cast<size_t>(layer)] = std::move(next);
+      AdjustFlexible(layer);
     }
     total_[kSmartMoe] += bench_.MoveNs(smart_, smart);
     smart_ = std::move(smart);
@@ -285,6 +285,17 @@ class Run {
       total_[system.index] += bench_.MoveNs(before, after);
       if (after != before) system.placements = Owners(after);
     }
+  }
+
+  // FlexMoE's copies stay and have optimizer state of their own, which comes with them.
+  void AdjustFlexible(int layer) {
+    ExpertPlacement& placement = flexible_[static_cast<size_t>(layer)];
+    const int slots = (kExperts + kSpareSlots) / bench_.topology().ranks();
+    ExpertPlacement next = FlexMoeAdjust(placement, Expected(layer), bench_.topology(),
+                                         {.slots_per_rank = slots, .costs = bench_.costs()});
+    const int64_t ps = kMoveFactor * GatherPs(bench_.topology(), placement, next, bench_.costs());
+    total_[kFlexMoe] += static_cast<double>(ps) / kPsPerNs;
+    placement = std::move(next);
   }
 
   // Decided when the rows are known, sent and returned before anything else goes on.
@@ -324,7 +335,7 @@ class Run {
   LoadWindow window_, by_rank_;  // Loads of experts, and rows of each rank for each.
   const OwnerMap contiguous_;
   OwnerMap smart_, hecate_;
-  Placements replicas_;  // Of EPLB.
+  Placements replicas_, flexible_;  // Of EPLB and of FlexMoE.
   std::array<ByCost, 3> by_cost_ = {{{kByCost, OwnerPolicy::kHecate},
                                      {kByCostEplb, OwnerPolicy::kEplb},
                                      {kByCostTuned, OwnerPolicy::kTuned}}};
