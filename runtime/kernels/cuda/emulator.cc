@@ -219,6 +219,14 @@ void Run(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
   }
 }
 
+void* Scratch(int64_t bytes) {
+  thread_local std::vector<unsigned char> memory;
+  memory.assign(static_cast<size_t>(bytes) + 256, 0xff);
+  void* aligned = memory.data();
+  size_t space = memory.size();
+  return std::align(256, static_cast<size_t>(bytes), aligned, space);
+}
+
 void SyncThreads() { Current().SyncThreads(); }
 void SyncWarp(uint32_t mask) { Current().SyncWarp(mask); }
 

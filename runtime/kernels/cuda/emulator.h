@@ -36,6 +36,9 @@ void Exchange(uint32_t mask, const void* own, int source, void* result, size_t b
 void Gather(const void* own, size_t bytes, void* all);
 uint32_t Ballot(uint32_t mask, bool predicate);
 
+// Of the calling thread, until its next call; full of NaN.
+void* Scratch(int64_t bytes);
+
 template <typename T> T Shuffle(uint32_t mask, T value, int source) {
   static_assert(sizeof(T) <= 16);
   T result;
@@ -75,6 +78,13 @@ template <typename T> T __shfl_down_sync(uint32_t mask, T value, unsigned lanes)
 inline uint32_t __ballot_sync(uint32_t mask, bool predicate) { return shoal::cuda::emulator::Ballot(mask, predicate); }
 inline bool __any_sync(uint32_t mask, bool predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline bool __all_sync(uint32_t mask, bool predicate) { return __ballot_sync(mask, !predicate) == 0; }
+// The lanes that have the same value; of whole warps.
+inline uint32_t __match_any_sync(uint32_t mask, uint32_t value) {
+  uint32_t all[32], same = 0;
+  shoal::cuda::emulator::Gather(&value, sizeof(value), all);
+  for (uint32_t lane = 0; lane < 32; ++lane) same |= (all[lane] == value ? 1u : 0u) << lane;
+  return same & mask;
+}
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 

@@ -36,6 +36,11 @@ struct LaunchShape {
 
 constexpr int64_t Blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
+// Memory for intermediate results of the kernels that are put on the stream until the next call for it. 256-byte aligned,
+// uninitialised. It grows, and what it outgrew stays as long as the stream, because recorded graphs use it: growing never waits for
+// the device. In plugin.cc.
+DeviceResult Scratch(DeviceStream* stream, int64_t bytes, void** memory);
+
 #ifdef __CUDACC__
 DeviceResult Failed(cudaError_t error);  // In plugin.cc: kOk for cudaSuccess.
 
@@ -63,6 +68,10 @@ DeviceResult Launch(const LaunchShape& shape, DeviceStream*, void (*kernel)(P...
   return {};
 }
 inline int MultiProcessors() { return 3; }  // Few: persistent kernels then have several tiles per block.
+inline DeviceResult Scratch(DeviceStream*, int64_t bytes, void** memory) {
+  *memory = emulator::Scratch(bytes);
+  return {};
+}
 #endif
 
 // The element of a tensor that a kernel reads or writes; bf16 is a type of our own, converted in registers.
@@ -77,9 +86,15 @@ __device__ __forceinline__ float ToFloat(Bf16 value) { return __uint_as_float(st
 template <typename T> __device__ __forceinline__ T FromFloat(float value);
 template <> __device__ __forceinline__ float FromFloat<float>(float value) { return value; }
 template <> __device__ __forceinline__ Bf16 FromFloat<Bf16>(float value) {
+#ifdef __CUDA_ARCH__
+  Bf16 rounded;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(value));
+  return rounded;
+#else
   const uint32_t word = __float_as_uint(value);
   if ((word & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((word >> 16) | 0x40u)};
   return {static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16)};
+#endif
 }
 
 // N elements that lie together and are read and written by one access of at most 16 bytes.
