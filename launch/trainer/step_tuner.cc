@@ -38,11 +38,15 @@ StepTuner::StepTuner(const StepShape& shape, const Topology& topology, Workload 
   plain.prefetch = fixed.prefetch.front();
   plain.waves = fixed.waves.front();
   schedule_ = WithChunks(plain, std::max(1, fixed.chunks_forward), std::max(1, fixed.chunks_backward));
+  if (options_.start_apart && schedule_.waves > 1 && WavesMayPart(shape_)) {
+    schedule_.turns = ChooseTurns(shape_, schedule_, {}, [](const Task&) { return 1.0; });
+  }
   if (!options_.choose || shape_.ranks == 1) return;
   probing_ = learning_ = true;
   if (fixed.waves.size() > 1) {
     Schedule waves = schedule_;
     waves.waves = fixed.waves.back();
+    waves.turns.clear();
     probes_.push_back({std::move(waves), {}, 0});
   }
   if (!shape_.dispatch || (fixed.chunks_forward > 0 && fixed.chunks_backward > 0)) return;
@@ -128,6 +132,7 @@ void StepTuner::PlanProbes(double plausible) {
       Schedule schedule = WithChunks(choice.schedule, fixed.chunks_forward > 0 ? fixed.chunks_forward : chunks,
                                      fixed.chunks_backward > 0 ? fixed.chunks_backward : chunks);
       schedule.waves = waves;
+      schedule.turns.clear();
       const double predicted = PredictStep(shape_, costs, workload_, topology_, schedule);
       if (predicted <= choice.predicted_ns * plausible) uniform.emplace_back(predicted, std::move(schedule));
     }

@@ -21,6 +21,7 @@ class StepTuner {
   struct Options {
     bool choose = true;   // False: only learn.
     bool replan = true;   // False: choose once.
+    bool start_apart = false;  // The first schedule has Schedule::turns, as if all tasks took equally long.
     SchedulerOptions scheduler;
   };
   // `control` has all ranks; null when there is one. Borrowed for life. `workload` without rows: see AfterStep.

@@ -107,6 +107,7 @@ class Search {
       schedule.prefetch = prefetch;
       Try(schedule);
     }
+    if (shape_.dispatch && options_.part_waves && WavesMayPart(shape_)) TryTurns();
     choice.predicted_ns = all_parts_.Time(best_);
     // Fewer parts can be wrong about all of them.
     if (Better(choice.plain_ns, choice.predicted_ns) && !Given()) {
@@ -233,6 +234,7 @@ class Search {
       for (size_t i = 0; i < std::min<size_t>(3, std::max(forward_.size(), backward_.size())); ++i) {
         Schedule schedule = best_;
         schedule.waves = waves;
+        schedule.turns.clear();
         for (LayerGroup group : groups_) {
           group.forward = forward_[std::min(i, forward_.size() - 1)];
           group.backward = backward_[std::min(i, backward_.size() - 1)];
@@ -246,6 +248,46 @@ class Search {
       for (int forward : forward_) TryChunks(group, forward, group.backward);
       for (int backward : backward_) TryChunks(group, group.forward, backward);
     }
+  }
+
+  // Waves that part. Early ones run ahead by so much that few chunks are enough again.
+  void TryTurns() {
+    const Schedule together = best_;
+    const double row_ns = NsOfRows(together);
+    for (int waves : options_.waves) {
+      if (waves == 1) continue;
+      for (int prefetch : options_.prefetch) {
+        for (int forward_waves : {2, 3}) {
+          // Of what a wave sends in a turn.
+          for (double turns : {0.0, 1.5, 3.0}) {
+            Schedule schedule = together;
+            schedule.waves = waves;
+            schedule.prefetch = prefetch;
+            for (LayerGroup group : groups_) {
+              group.forward = forward_.front();
+              group.backward = backward_.front();
+              Apply(group, &schedule);
+            }
+            Try(whole_.WithTurns(schedule, {.forward_waves = forward_waves, .hungry_ns = turns * row_ns / waves}));
+          }
+        }
+      }
+    }
+  }
+
+  // What the rows of one layer take to their experts, mean over layers.
+  double NsOfRows(const Schedule& schedule) const {
+    Graph graph;
+    const StepRecord record = whole_.Predict(schedule, Record::kYes, &graph).record;
+    double sum = 0;
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& task = graph.tasks[i];
+      const bool slowest = task.lane == (shape_.inter ? Lane::kInter : Lane::kIntra);
+      if (task.op == Op::kDispatch && slowest && task.phase == Phase::kForward && task.part == 0) {
+        sum += static_cast<double>(record.tasks[i].end_ns - record.tasks[i].begin_ns);
+      }
+    }
+    return sum / std::max<double>(1, static_cast<double>(shape_.layers.size()));
   }
 
   void SliceGradients() {
@@ -335,8 +377,15 @@ class Search {
     if (best_.waves != options_.waves.front()) {
       Schedule without = best_;
       without.waves = options_.waves.front();
+      without.turns.clear();
       choice->reasons.push_back(absl::StrCat(best_.waves, " waves: ", TimeText(choice->predicted_ns), " instead of ",
                                              TimeText(all_parts_.Time(without)), " with ", without.waves));
+    }
+    if (!best_.turns.empty()) {
+      Schedule without = best_;
+      without.turns.clear();
+      choice->reasons.push_back(absl::StrCat("backward passes of early waves beside forward passes of late ones: ",
+                                             TimeText(choice->predicted_ns), " instead of ", TimeText(all_parts_.Time(without))));
     }
     if (best_.prefetch != options_.prefetch.front()) {
       choice->reasons.push_back(absl::StrCat("weights are gathered ", best_.prefetch, " layers ahead"));

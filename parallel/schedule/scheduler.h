@@ -19,6 +19,7 @@ struct SchedulerOptions {
   std::vector<int> chunks = {1, 2, 3, 4, 6, 8};  // To choose from, ascending.
   int chunks_forward = 0, chunks_backward = 0;   // Not 0: taken, not chosen.
   std::vector<int> waves = {1};                  // To choose from; the first is where the search begins.
+  bool part_waves = true;                        // Consider Schedule::turns.
   bool slice_gradients = true;                   // false: as PlainSchedule has them.
   std::vector<int> prefetch = {1};               // To choose from; the first is where the search begins.
   int64_t slice_elements_min = 1 << 14;          // Smaller slices are not worth their messages.

@@ -229,6 +229,27 @@ TEST(ChooseSchedule, TakesWavesWhereAttentionCanHideRows) {
   EXPECT_LT(any.predicted_ns, 0.97 * one.predicted_ns);
 }
 
+// The forward pass sends more than it computes, the backward pass the reverse.
+TEST(ChooseSchedule, PartsWavesWhereCommunicationTakesAsLongAsComputation) {
+  Problem p = Make(6);
+  p.shape.balance = false;
+  p.work.tokens = {2048};
+  p.work.sequence_tokens = 128;
+  p.work.bucket_elements.assign(p.work.bucket_elements.size(), 3000);
+  p.work.bucket_bytes.assign(p.work.bucket_elements.size(), 12000);
+  const CostTable costs = CostsOf({.token = 150, .row = 250, .inter_byte = 1.2, .intra_byte = 0.1, .fixed_compute = 500, .fixed_link = 2000});
+  const SchedulerOptions options = {.waves = {1, 2, 4, 8}};
+  SchedulerOptions in_step = options;
+  in_step.part_waves = false;
+  const ScheduleChoice any = ChooseSchedule(p.shape, costs, p.work, p.topology, options);
+  const ScheduleChoice together = ChooseSchedule(p.shape, costs, p.work, p.topology, in_step);
+  EXPECT_FALSE(any.schedule.turns.empty());
+  EXPECT_TRUE(together.schedule.turns.empty());
+  EXPECT_LT(any.predicted_ns, 0.97 * together.predicted_ns);
+  p.shape.balance = true;
+  EXPECT_TRUE(ChooseSchedule(p.shape, costs, p.work, p.topology, options).schedule.turns.empty());
+}
+
 TEST(ChooseSchedule, FasterLinksNeverMakeSlowerSteps) {
   const Problem p = Make(4);
   double before = 0;

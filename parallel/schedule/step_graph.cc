@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "parallel/schedule/turn_chooser.h"
 #include "runtime/base/check.h"
 
 namespace shoal {
@@ -34,9 +35,40 @@ class Buffers {
 struct Wave {
   int x = kNone;                            // What made its input of the next layer.
   int combining = kNone;                    // The layer of experts whose results have to be combined yet.
+  int finishing = kNone;                    // The layer whose backward pass lacks what waits for its rows.
   std::vector<std::vector<int>> arrived;    // By chunk: what brings its rows to the experts,
-  std::vector<std::vector<int>> returned;   // and home.
+  std::vector<std::vector<int>> returned;   // and home,
+  std::vector<std::vector<int>> again;      // and home where a layer is computed again.
 };
+
+// What a wave does before the next one does: up to where it waits for the links.
+struct Turn {
+  enum class Kind : uint8_t { kDepart, kExperts, kHead, kDepartAgain, kExpertsAgain, kDepartBackward, kExpertsBackward, kEnd };
+  Kind kind = Kind::kDepart;
+  int layer = kNone;
+};
+
+// Those of a part. "Again": computed anew for the backward pass.
+std::vector<Turn> TurnsOf(const StepShape& shape) {
+  std::vector<Turn> turns;
+  const int layers = static_cast<int>(shape.layers.size());
+  for (int layer = 0; layer < layers; ++layer) {
+    turns.push_back({Turn::Kind::kDepart, layer});
+    turns.push_back({Turn::Kind::kExperts, layer});
+  }
+  turns.push_back({Turn::Kind::kHead, kNone});
+  if (shape.mode == StepShape::Mode::kForward) return turns;
+  for (int layer = layers - 1; layer >= 0; --layer) {
+    if (shape.recompute) {
+      turns.push_back({Turn::Kind::kDepartAgain, layer});
+      turns.push_back({Turn::Kind::kExpertsAgain, layer});
+    }
+    turns.push_back({Turn::Kind::kDepartBackward, layer});
+    turns.push_back({Turn::Kind::kExpertsBackward, layer});
+  }
+  turns.push_back({Turn::Kind::kEnd, kNone});
+  return turns;
+}
 
 // Emits the tasks of one step in order. Members are the tasks that produced what later ones wait for.
 class Emitter {
@@ -57,6 +89,15 @@ class Emitter {
         experts_reduced_(shape.layers.size(), kNone) {
     waves_.resize(static_cast<size_t>(schedule.waves));
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
+    SHOAL_CHECK(schedule.turns.empty() || WavesMayPart(shape)) << "the waves of this step must go together";
+  }
+
+  std::vector<int> ChooseTurns(const TurnRule& rule, const std::function<double(const Task&)>& cost_ns) {
+    TurnChooser chooser(rule, cost_ns);
+    chooser_ = &chooser;
+    part_ = 0;
+    EmitPart();
+    return chooser.turns();
   }
 
   Graph Emit() {
@@ -102,13 +143,11 @@ class Emitter {
   void Wait(int task, const std::vector<int>& before) {
     for (int one : before) Wait(task, one);
   }
-  template <typename Emit> void ForEachWave(const Emit& emit) {
-    for (wave_ = 0; wave_ < schedule_.waves; ++wave_) emit();
-    wave_ = kNone;
-  }
   Wave& wave() { return waves_[static_cast<size_t>(wave_)]; }
 
   // ---- Weights on their way here and away.
+
+  int BucketOf(int layer) const { return gathered_[static_cast<size_t>(buckets_.OfLayer(layer))]; }
 
   // A layer's bucket that is not kept takes a buffer: there are enough for `prefetch` layers ahead of the one in use.
   void Gather(int bucket, Phase phase) {
@@ -172,80 +211,125 @@ class Emitter {
     Gather(BucketIndex::kVectors, Phase::kForward);
     Gather(BucketIndex::kEmbedding, Phase::kForward);
     for (int layer = 0; layer < schedule_.prefetch; ++layer) GatherLayer(layer, Phase::kForward);
-    ForEachWave([&] {
+    for (wave_ = 0; wave_ < schedule_.waves; ++wave_) {
       wave() = {};
       wave().x = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
                          {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
-    });
+    }
     routed_ = waves_.front().x;  // The part has begun: all that its totals wait for where no layer has experts.
-    for (int layer = 0; layer < layers(); ++layer) {
-      EmitLayer(layer, Phase::kForward, [&] {
-        GatherLayer(layer + schedule_.prefetch, Phase::kForward);
-        if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
-      });
-      // The last layer is where the backward pass begins.
-      if (!training() || layer + 1 < layers()) {
-        Release(buckets_.OfLayer(layer), Phase::kForward);
-        ReleaseExperts(layer);
-      }
+    const std::vector<Turn> turns = TurnsOf(shape_);
+    std::vector<size_t> done(waves_.size());
+    for (size_t turn = 0; turn < turns.size() * waves_.size(); ++turn) {
+      wave_ = chooser_ != nullptr ? Choose(turns, done) : WaveOf(turn);
+      const size_t at = static_cast<size_t>(wave_);
+      SHOAL_CHECK(done[at] < turns.size() && (at == 0 || done[at - 1] > done[at])) << "wave " << wave_ << " is before an earlier one";
+      EmitTurn(turns[done[at]++]);
     }
-    EmitHead();
-    if (training()) EmitBackward();
+    wave_ = kNone;
   }
 
-  void EmitHead() {
-    int totals = kNone;
-    if (training() && shape_.ranks > 1) {
-      totals = Add(Op::kTotals, Phase::kForward, Lane::kControl, kNone, kNone, {routed_});
-    }
-    int head = kNone;
-    ForEachWave([&] {
-      Combine();
-      head = Compute(Op::kHead, Phase::kForward, kNone, kNone, {wave().x, gathered_[static_cast<size_t>(buckets_.OfHead())]});
-    });
-    if (!training()) return;
-    if (!shape_.tied_head) Complete(buckets_.OfHead(), head);
-    balanced_ = Compute(Op::kBalance, Phase::kForward, kNone, kNone, {totals});
+  int WaveOf(size_t turn) const {
+    if (schedule_.turns.empty()) return static_cast<int>(turn % waves_.size());
+    SHOAL_CHECK_LT(turn, schedule_.turns.size()) << "turns of another step";
+    return schedule_.turns[turn];
   }
 
-  // Each wave up to the departure of its rows, then each wave's experts: while the rows of one wave travel, another computes. What
-  // comes home is combined when the wave goes on. `gather` emits what the links bring behind departing rows and before those that
-  // come home.
-  template <typename Gather> void EmitLayer(int layer, Phase phase, const Gather& gather) {
-    const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
-    const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
-    ForEachWave([&] {
-      Combine();
-      wave().arrived.clear();
-      const int attention = Compute(Op::kAttention, phase, layer, kNone, {wave().x, bucket});
-      if (!layer_shape(layer).moe) {
-        wave().x = Compute(Op::kDense, phase, layer, kNone, {});
+  int Choose(const std::vector<Turn>& turns, const std::vector<size_t>& done) {
+    const size_t forward = 2 * shape_.layers.size() + 1, ahead = static_cast<size_t>(chooser_->rule().forward_waves);
+    std::vector<TurnChooser::Candidate> candidates;
+    for (size_t wave = 0; wave < waves_.size(); ++wave) {
+      if (done[wave] == turns.size() || (wave > 0 && done[wave - 1] <= done[wave])) continue;
+      if (wave >= ahead && done[wave - ahead] < forward) continue;
+      candidates.push_back({static_cast<int>(wave), ArrivalsFor(turns[done[wave]], waves_[wave])});
+    }
+    return chooser_->Choose(graph_, candidates, world_lane_);
+  }
+
+  const std::vector<int>* ArrivalsFor(const Turn& turn, const Wave& wave) const {
+    const bool experts = turn.kind == Turn::Kind::kExperts || turn.kind == Turn::Kind::kExpertsAgain ||
+                         turn.kind == Turn::Kind::kExpertsBackward;
+    if (experts && !layer_shape(turn.layer).moe) return nullptr;
+    const std::vector<std::vector<int>>& chunks = experts ? wave.arrived : wave.returned;
+    return chunks.empty() ? nullptr : &chunks.front();
+  }
+
+  // Tasks of all waves.
+  template <typename Emit> void ForAll(const Emit& emit) {
+    const int wave = std::exchange(wave_, kNone);
+    emit();
+    wave_ = wave;
+  }
+
+  void EmitTurn(const Turn& turn) {
+    const bool first = wave_ == 0, last = wave_ + 1 == schedule_.waves;
+    switch (turn.kind) {
+      case Turn::Kind::kDepart:
+        Depart(turn.layer, Phase::kForward);
+        if (last && turn.layer + 1 == layers()) ForAll([&] { SumRouting(); });
         return;
-      }
-      const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
-      const bool exchange = shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward;
-      const int exchanged = exchange ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
-      // Where waves take turns, another one computes meanwhile.
-      const Lane lane = schedule_.waves > 1 && shape_.dispatch ? Lane::kCopy : Lane::kCompute;
-      const int arrange = Add(Op::kArrange, phase, lane, layer, kNone, {exchanged, route});
-      if (phase == Phase::kForward) {
-        routed_ = arrange;
-        Calibrate(layer, arrange);
-      }
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int pack = Add(Op::kPack, phase, lane, layer, chunk, {arrange});
-        wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
-      }
-    });
-    gather();
+      case Turn::Kind::kExperts:
+        // Links bring weights behind departing rows and before those that come home.
+        if (first) ForAll([&] { GatherAhead(turn.layer); });
+        ComputeExperts(turn.layer, Phase::kForward);
+        if (last) ForAll([&] { EndLayer(turn.layer); });
+        return;
+      case Turn::Kind::kHead:
+        Head();
+        if (last && training()) ForAll([&] { EndForward(); });
+        return;
+      case Turn::Kind::kDepartAgain:
+        return Depart(turn.layer, Phase::kRecompute);
+      case Turn::Kind::kExpertsAgain:
+        return ComputeExperts(turn.layer, Phase::kRecompute);
+      case Turn::Kind::kDepartBackward:
+        DepartBackward(turn.layer);
+        if (last) ForAll([&] { FillLinks(turn.layer); });
+        return;
+      case Turn::Kind::kExpertsBackward:
+        if (layer_shape(turn.layer).moe) ComputeExpertsBackward(turn.layer);
+        wave().finishing = turn.layer;
+        if (schedule_.waves == 1) FinishLayerBackward();
+        return;
+      case Turn::Kind::kEnd:
+        return EndBackward();
+    }
+  }
+
+  // ---- Forward. A wave goes up to the departure of its rows, then lets others go on; what comes home is combined when it goes on.
+
+  void Depart(int layer, Phase phase) {
+    Combine();
+    wave().arrived.clear();
+    const int attention = Compute(Op::kAttention, phase, layer, kNone, {wave().x, BucketOf(layer)});
+    if (!layer_shape(layer).moe) {
+      wave().x = Compute(Op::kDense, phase, layer, kNone, {});
+      return;
+    }
+    const int route = Compute(Op::kRoute, phase, layer, kNone, {attention});
+    const bool exchange = shape_.ranks > 1 && shape_.exchange && phase == Phase::kForward;
+    const int exchanged = exchange ? Add(Op::kExchange, phase, Lane::kControl, layer, kNone, {route}) : kNone;
+    // Where waves take turns, another one computes meanwhile.
+    const Lane lane = schedule_.waves > 1 && shape_.dispatch ? Lane::kCopy : Lane::kCompute;
+    const int arrange = Add(Op::kArrange, phase, lane, layer, kNone, {exchanged, route});
+    if (phase == Phase::kForward) {
+      routed_ = arrange;
+      Calibrate(layer, arrange);
+    }
+    for (int chunk = 0; chunk < schedule_.layers[static_cast<size_t>(layer)].forward_chunks; ++chunk) {
+      const int pack = Add(Op::kPack, phase, lane, layer, chunk, {arrange});
+      wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
+    }
+  }
+
+  void ComputeExperts(int layer, Phase phase) {
     if (!layer_shape(layer).moe) return;
-    ForEachWave([&] {
-      if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
-      wave().returned.clear();
-      for (int chunk = 0; chunk < chunks; ++chunk) wave().returned.push_back(Experts(phase, layer, chunk));
-      // The backward pass needs the rows, not their sum.
-      wave().combining = phase == Phase::kRecompute ? kNone : layer;
-    });
+    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+    const int chunks = schedule_.layers[static_cast<size_t>(layer)].forward_chunks;
+    std::vector<std::vector<int>>& returned = phase == Phase::kForward ? wave().returned : wave().again;
+    returned.clear();
+    for (int chunk = 0; chunk < chunks; ++chunk) returned.push_back(Experts(phase, layer, chunk));
+    // The backward pass needs the rows, not their sum.
+    if (phase == Phase::kForward) wave().combining = layer;
   }
 
   // Returns what to wait for until their results are home.
@@ -276,99 +360,113 @@ class Emitter {
     return tasks;
   }
 
-  // ---- Backward.
-
-  void EmitBackward() {
-    const int top = layers() - 1;
-    for (int layer = top; layer > top - schedule_.prefetch; --layer) GatherLayer(layer, Phase::kBackward);
-    ForEachWave([&] {
-      const int head = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
-      if (sharded()) Wait(head, reduced_);  // The buffers of the part before.
-    });
-    for (int layer = top; layer >= 0; --layer) {
-      WaitForGradientBuffer(layer);
-      if (shape_.recompute) EmitLayer(layer, Phase::kRecompute, [] {});
-      EmitLayerBackward(layer);
-    }
-    FinishLayerBackward([] {});
-    int embed = kNone;
-    ForEachWave([&] { embed = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {}); });
-    Complete(BucketIndex::kEmbedding, embed);
-    Complete(BucketIndex::kVectors, embed);
-    SendGradients(kNone);
+  void GatherAhead(int layer) {
+    GatherLayer(layer + schedule_.prefetch, Phase::kForward);
+    if (layer + 1 == layers()) Gather(buckets_.OfHead(), Phase::kForward);
   }
 
-  // Sharded gradients have buffers for as many layers as weights have.
-  void WaitForGradientBuffer(int layer) {
-    const int other = layer + schedule_.prefetch + 1;
-    gradient_buffer_ = kNone;
-    if (!sharded() || other >= layers()) return;
-    gradient_buffer_ = reduced_[static_cast<size_t>(buckets_.OfLayer(other))];
-    SHOAL_CHECK_GT(gradient_buffer_, complete_[static_cast<size_t>(buckets_.OfLayer(other))])
-        << "gradients of layer " << other << " must be sent before the backward pass of layer " << layer;
+  // The last layer is where the backward pass begins.
+  void EndLayer(int layer) {
+    if (training() && layer + 1 == layers()) return;
+    Release(buckets_.OfLayer(layer), Phase::kForward);
+    ReleaseExperts(layer);
   }
 
-  // As EmitLayer: each wave up to the departure of its gradients, behind what is left of the layer above.
-  void EmitLayerBackward(int layer) {
+  void SumRouting() {
+    totals_ = training() && shape_.ranks > 1 ? Add(Op::kTotals, Phase::kForward, Lane::kControl, kNone, kNone, {routed_}) : kNone;
+  }
+
+  void Head() {
+    Combine();
+    head_ = Compute(Op::kHead, Phase::kForward, kNone, kNone, {wave().x, gathered_[static_cast<size_t>(buckets_.OfHead())]});
+    if (!training()) return;
+    const int backward = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
+    if (sharded()) Wait(backward, reduced_);  // The buffers of the part before.
+  }
+
+  void EndForward() {
+    if (!shape_.tied_head) Complete(buckets_.OfHead(), head_);
+    balanced_ = Compute(Op::kBalance, Phase::kForward, kNone, kNone, {totals_});
+    for (int layer = layers() - 1; layer >= layers() - schedule_.prefetch; --layer) GatherLayer(layer, Phase::kBackward);
+  }
+
+  // ---- Backward: as forward, each wave up to the departure of its gradients, behind what is left of the layer above.
+
+  void DepartBackward(int layer) {
     const Phase phase = Phase::kBackward;
-    const int bucket = gathered_[static_cast<size_t>(buckets_.OfLayer(layer))];
-    const int chunks = schedule_.layers[static_cast<size_t>(layer)].backward_chunks;
-    const bool moe = layer_shape(layer).moe;
-    FinishLayerBackward([&] {
-      if (!moe) {
-        Compute(Op::kDense, phase, layer, kNone, {bucket, gradient_buffer_});
-        return;
+    const int buffer = GradientBuffer(layer);
+    FinishLayerBackward();
+    if (!layer_shape(layer).moe) {
+      Compute(Op::kDense, phase, layer, kNone, {BucketOf(layer), buffer});
+      return;
+    }
+    wave().arrived.clear();
+    for (int chunk = 0; chunk < schedule_.layers[static_cast<size_t>(layer)].backward_chunks; ++chunk) {
+      const int pack = Compute(Op::kPack, phase, layer, chunk, {BucketOf(layer), buffer});
+      if (chunk == 0 && shape_.recompute) {
+        for (const std::vector<int>& before : wave().again) Wait(pack, before);
       }
-      const std::vector<std::vector<int>> recomputed =
-          shape_.recompute ? std::move(wave().returned) : std::vector<std::vector<int>>();
-      wave().arrived.clear();
-      for (int chunk = 0; chunk < chunks; ++chunk) {
-        const int pack = Compute(Op::kPack, phase, layer, chunk, {bucket, gradient_buffer_});
-        if (chunk == 0) {
-          for (const std::vector<int>& before : recomputed) Wait(pack, before);
-        }
-        wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
-      }
-    });
+      wave().arrived.push_back(Travel(Op::kDispatch, phase, layer, chunk, pack));
+    }
+  }
+
+  // Sharded gradients have buffers for as many layers as weights have: what a layer's waits for.
+  int GradientBuffer(int layer) const {
+    const int other = layer + schedule_.prefetch + 1;
+    if (!sharded() || other >= layers()) return kNone;
+    const int reduced = reduced_[static_cast<size_t>(buckets_.OfLayer(other))];
+    SHOAL_CHECK_GT(reduced, complete_[static_cast<size_t>(buckets_.OfLayer(other))])
+        << "gradients of layer " << other << " must be sent before the backward pass of layer " << layer;
+    return reduced;
+  }
+
+  // Between departing gradients and those that come home.
+  void FillLinks(int layer) {
     GatherLayer(layer - schedule_.prefetch, Phase::kBackward);
     SendGradients(layer);
-    if (moe) EmitExpertsBackward(layer, chunks);
-    finishing_ = layer;
-    if (schedule_.waves == 1) FinishLayerBackward([] {});
   }
 
-  void EmitExpertsBackward(int layer, int chunks) {
+  void ComputeExpertsBackward(int layer) {
     const Phase phase = Phase::kBackward;
+    const int chunks = schedule_.layers[static_cast<size_t>(layer)].backward_chunks;
     int weights = kNone;
-    ForEachWave([&] {
-      if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
-      wave().returned.clear();
-      for (int chunk = 0; chunk < chunks; ++chunk) wave().returned.push_back(Experts(phase, layer, chunk));
-      for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
+    if (layer_shape(layer).shared_expert) Compute(Op::kShared, phase, layer, kNone, {});
+    wave().returned.clear();
+    for (int chunk = 0; chunk < chunks; ++chunk) wave().returned.push_back(Experts(phase, layer, chunk));
+    for (int chunk = 0; chunk < chunks; ++chunk) weights = Compute(Op::kExpertsWeight, phase, layer, chunk, {});
+    if (wave_ + 1 < schedule_.waves || !shape_.materialise || !(last_part() || rematerialise())) return;
+    ForAll([&] {
+      const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
+      experts_reduced_[static_cast<size_t>(layer)] = reduced;
+      if (rematerialise()) FreeExperts(layer, reduced);
     });
-    if (!shape_.materialise || !(last_part() || rematerialise())) return;
-    const int reduced = Add(Op::kReduceExperts, phase, world_lane_, layer, kNone, {weights});
-    experts_reduced_[static_cast<size_t>(layer)] = reduced;
-    if (rematerialise()) FreeExperts(layer, reduced);
   }
 
-  // What is left of the layer above, wave by wave, each followed by what `then` emits.
-  template <typename Then> void FinishLayerBackward(const Then& then) {
-    const int layer = std::exchange(finishing_, kNone);
-    int attention = kNone;
-    ForEachWave([&] {
-      if (layer != kNone) {
-        if (layer_shape(layer).moe) {
-          const int route = Compute(Op::kRoute, Phase::kBackward, layer, kNone, {balanced_});
-          for (const std::vector<int>& before : wave().returned) Wait(route, before);
-        }
-        attention = Compute(Op::kAttention, Phase::kBackward, layer, kNone, {});
-      }
-      then();
-    });
+  // What is left of the wave's layer above.
+  void FinishLayerBackward() {
+    const int layer = std::exchange(wave().finishing, kNone);
     if (layer == kNone) return;
-    Complete(buckets_.OfLayer(layer), attention);
-    Release(buckets_.OfLayer(layer), Phase::kBackward);
+    if (layer_shape(layer).moe) {
+      const int route = Compute(Op::kRoute, Phase::kBackward, layer, kNone, {shape_.balance ? balanced_ : kNone});
+      for (const std::vector<int>& before : wave().returned) Wait(route, before);
+    }
+    const int attention = Compute(Op::kAttention, Phase::kBackward, layer, kNone, {});
+    if (wave_ + 1 < schedule_.waves) return;
+    ForAll([&] {
+      Complete(buckets_.OfLayer(layer), attention);
+      Release(buckets_.OfLayer(layer), Phase::kBackward);
+    });
+  }
+
+  void EndBackward() {
+    FinishLayerBackward();
+    const int embed = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {});
+    if (wave_ + 1 < schedule_.waves) return;
+    ForAll([&] {
+      Complete(BucketIndex::kEmbedding, embed);
+      Complete(BucketIndex::kVectors, embed);
+      SendGradients(kNone);
+    });
   }
 
   // ---- Gradients.
@@ -405,11 +503,11 @@ class Emitter {
   const BucketIndex buckets_;
   const Lane world_lane_;
   Graph graph_;
+  TurnChooser* chooser_ = nullptr;
   int part_ = 0;
   int wave_ = kNone;
   std::vector<Wave> waves_;
-  int routed_ = kNone, balanced_ = kNone, gradient_buffer_ = kNone;
-  int finishing_ = kNone;  // The layer whose backward pass lacks what waits for its rows.
+  int routed_ = kNone, totals_ = kNone, head_ = kNone, balanced_ = kNone;
   // By bucket. Of those that are sharded, too: is it here, and the task that released it. It has one place at a time.
   std::vector<int> gathered_;
   std::vector<bool> here_;
@@ -431,9 +529,15 @@ std::string Describe(const Schedule& schedule) {
     if (alike && counts.size() > 1) counts.resize(1);
     return absl::StrJoin(counts, " ");
   };
-  return absl::StrCat(schedule.waves, schedule.waves == 1 ? " wave" : " waves", "; chunks ",
+  const char* const order = schedule.turns.empty() ? "" : ", not in step";
+  return absl::StrCat(schedule.waves, schedule.waves == 1 ? " wave" : " waves", order, "; chunks ",
                       chunks(&LayerSchedule::forward_chunks), " forward, ", chunks(&LayerSchedule::backward_chunks), " backward; ",
                       schedule.gradients.size(), " slices of gradients");
+}
+
+bool WavesMayPart(const StepShape& shape) {
+  return shape.mode == StepShape::Mode::kTrain && !shape.balance && shape.dense == DensePolicy::kReplicated &&
+         !(shape.materialise && shape.experts == ExpertPolicy::kRematerialise);
 }
 
 int DenseBuffers(int prefetch, int waves) {
@@ -457,6 +561,11 @@ Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucke
     schedule.gradients.push_back({bucket, 0, bucket_elements[static_cast<size_t>(bucket)], completed < 0 ? -1 : completed - 1});
   }
   return schedule;
+}
+
+std::vector<int> ChooseTurns(const StepShape& shape, const Schedule& schedule, const TurnRule& rule,
+                             const std::function<double(const Task&)>& cost_ns) {
+  return Emitter(shape, schedule).ChooseTurns(rule, cost_ns);
 }
 
 Graph EmitStep(const StepShape& shape, const Schedule& schedule) { return Emitter(shape, schedule).Emit(); }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -51,6 +52,7 @@ struct StepShape {
   bool exchange = true;    // Ranks tell each other what their routers chose: rows travel, or choices depend on all tokens.
   bool dispatch = false;   // Some expert is not on every rank: rows travel.
   bool materialise = false;  // Some expert has holders beside its owner.
+  bool balance = true;       // Gradients of routers depend on what all tokens of a part chose (auxiliary losses).
   bool calibrate = false;    // More copies may be sent when a layer's rows are known; needs `materialise` and `exchange`.
   DensePolicy dense = DensePolicy::kReplicated;
   ExpertPolicy experts = ExpertPolicy::kKeep;
@@ -79,7 +81,26 @@ struct Schedule {
   // Parts of this rank's sequences (EvenPart) that take turns in each layer: while the rows of one wave travel, another computes
   // attention or experts, so that communication hides behind all work of a layer and not only behind its experts.
   int waves = 1;
+  // The wave that goes on, turn by turn; empty: each in turn, so that all are in one layer. A turn ends where a wave waits for links:
+  // a layer has two of them in each pass, one up to the departure of rows, one with the experts. A wave is never ahead of an earlier
+  // one. Only where WavesMayPart: then the backward pass of early waves, which computes more than it sends, runs beside the forward
+  // pass of late ones (DualPipe of DeepSeek-V3, arXiv 2412.19437, has the same aim between stages of a pipeline).
+  std::vector<int> turns;
 };
+
+// Whether waves may be in different layers: nothing waits for what all of them have done, weights are here throughout.
+bool WavesMayPart(const StepShape& shape);
+
+// Which wave goes on.
+struct TurnRule {
+  int forward_waves = 2;  // In the forward pass at a time: early ones are to be in their backward pass soon.
+  // The youngest wave goes on while the link would be idle this soon, otherwise the oldest: of those whose rows are here.
+  double hungry_ns = 0;
+};
+
+// Schedule::turns by a rule, if tasks take `cost_ns`; `schedule` has none. Only where WavesMayPart.
+std::vector<int> ChooseTurns(const StepShape& shape, const Schedule& schedule, const TurnRule& rule,
+                             const std::function<double(const Task&)>& cost_ns);
 
 // One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);

@@ -51,6 +51,7 @@ StepShape RandomShape(Random& random) {
   shape.dense = Coin(random) ? DensePolicy::kSharded : DensePolicy::kReplicated;
   shape.experts = Coin(random) ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
   shape.calibrate = shape.materialise && Coin(random);
+  shape.balance = Coin(random);
   return shape;
 }
 
@@ -83,6 +84,10 @@ Case RandomCase(uint64_t seed) {
   }
   one.schedule.gradients = RandomSlices(random, one.shape, one.schedule.prefetch);
   one.schedule.waves = Pick(random, 1, 3);
+  if (WavesMayPart(one.shape) && Pick(random, 0, 3) > 0) {
+    const TurnRule rule = {.forward_waves = Pick(random, 1, 3), .hungry_ns = static_cast<double>(Pick(random, 0, 20))};
+    one.schedule.turns = ChooseTurns(one.shape, one.schedule, rule, [&](const Task&) { return Pick(random, 0, 10); });
+  }
   return one;
 }
 
@@ -114,7 +119,7 @@ class Order {
 
 class StepGraph : public testing::Test {
  protected:
-  static constexpr uint64_t kSeeds = 400;
+  static constexpr uint64_t kSeeds = 600;
   template <class Check> static void ForEachCase(const Check& check) {
     for (uint64_t seed = 0; seed < kSeeds; ++seed) {
       SCOPED_TRACE(absl::StrCat("seed ", seed));
@@ -287,6 +292,63 @@ TEST_F(StepGraph, TotalsAreThoseOfAllRouters) {
       }
     }
   });
+}
+
+// Gradients of a layer are overwritten by the first wave of the first part, then added to.
+TEST_F(StepGraph, AWaveIsNeverAheadOfAnEarlierOne) {
+  ForEachCase([](const Case&, const Graph& graph) {
+    std::map<Identity, int> last;  // Of the compute lane, without the wave.
+    for (const Task& task : graph.tasks) {
+      if (task.lane != Lane::kCompute || task.wave < 0) continue;
+      const auto [entry, first] =
+          last.try_emplace({task.op, task.phase, task.lane, task.back, task.part, 0, task.layer, task.chunk}, task.wave);
+      EXPECT_EQ(task.wave, first ? 0 : ++entry->second) << Name(task);
+    }
+  });
+}
+
+TEST(ChooseTurns, EarlyWavesGoBackBesideLateOnes) {
+  StepShape shape;
+  shape.layers.resize(4);
+  shape.ranks = 2;
+  shape.inter = shape.dispatch = true;
+  shape.balance = false;
+  Schedule schedule = PlainSchedule(shape, std::vector<int64_t>(7, 100));
+  schedule.waves = 6;
+  const auto cost = [](const Task& task) { return task.lane == Lane::kInter ? 2.0 : task.lane == Lane::kCompute ? 1.0 : 0.0; };
+  for (int forward_waves : {1, 2, 3}) {
+    schedule.turns = ChooseTurns(shape, schedule, {.forward_waves = forward_waves, .hungry_ns = 1}, cost);
+    EXPECT_EQ(schedule.turns.size(), 6u * (2 * 4 + 1 + 2 * 4 + 1));
+    std::set<int> forward;  // Waves that have begun and are not back at the head.
+    size_t most = 0;
+    bool beside = false;
+    for (const Task& task : EmitStep(shape, schedule).tasks) {
+      if (task.lane != Lane::kCompute || task.wave < 0) continue;
+      if (task.op == Op::kAttention && task.phase == Phase::kForward) forward.insert(task.wave);
+      if (task.op == Op::kHead) forward.erase(task.wave);
+      beside = beside || (task.op == Op::kExpertsWeight && !forward.empty());
+      most = std::max(most, forward.size());
+    }
+    EXPECT_LE(most, static_cast<size_t>(forward_waves));
+    EXPECT_TRUE(beside) << forward_waves;
+    schedule.turns.clear();
+  }
+}
+
+TEST(WavesMayPart, NeedsWeightsThatStayAndNoSharedChoice) {
+  StepShape shape;
+  shape.layers.resize(1);
+  shape.balance = false;
+  EXPECT_TRUE(WavesMayPart(shape));
+  const auto refuses = [&](const auto& change) {
+    StepShape other = shape;
+    change(&other);
+    return !WavesMayPart(other);
+  };
+  EXPECT_TRUE(refuses([](StepShape* s) { s->balance = true; }));
+  EXPECT_TRUE(refuses([](StepShape* s) { s->dense = DensePolicy::kSharded; }));
+  EXPECT_TRUE(refuses([](StepShape* s) { s->mode = StepShape::Mode::kForward; }));
+  EXPECT_TRUE(refuses([](StepShape* s) { s->materialise = true, s->experts = ExpertPolicy::kRematerialise; }));
 }
 
 // The layer's weights, or bucket's, that a task reads; -1: none.

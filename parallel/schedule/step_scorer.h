@@ -15,6 +15,14 @@ class StepScorer {
       : shape_(shape), costs_(costs), units_(workload, topology) {}
 
   double Time(const Schedule& schedule) const { return Predict(schedule, Record::kNo, nullptr).step_ns; }
+  // What `schedule` becomes when its waves part by a rule.
+  Schedule WithTurns(Schedule schedule, const TurnRule& rule) const {
+    schedule.turns.clear();
+    schedule.turns = ChooseTurns(shape_, schedule, rule, [&](const Task& task) {
+      return costs_.Predict(task, units_.Of(task, schedule, StepUnits::kEveryRank));
+    });
+    return schedule;
+  }
   // `graph` may be null; otherwise takes the graph that was simulated.
   Prediction Predict(const Schedule& schedule, Record record, Graph* graph) const {
     Graph emitted = EmitStep(shape_, schedule);
