@@ -37,6 +37,16 @@ void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights, 
 void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const Segment> segments,
                              Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream& stream);
 
+// The same with lists in memory of the stream, so that a device's host need not know the counts: segments, i32 [S, 3], rows of expert,
+// begin, count (0 allowed); matrices from MatrixList, of the sizes that x, y and dy say. What is in the lists is not checked. On a
+// device results are those of kPinned.
+Tensor MatrixList(absl::Span<const Tensor> matrices, Stream& stream);  // i64 [E], addresses; does not keep them alive.
+Tensor SegmentList(absl::Span<const Segment> segments, Stream& stream);
+void GroupedMatMul(const Tensor& x, const Tensor& weights, const Tensor& segments, const Tensor& y, Stream& stream);
+void GroupedMatMulGradInput(const Tensor& dy, const Tensor& weights, const Tensor& segments, const Tensor& dx, Stream& stream);
+void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, const Tensor& segments, Accumulate accumulate,
+                             const Tensor& weight_grads, Stream& stream);
+
 // GFLOP/s of a large MatMul (1024^3) with the current thread count: the peak that benchmarks and the progress line
 // quote. Runs for about `seconds`; the best of several repetitions.
 double MeasureMatMulPeak(DType dtype, double seconds);

@@ -21,10 +21,14 @@ struct AdamWStep {
 // the new parameters in its own type (f32 or bf16); an empty tensor: no copy.
 void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
            const Tensor& copy, Stream& stream);
+// The same with grad_scale, f32 [1] in memory of the stream, in place of the step's.
+void AdamW(const AdamWStep& step, const Tensor& grad_scale, const Tensor& grad, const Tensor& master, const Tensor& m,
+           const Tensor& v, const Tensor& copy, Stream& stream);
 
-// Sum of squares of an f32 tensor in f64, in an order that does not depend on the number of threads. NaN and infinity
-// propagate.
-double SumOfSquares(const Tensor& x, Stream& stream);
+// sum (f64 [1]) = sum of squares of an f32 tensor in f64, in an order that does not depend on the number of threads. NaN and
+// infinity propagate.
+void SumOfSquares(const Tensor& x, const Tensor& sum, Stream& stream);
+double SumOfSquares(const Tensor& x, Stream& stream);  // Waits for the stream; 0 when that failed.
 
 namespace ref {
 void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,

@@ -13,6 +13,7 @@ struct RopeTable {
   Tensor sin;
 };
 RopeTable MakeRopeTable(int64_t seq, int dim, double theta);
+RopeTable MakeRopeTable(int64_t seq, int dim, double theta, Stream& stream);  // In memory of the stream.
 
 enum class RopeDirection : uint8_t { kForward, kBackward };  // Backward rotates by the negative angle.
 

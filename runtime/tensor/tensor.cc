@@ -3,9 +3,22 @@
 #include <cstring>
 
 #include "absl/strings/str_join.h"
+#include "runtime/device/device.h"
 #include "runtime/device/memory.h"
 
 namespace shoal {
+namespace {
+
+// A tensor on what a pool gave, or one without storage on a stream that is poisoned now.
+Tensor OnStorage(absl::StatusOr<std::shared_ptr<void>> storage, Shape shape, DType dtype, Stream& stream) {
+  if (storage.ok()) return Tensor(storage->get(), std::move(shape), dtype, *storage);
+  stream.Fail(storage.status());
+  return Tensor(nullptr, std::move(shape), dtype);
+}
+
+int64_t BytesOf(const Shape& shape, DType dtype) { return ElementCount(shape) * SizeOf(dtype); }
+
+}  // namespace
 
 std::string_view Name(DType dtype) {
   switch (dtype) {
@@ -62,6 +75,69 @@ Tensor Zeros(Shape shape, DType dtype) {
   Tensor tensor = Empty(std::move(shape), dtype);
   if (tensor.bytes() > 0) std::memset(tensor.raw(), 0, static_cast<size_t>(tensor.bytes()));
   return tensor;
+}
+
+Tensor Empty(Shape shape, DType dtype, Stream& stream) {
+  if (stream.device() == nullptr) return Empty(std::move(shape), dtype);
+  absl::StatusOr<std::shared_ptr<void>> storage = stream.device()->memory().Allocate(BytesOf(shape, dtype), stream);
+  return OnStorage(std::move(storage), std::move(shape), dtype, stream);
+}
+
+Tensor Zeros(Shape shape, DType dtype, Stream& stream) {
+  if (stream.device() == nullptr) return Zeros(std::move(shape), dtype);
+  const Tensor tensor = Empty(std::move(shape), dtype, stream);
+  if (!stream.status().ok() || tensor.bytes() == 0) return tensor;
+  Device& device = *stream.device();
+  device.Use();
+  stream.Fail(device.StatusOf(device.api().fill(tensor.raw(), 0, tensor.bytes(), stream.handle()), "filling with zeros"));
+  return tensor;
+}
+
+void UsedOn(const Tensor& tensor, const Stream& stream) {
+  if (stream.device() != nullptr) stream.device()->memory().UsedOn(tensor.raw(), stream);
+}
+
+Tensor EmptyHost(Shape shape, DType dtype, Stream& stream) {
+  if (stream.device() == nullptr) return Empty(std::move(shape), dtype);
+  absl::StatusOr<std::shared_ptr<void>> storage = stream.device()->pinned().Allocate(BytesOf(shape, dtype), stream);
+  return OnStorage(std::move(storage), std::move(shape), dtype, stream);
+}
+
+void Copy(const Tensor& from, const Tensor& to, Stream& stream) {
+  SHOAL_CHECK(from.dtype() == to.dtype() && from.elements() == to.elements())
+      << Name(from.dtype()) << ShapeString(from.shape()) << " to " << Name(to.dtype()) << ShapeString(to.shape());
+  if (!stream.status().ok() || from.bytes() == 0) return;
+  if (stream.device() == nullptr) {
+    std::memcpy(to.raw(), from.raw(), static_cast<size_t>(from.bytes()));
+    return;
+  }
+  Device& device = *stream.device();
+  device.Use();
+  stream.Fail(device.StatusOf(device.api().copy(to.raw(), from.raw(), from.bytes(), stream.handle()), "copying"));
+}
+
+Tensor Upload(const Tensor& host, Stream& stream) {
+  const Tensor to = Empty(host.shape(), host.dtype(), stream);
+  if (stream.device() == nullptr) {
+    Copy(host, to, stream);
+    return to;
+  }
+  const Tensor staging = EmptyHost(host.shape(), host.dtype(), stream);
+  if (!stream.status().ok()) return to;
+  if (host.bytes() > 0) std::memcpy(staging.raw(), host.raw(), static_cast<size_t>(host.bytes()));
+  Copy(staging, to, stream);
+  return to;
+}
+
+absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream) {
+  const Tensor staging = EmptyHost(tensor.shape(), tensor.dtype(), stream);
+  Copy(tensor, staging, stream);
+  SHOAL_RETURN_IF_ERROR(stream.Wait());
+  if (stream.device() == nullptr) return staging;
+  // Ordinary memory: pinned memory is for what is under way.
+  Tensor host = Empty(tensor.shape(), tensor.dtype());
+  if (host.bytes() > 0) std::memcpy(host.raw(), staging.raw(), static_cast<size_t>(host.bytes()));
+  return host;
 }
 
 }  // namespace shoal

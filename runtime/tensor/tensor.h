@@ -10,8 +10,10 @@
 #include <string>
 
 #include "absl/container/inlined_vector.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "runtime/base/check.h"
+#include "runtime/device/stream.h"
 #include "runtime/tensor/dtype.h"
 
 namespace shoal {
@@ -60,5 +62,23 @@ class Tensor {
 // pages when large. CHECKs that the system gives memory: its failure text says what is held.
 Tensor Empty(Shape shape, DType dtype);
 Tensor Zeros(Shape shape, DType dtype);
+
+// In memory of the stream's device, for work on this stream; on the CPU stream as above. Another stream that uses the tensor must wait
+// for this one first and be named to UsedOn before the tensor ends. A failure (out of memory) poisons the stream and gives a tensor of
+// that shape without storage: nothing that is put on a poisoned stream runs.
+Tensor Empty(Shape shape, DType dtype, Stream& stream);
+Tensor Zeros(Shape shape, DType dtype, Stream& stream);
+void UsedOn(const Tensor& tensor, const Stream& stream);
+
+// Host memory that the stream copies from and to without waiting; the host may read what the stream has written after waiting for it.
+Tensor EmptyHost(Shape shape, DType dtype, Stream& stream);
+
+// Between tensors of one type and size, each on the host or on the stream's device, in the order of the stream. Memory of the host
+// that is not EmptyHost's makes the caller wait.
+void Copy(const Tensor& from, const Tensor& to, Stream& stream);
+// A copy of a host tensor, which may be changed at once, in memory of the stream. Does not wait.
+Tensor Upload(const Tensor& host, Stream& stream);
+// The opposite; waits for the stream.
+absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream);
 
 }  // namespace shoal

@@ -6,6 +6,7 @@
 #include "runtime/kernels/cpu/attention_inner.h"
 #include "runtime/kernels/cpu/gemm.h"
 #include "runtime/kernels/cpu/tasks.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -118,12 +119,23 @@ void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, 
 }  // namespace cpu
 
 void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-               Stream&) {
+               Stream& stream) {
+  Check(shape, qkv, out, lse);
+  if (Offloaded(stream, &DeviceKernels::attention, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, out, lse)) {
+    return;
+  }
   cpu::Attention(ActiveIsa(), shape, qkv, out, lse);
 }
 
 void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                       const Tensor& dout, const Tensor& dqkv, Stream&) {
+                       const Tensor& dout, const Tensor& dqkv, Stream& stream) {
+  Check(shape, qkv, out, lse);
+  CheckMatrix("dout", dout, out.dim(0), out.dim(1), qkv.dtype());
+  CheckMatrix("dqkv", dqkv, qkv.dim(0), qkv.dim(1), qkv.dtype());
+  if (Offloaded(stream, &DeviceKernels::attention_backward, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, out,
+                lse, dout, dqkv)) {
+    return;
+  }
   cpu::AttentionBackward(ActiveIsa(), shape, qkv, out, lse, dout, dqkv);
 }
 

@@ -4,6 +4,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -19,12 +20,14 @@ void SetAct(const Tensor& tensor, int64_t index, float value) {
 }  // namespace
 
 void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, const Tensor& loss,
-                  const Tensor& dlogits, Stream&) {
+                  const Tensor& dlogits, Stream& stream) {
   const int64_t C = logits.dim(0), V = logits.dim(1);
   SHOAL_CHECK(C == 0 || V > 0) << "no vocabulary";
   CheckTensor(logits, DType::kF32, {C, V}, "logits");
   CheckTensor(targets, DType::kI32, {C}, "targets");
   CheckTensor(loss, DType::kF32, {C}, "loss");
+  if (!dlogits.empty()) CheckAct(dlogits, {C, V}, "dlogits");
+  if (Offloaded(stream, &DeviceKernels::cross_entropy, logits, targets, scale, loss, dlogits)) return;
   CheckIds(targets.span<int32_t>(), V, "targets");
   const bool wanted = !dlogits.empty();
   const InnerAct act = wanted ? CheckAct(dlogits, {C, V}, "dlogits") : kInnerF32;

@@ -8,6 +8,7 @@
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
 #include "runtime/kernels/cpu/philox.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -44,7 +45,7 @@ uint64_t Mix(uint64_t value) {
 
 }  // namespace
 
-void Convert(const Tensor& from, const Tensor& to, Stream&) {
+void Convert(const Tensor& from, const Tensor& to, Stream& stream) {
   const int64_t N = from.elements();
   SHOAL_CHECK_EQ(N, to.elements());
   if (N == 0) return;
@@ -52,6 +53,7 @@ void Convert(const Tensor& from, const Tensor& to, Stream&) {
   const bool narrow = from.dtype() == DType::kF32 && to.dtype() == DType::kBF16;
   SHOAL_CHECK(copy || narrow || (from.dtype() == DType::kBF16 && to.dtype() == DType::kF32))
       << Name(from.dtype()) << " to " << Name(to.dtype());
+  if (Offloaded(stream, &DeviceKernels::convert, from, to)) return;
   const InnerKernels& inner = Inner();
   ParallelFor(N, kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
     const char* source = static_cast<const char*>(from.raw()) + begin * SizeOf(from.dtype());
@@ -66,10 +68,11 @@ void Convert(const Tensor& from, const Tensor& to, Stream&) {
   });
 }
 
-void AddTo(const Tensor& x, const Tensor& sum, Stream&) {
+void AddTo(const Tensor& x, const Tensor& sum, Stream& stream) {
   const int64_t N = x.elements();
   SHOAL_CHECK_EQ(N, sum.elements());
   const InnerAct act = CheckAct(x.Reshape({N}), {N}, "x");
+  if (Offloaded(stream, &DeviceKernels::add_to, x, sum)) return;
   const auto add_to = Inner().add_to[act];
   ParallelFor(N, kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
     add_to(static_cast<const char*>(x.raw()) + begin * SizeOf(x.dtype()), sum.data<float>() + begin,
@@ -89,7 +92,8 @@ uint64_t RandomBits(RandomKey key, uint64_t index) {
   return index % 2 == 0 ? Join(word[0], word[1]) : Join(word[2], word[3]);
 }
 
-void FillNormal(RandomKey key, uint64_t first_index, double mean, double stddev, const Tensor& x, Stream&) {
+void FillNormal(RandomKey key, uint64_t first_index, double mean, double stddev, const Tensor& x, Stream& stream) {
+  if (Offloaded(stream, &DeviceKernels::fill_normal, key.seed, key.stream, first_index, mean, stddev, x)) return;
   float* out = x.data<float>();
   ParallelFor(x.elements(), kElementsPerThreadMin / kNormalCost, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {

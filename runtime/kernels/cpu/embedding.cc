@@ -4,17 +4,19 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
 constexpr int64_t kFloatsPerCacheLine = 16;
 }  // namespace
 
-void Embedding(const Tensor& table, const Tensor& ids, const Tensor& out, Stream&) {
+void Embedding(const Tensor& table, const Tensor& ids, const Tensor& out, Stream& stream) {
   const int64_t V = table.dim(0), D = table.dim(1), T = ids.dim(0);
   const InnerAct act = CheckAct(table, {V, D}, "table");
   CheckTensor(ids, DType::kI32, {T}, "ids");
   CheckTensor(out, DType::kF32, {T, D}, "out");
+  if (Offloaded(stream, &DeviceKernels::embedding, table, ids, out)) return;
   CheckIds(ids.span<int32_t>(), V, "ids");
   const auto to_f32 = Inner().to_f32;
   ParallelFor(T, GrainOfRows(D), [&](int64_t begin, int64_t end) {
@@ -31,11 +33,12 @@ void Embedding(const Tensor& table, const Tensor& ids, const Tensor& out, Stream
 }
 
 // Each thread owns columns and walks all tokens in order: no two write one element, whatever the ids.
-void EmbeddingBackward(const Tensor& dout, const Tensor& ids, const Tensor& dtable, Stream&) {
+void EmbeddingBackward(const Tensor& dout, const Tensor& ids, const Tensor& dtable, Stream& stream) {
   const int64_t V = dtable.dim(0), D = dtable.dim(1), T = ids.dim(0);
   CheckTensor(dtable, DType::kF32, {V, D}, "dtable");
   CheckTensor(ids, DType::kI32, {T}, "ids");
   CheckTensor(dout, DType::kF32, {T, D}, "dout");
+  if (Offloaded(stream, &DeviceKernels::embedding_backward, dout, ids, dtable)) return;
   CheckIds(ids.span<int32_t>(), V, "ids");
   const auto add_to = Inner().add_to[kInnerF32];
   const int64_t lines = (D + kFloatsPerCacheLine - 1) / kFloatsPerCacheLine;

@@ -9,6 +9,8 @@
 #include "runtime/device/cpu.h"
 #include "runtime/kernels/cpu/gemm.h"
 #include "runtime/kernels/cpu/tasks.h"
+#include "runtime/kernels/device_dispatch.h"
+#include "runtime/kernels/group_lists.h"
 
 namespace shoal::kernels {
 namespace {
@@ -79,7 +81,7 @@ std::vector<Unit> RowUnits(absl::Span<const Segment> segments, Numerics numerics
 
 // out[rows, n] = in[rows, k] op(weights of the segment's expert).
 void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transpose_weights,
-                 absl::Span<const Segment> segments, const Tensor& out, Numerics numerics) {
+                 absl::Span<const Segment> segments, const Tensor& out, Stream& stream, Numerics numerics) {
   const int64_t k = in.dim(1);
   const int64_t n = out.dim(1);
   for (const Segment& segment : segments) {
@@ -88,6 +90,12 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
     CheckTypes(in, w, out);
     SHOAL_CHECK(w.dim(0) == (transpose_weights ? n : k) && w.dim(1) == (transpose_weights ? k : n))
         << ShapeString(w.shape()) << " for " << ShapeString(in.shape()) << " to " << ShapeString(out.shape());
+  }
+  const auto kernel = transpose_weights ? &DeviceKernels::grouped_matmul : &DeviceKernels::grouped_matmul_grad_input;
+  if (stream.device() != nullptr) {
+    const GroupLists lists = UploadLists(weights, segments, stream);
+    Offloaded(stream, kernel, in, lists.matrices, lists.segments, out);
+    return;
   }
   const std::vector<Unit> units = RowUnits(segments, numerics);
   cpu::RunTasks(static_cast<int64_t>(units.size()), [&](int64_t i) {
@@ -112,7 +120,7 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
 }  // namespace
 
 void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b,
-            Accumulate accumulate, const Tensor& c, Stream&) {
+            Accumulate accumulate, const Tensor& c, Stream& stream) {
   CheckTypes(a, b, c);
   SHOAL_CHECK(accumulate == Accumulate::kOverwrite || c.dtype() == DType::kF32);
   Gemm gemm;
@@ -124,6 +132,7 @@ void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose t
   SHOAL_CHECK(b.dim(gemm.transpose_b ? 1 : 0) == gemm.k && c.dim(0) == gemm.m && c.dim(1) == gemm.n)
       << ShapeString(a.shape()) << (gemm.transpose_a ? "^T" : "") << " times " << ShapeString(b.shape())
       << (gemm.transpose_b ? "^T" : "") << " to " << ShapeString(c.shape());
+  if (Offloaded(stream, &DeviceKernels::matmul, a, gemm.transpose_a, b, gemm.transpose_b, accumulate == Accumulate::kAdd, c)) return;
   gemm.a = a.raw();
   gemm.b = b.raw();
   gemm.c = c.raw();
@@ -137,18 +146,18 @@ void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose t
 }
 
 void GroupedMatMul(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
-                   const Tensor& y, Stream&, Numerics numerics) {
-  GroupedRows(x, weights, /*transpose_weights=*/true, segments, y, numerics);
+                   const Tensor& y, Stream& stream, Numerics numerics) {
+  GroupedRows(x, weights, /*transpose_weights=*/true, segments, y, stream, numerics);
 }
 
 void GroupedMatMulGradInput(const Tensor& dy, absl::Span<const Tensor> weights,
-                            absl::Span<const Segment> segments, const Tensor& dx, Stream&,
+                            absl::Span<const Segment> segments, const Tensor& dx, Stream& stream,
                             Numerics numerics) {
-  GroupedRows(dy, weights, /*transpose_weights=*/false, segments, dx, numerics);
+  GroupedRows(dy, weights, /*transpose_weights=*/false, segments, dx, stream, numerics);
 }
 
 void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const Segment> segments,
-                             Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream&) {
+                             Accumulate accumulate, absl::Span<const Tensor> weight_grads, Stream& stream) {
   const int64_t n = dy.dim(1);
   const int64_t k = x.dim(1);
   struct Expert {
@@ -170,6 +179,12 @@ void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, absl::Span<const
                 weight_grads[e].dim(1) == k)
         << ShapeString(weight_grads[e].shape()) << " for " << n << " x " << k;
     Cut(n, kGradRows, [&](int64_t begin, int64_t count) { units.push_back({e, begin, count}); });
+  }
+  if (stream.device() != nullptr) {
+    const GroupLists lists = UploadLists(weight_grads, segments, stream);
+    const bool add = accumulate == Accumulate::kAdd;
+    Offloaded(stream, &DeviceKernels::grouped_matmul_grad_weight, dy, x, lists.segments, add, lists.matrices);
+    return;
   }
   std::stable_sort(units.begin(), units.end(), [&](const Unit& a, const Unit& b) {
     return experts[a.expert].rows > experts[b.expert].rows;

@@ -2,6 +2,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -10,7 +11,7 @@ constexpr int64_t kTokensPerBlock = 64;
 }  // namespace
 
 void RmsNorm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& sum,
-             const Tensor& y, const Tensor& rstd, Stream&) {
+             const Tensor& y, const Tensor& rstd, Stream& stream) {
   const int64_t T = x.dim(0), D = x.dim(1);
   CheckTensor(x, DType::kF32, {T, D}, "x");
   CheckTensor(weight, DType::kF32, {D}, "weight");
@@ -20,6 +21,7 @@ void RmsNorm(const Tensor& x, const Tensor& delta, const Tensor& weight, float e
     SHOAL_CHECK_EQ(CheckAct(delta, {T, D}, "delta"), act);
     CheckTensor(sum, DType::kF32, {T, D}, "sum");
   }
+  if (Offloaded(stream, &DeviceKernels::rms_norm, x, delta, weight, epsilon, sum, y, rstd)) return;
   const RmsNormArgs args = {.x = x.data<float>(),
                             .delta = delta.empty() ? nullptr : delta.raw(),
                             .weight = weight.data<float>(),
@@ -33,7 +35,7 @@ void RmsNorm(const Tensor& x, const Tensor& delta, const Tensor& weight, float e
 }
 
 void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
-                     const Tensor& dx, const Tensor& dweight, Stream&) {
+                     const Tensor& dx, const Tensor& dweight, Stream& stream) {
   const int64_t T = x.dim(0), D = x.dim(1);
   CheckTensor(x, DType::kF32, {T, D}, "x");
   CheckTensor(weight, DType::kF32, {D}, "weight");
@@ -41,6 +43,7 @@ void RmsNormBackward(const Tensor& dy, const Tensor& x, const Tensor& weight, co
   CheckTensor(dx, DType::kF32, {T, D}, "dx");
   CheckTensor(dweight, DType::kF32, {D}, "dweight");
   const InnerAct act = CheckAct(dy, {T, D}, "dy");
+  if (Offloaded(stream, &DeviceKernels::rms_norm_backward, dy, x, weight, rstd, dx, dweight)) return;
   const RmsNormBackwardArgs args = {.dy = dy.raw(),
                                     .x = x.data<float>(),
                                     .weight = weight.data<float>(),

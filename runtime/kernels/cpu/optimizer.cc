@@ -4,6 +4,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -11,9 +12,9 @@ namespace {
 // Elements of one partial sum, whatever the number of threads.
 constexpr int64_t kSumBlock = 16384;
 
-AdamWCoefficients CoefficientsOf(const AdamWStep& step) {
+AdamWCoefficients CoefficientsOf(const AdamWStep& step, float grad_scale) {
   const double n = static_cast<double>(step.update);
-  return {.grad_scale = step.grad_scale,
+  return {.grad_scale = grad_scale,
           .beta1 = static_cast<float>(step.beta1),
           .one_minus_beta1 = static_cast<float>(1 - step.beta1),
           .beta2 = static_cast<float>(step.beta2),
@@ -27,8 +28,16 @@ AdamWCoefficients CoefficientsOf(const AdamWStep& step) {
 }  // namespace
 
 void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
-           const Tensor& copy, Stream&) {
+           const Tensor& copy, Stream& stream) {
+  Tensor grad_scale(const_cast<float*>(&step.grad_scale), {1}, DType::kF32);
+  if (stream.device() != nullptr) grad_scale = Upload(grad_scale, stream);
+  AdamW(step, grad_scale, grad, master, m, v, copy, stream);
+}
+
+void AdamW(const AdamWStep& step, const Tensor& grad_scale, const Tensor& grad, const Tensor& master, const Tensor& m,
+           const Tensor& v, const Tensor& copy, Stream& stream) {
   const int64_t N = master.elements();
+  CheckTensor(grad_scale, DType::kF32, {1}, "grad_scale");
   for (const Tensor* tensor : {&grad, &master, &m, &v}) {
     SHOAL_CHECK_EQ(tensor->elements(), N);
     SHOAL_CHECK(tensor->dtype() == DType::kF32) << "AdamW on " << Name(tensor->dtype());
@@ -36,7 +45,11 @@ void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, cons
   SHOAL_CHECK_GE(step.update, 1);
   SHOAL_CHECK(copy.empty() || copy.elements() == N) << copy.elements() << " elements of the copy for " << N;
   const InnerAct act = copy.empty() ? kInnerF32 : CheckAct(copy.Reshape({N}), {N}, "copy");
-  const AdamWCoefficients coefficients = CoefficientsOf(step);
+  if (Offloaded(stream, &DeviceKernels::adamw, step.learning_rate, step.beta1, step.beta2, step.epsilon, step.weight_decay,
+                step.update, grad_scale, grad, master, m, v, copy)) {
+    return;
+  }
+  const AdamWCoefficients coefficients = CoefficientsOf(step, grad_scale.data<float>()[0]);
   const auto update = Inner().adamw[act];
   ParallelFor(N, kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
     void* to = copy.empty() ? nullptr : static_cast<char*>(copy.raw()) + begin * SizeOf(copy.dtype());
@@ -45,9 +58,13 @@ void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, cons
   });
 }
 
-double SumOfSquares(const Tensor& x, Stream&) {
+void SumOfSquares(const Tensor& x, const Tensor& sum, Stream& stream) {
   const int64_t N = x.elements();
-  if (N == 0) return 0;
+  CheckTensor(sum, DType::kF64, {1}, "sum");
+  SHOAL_CHECK(x.dtype() == DType::kF32) << "sum of squares of " << Name(x.dtype());
+  if (Offloaded(stream, &DeviceKernels::sum_of_squares, x, sum)) return;
+  sum.data<double>()[0] = 0;
+  if (N == 0) return;
   const float* data = x.data<float>();
   const int64_t blocks = (N + kSumBlock - 1) / kSumBlock;
   const Tensor partials = Empty({blocks}, DType::kF64);
@@ -58,9 +75,15 @@ double SumOfSquares(const Tensor& x, Stream&) {
       partial[block] = sum_of_squares(data + block * kSumBlock, std::min(kSumBlock, N - block * kSumBlock));
     }
   });
-  double sum = 0;
-  for (int64_t block = 0; block < blocks; ++block) sum += partial[block];
-  return sum;
+  for (int64_t block = 0; block < blocks; ++block) sum.data<double>()[0] += partial[block];
+}
+
+double SumOfSquares(const Tensor& x, Stream& stream) {
+  const Tensor sum = Empty({1}, DType::kF64, stream);
+  SumOfSquares(x, sum, stream);
+  const absl::StatusOr<Tensor> host = Download(sum, stream);
+  if (!host.ok()) stream.Fail(host.status());
+  return host.ok() ? host->data<double>()[0] : 0;
 }
 
 }  // namespace shoal::kernels

@@ -4,6 +4,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 
@@ -27,13 +28,20 @@ RopeTable MakeRopeTable(int64_t seq, int dim, double theta) {
   return table;
 }
 
-void Rope(const Tensor& x, int heads, int dim, const RopeTable& table, RopeDirection direction, Stream&) {
+RopeTable MakeRopeTable(int64_t seq, int dim, double theta, Stream& stream) {
+  const RopeTable table = MakeRopeTable(seq, dim, theta);
+  return {Upload(table.cos, stream), Upload(table.sin, stream)};
+}
+
+void Rope(const Tensor& x, int heads, int dim, const RopeTable& table, RopeDirection direction, Stream& stream) {
   const int64_t T = x.dim(0), width = x.dim(1), seq = table.cos.dim(0);
   SHOAL_CHECK_LE(static_cast<int64_t>(heads) * dim, width);
   SHOAL_CHECK(T == 0 || seq > 0) << "empty table";
   CheckTensor(table.cos, DType::kF32, {seq, dim / 2}, "cos");
   CheckTensor(table.sin, DType::kF32, {seq, dim / 2}, "sin");
   const InnerAct act = CheckAct(x, {T, width}, "x");
+  const bool backward = direction == RopeDirection::kBackward;
+  if (Offloaded(stream, &DeviceKernels::rope, x, heads, dim, table.cos, table.sin, backward)) return;
   const RopeArgs args = {.x = x.raw(),
                          .cos = table.cos.data<float>(),
                          .sin = table.sin.data<float>(),

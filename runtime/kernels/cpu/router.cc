@@ -9,6 +9,7 @@
 
 #include "runtime/kernels/cpu/dispatch.h"
 #include "runtime/kernels/cpu/parallel.h"
+#include "runtime/kernels/device_dispatch.h"
 
 namespace shoal::kernels {
 namespace {
@@ -41,7 +42,7 @@ void ChooseTopK(const float* logits, int64_t E, int64_t K, int32_t* chosen) {
 }  // namespace
 
 void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& probs, const Tensor& chosen,
-                 const Tensor& weights, const Tensor& logz, Stream&) {
+                 const Tensor& weights, const Tensor& logz, Stream& stream) {
   const int64_t T = logits.dim(0), E = logits.dim(1), K = chosen.dim(1);
   SHOAL_CHECK(E >= 1 && K >= 1 && K <= E) << K << " of " << E << " experts";
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
@@ -49,6 +50,8 @@ void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& pr
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
   CheckTensor(weights, DType::kF32, {T, K}, "weights");
   CheckTensor(logz, DType::kF32, {T}, "logz");
+  const bool renormal = renormalize == Renormalize::kYes;
+  if (Offloaded(stream, &DeviceKernels::topk_softmax, logits, renormal, probs, chosen, weights, logz)) return;
   const auto softmax = Inner().softmax;
   ParallelFor(T, GrainOfRows(2 * E), [&](int64_t begin, int64_t end) {
     std::vector<float> sums(static_cast<size_t>(end - begin));
@@ -76,7 +79,7 @@ void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& pr
 
 void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor& weights, const Tensor& logz,
                          Renormalize renormalize, const Tensor& dweights, const Tensor& dprob, float z_scale,
-                         const Tensor& dlogits, Stream&) {
+                         const Tensor& dlogits, Stream& stream) {
   const int64_t T = probs.dim(0), E = probs.dim(1), K = chosen.dim(1);
   CheckTensor(probs, DType::kF32, {T, E}, "probs");
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
@@ -85,6 +88,11 @@ void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor
   CheckTensor(dweights, DType::kF32, {T, K}, "dweights");
   CheckTensor(dlogits, DType::kF32, {T, E}, "dlogits");
   if (!dprob.empty()) CheckTensor(dprob, DType::kF32, {E}, "dprob");
+  const bool renormal = renormalize == Renormalize::kYes;
+  if (Offloaded(stream, &DeviceKernels::topk_softmax_backward, probs, chosen, weights, logz, renormal, dweights, dprob, z_scale,
+                dlogits)) {
+    return;
+  }
   const SoftmaxBackwardArgs args = {.probs = probs.data<float>(),
                                     .dprob = dprob.empty() ? nullptr : dprob.data<float>(),
                                     .dlogits = dlogits.data<float>(),
@@ -117,11 +125,12 @@ void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor
   });
 }
 
-void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream&) {
+void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream& stream) {
   const int64_t T = logits.dim(0), E = logits.dim(1);
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
   CheckTensor(probs, DType::kF32, {T, E}, "probs");
   CheckTensor(logz, DType::kF32, {T}, "logz");
+  if (Offloaded(stream, &DeviceKernels::softmax, logits, probs, logz)) return;
   const Tensor sums = Empty({T}, DType::kF32);
   const SoftmaxArgs args = {.logits = logits.data<float>(),
                             .probs = probs.data<float>(),
@@ -136,12 +145,13 @@ void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stre
 }
 
 void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dprobs, float z_scale, const Tensor& dlogits,
-                     Stream&) {
+                     Stream& stream) {
   const int64_t T = probs.dim(0), E = probs.dim(1);
   CheckTensor(probs, DType::kF32, {T, E}, "probs");
   CheckTensor(logz, DType::kF32, {T}, "logz");
   CheckTensor(dprobs, DType::kF32, {T, E}, "dprobs");
   CheckTensor(dlogits, DType::kF32, {T, E}, "dlogits");
+  if (Offloaded(stream, &DeviceKernels::softmax_backward, probs, logz, dprobs, z_scale, dlogits)) return;
   const InnerKernels& inner = Inner();
   ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -156,7 +166,7 @@ void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dpro
 }
 
 void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
-                 const Tensor& weights, Stream&) {
+                 const Tensor& weights, Stream& stream) {
   const int64_t T = logits.dim(0), E = logits.dim(1), K = chosen.dim(1);
   SHOAL_CHECK(E >= 1 && K >= 1 && K <= E) << K << " of " << E << " experts";
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
@@ -164,6 +174,7 @@ void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Te
   CheckTensor(scores, DType::kF32, {T, E}, "scores");
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
   CheckTensor(weights, DType::kF32, {T, K}, "weights");
+  if (Offloaded(stream, &DeviceKernels::topk_sigmoid, logits, bias, scale, scores, chosen, weights)) return;
   const auto sigmoid = Inner().sigmoid;
   ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
     std::vector<float> biased(static_cast<size_t>(E));
@@ -182,7 +193,7 @@ void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Te
 }
 
 void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
-                         const Tensor& dshare, const Tensor& dlogits, Stream&) {
+                         const Tensor& dshare, const Tensor& dlogits, Stream& stream) {
   const int64_t T = scores.dim(0), E = scores.dim(1), K = chosen.dim(1), Q = dshare.empty() ? 1 : dshare.dim(0);
   SHOAL_CHECK(T % Q == 0) << T << " tokens of " << Q << " sequences";
   CheckTensor(scores, DType::kF32, {T, E}, "scores");
@@ -191,6 +202,7 @@ void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tenso
   CheckTensor(dweights, DType::kF32, {T, K}, "dweights");
   CheckTensor(dlogits, DType::kF32, {T, E}, "dlogits");
   if (!dshare.empty()) CheckTensor(dshare, DType::kF32, {Q, E}, "dshare");
+  if (Offloaded(stream, &DeviceKernels::topk_sigmoid_backward, scores, chosen, weights, scale, dweights, dshare, dlogits)) return;
   const auto dot = Inner().dot;
   ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -218,11 +230,12 @@ void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tenso
   });
 }
 
-void SumShares(const Tensor& scores, const Tensor& sums, Stream&) {
+void SumShares(const Tensor& scores, const Tensor& sums, Stream& stream) {
   const int64_t T = scores.dim(0), E = scores.dim(1), Q = sums.dim(0);
   CheckTensor(scores, DType::kF32, {T, E}, "scores");
   CheckTensor(sums, DType::kF64, {Q, E}, "sums");
   SHOAL_CHECK(Q == 0 ? T == 0 : T % Q == 0) << T << " tokens of " << Q << " sequences";
+  if (Offloaded(stream, &DeviceKernels::sum_shares, scores, sums)) return;
   const int64_t seq = Q == 0 ? 0 : T / Q;
   ParallelFor(Q, GrainOfRows(2 * seq * E), [&](int64_t begin, int64_t end) {
     for (int64_t q = begin; q < end; ++q) {
@@ -238,12 +251,13 @@ void SumShares(const Tensor& scores, const Tensor& sums, Stream&) {
   });
 }
 
-void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream&) {
+void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tensor& token, Stream& stream) {
   const int64_t T = scores.dim(0), E = scores.dim(1);
   SHOAL_CHECK(C >= 0 && C <= T && T <= UINT32_MAX) << C << " of " << T << " tokens";
   CheckTensor(scores, DType::kF32, {T, E}, "scores");
   CheckTensor(score, DType::kF32, {E}, "score");
   CheckTensor(token, DType::kI64, {E}, "token");
+  if (Offloaded(stream, &DeviceKernels::top_tokens, scores, C, score, token)) return;
   std::fill_n(score.data<float>(), E, std::numeric_limits<float>::infinity());
   std::fill_n(token.data<int64_t>(), E, int64_t{-1});
   if (C == 0) return;
@@ -262,11 +276,12 @@ void TopTokens(const Tensor& scores, int64_t C, const Tensor& score, const Tenso
   });
 }
 
-void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream&) {
+void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream& stream) {
   const int64_t R = x.dim(0), N = x.dim(1);
   CheckTensor(x, DType::kF32, {R, N}, "x");
   CheckTensor(y, DType::kF32, {R, N}, "y");
   CheckTensor(norm, DType::kF32, {R}, "norm");
+  if (Offloaded(stream, &DeviceKernels::normalize_rows, x, y, norm)) return;
   const auto dot = Inner().dot;
   ParallelFor(R, GrainOfRows(2 * N), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -278,12 +293,13 @@ void NormalizeRows(const Tensor& x, const Tensor& y, const Tensor& norm, Stream&
   });
 }
 
-void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream&) {
+void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm, const Tensor& dx, Stream& stream) {
   const int64_t R = y.dim(0), N = y.dim(1);
   CheckTensor(dy, DType::kF32, {R, N}, "dy");
   CheckTensor(y, DType::kF32, {R, N}, "y");
   CheckTensor(norm, DType::kF32, {R}, "norm");
   CheckTensor(dx, DType::kF32, {R, N}, "dx");
+  if (Offloaded(stream, &DeviceKernels::normalize_rows_backward, dy, y, norm, dx)) return;
   const auto dot = Inner().dot;
   ParallelFor(R, GrainOfRows(3 * N), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -297,10 +313,11 @@ void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm
   });
 }
 
-void SumOverTokens(const Tensor& values, const Tensor& sums, Stream&) {
+void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream) {
   const int64_t T = values.dim(0), E = values.dim(1);
   CheckTensor(values, DType::kF32, {T, E}, "values");
   CheckTensor(sums, DType::kF64, {E}, "sums");
+  if (Offloaded(stream, &DeviceKernels::sum_over_tokens, values, sums)) return;
   const int64_t blocks = (T + kTokensPerBlock - 1) / kTokensPerBlock;
   const Tensor partials = Zeros({blocks, E}, DType::kF64);
   double* partial = partials.data<double>();
