@@ -34,7 +34,7 @@ struct LaunchShape {
   int64_t shared_bytes = 0;  // Dynamic shared memory.
 };
 
-constexpr int64_t Blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
+__host__ __device__ constexpr int64_t Blocks(int64_t items, int64_t per_block) { return (items + per_block - 1) / per_block; }
 
 // Memory for intermediate results of the kernels that are put on the stream until the next call for it. 256-byte aligned,
 // uninitialised. It grows, and what it outgrew stays as long as the stream, because recorded graphs use it: growing never waits for

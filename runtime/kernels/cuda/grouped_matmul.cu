@@ -1,0 +1,198 @@
+// Products of experts' rows with their weights (matmul.h) over segments that lie in device memory. A grid as large as the device walks
+// tiles of the results: which tiles there are, its blocks find from the counts of the segments, so that the host need not know them and
+// no row is multiplied in vain. A tile is the sum over steps of k, in their order whatever stands beside it: the bits of a result depend
+// on its own rows and weights alone.
+#include "runtime/kernels/cuda/tile_product.h"
+
+namespace shoal::cuda {
+namespace {
+
+// The segments in their order, 32 at a time, one in each lane; all lanes of a warp call together.
+struct SegmentWindow {
+  const int32_t* segments;  // [count, 3]: expert, begin, rows
+  int32_t count;
+  int32_t first = -32;
+  int32_t expert = 0, begin = 0, rows = 0;  // Of this lane's segment; rows 0: none.
+
+  __device__ bool Advance() {
+    first += 32;
+    if (first >= count) return false;
+    const int32_t own = first + static_cast<int32_t>(threadIdx.x) % 32;
+    rows = own < count ? segments[3 * own + 2] : 0;
+    expert = own < count ? segments[3 * own] : 0;
+    begin = own < count ? segments[3 * own + 1] : 0;
+    return true;
+  }
+};
+
+__device__ __forceinline__ int64_t From(int64_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+__device__ __forceinline__ int32_t From(int32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// Finds tiles of segments by their number over all segments. Numbers asked for may not fall.
+class TileWalk {
+ public:
+  struct Tile {
+    int32_t expert, begin, rows;  // The segment.
+    int64_t tile;                 // Within it.
+  };
+  // A segment of r rows has ceil(r / tile_rows) * tiles_per_row of them.
+  __device__ TileWalk(const int32_t* segments, int32_t count, int tile_rows, int64_t tiles_per_row)
+      : window_{segments, count}, tile_rows_(tile_rows), tiles_per_row_(tiles_per_row) {}
+
+  __device__ bool Find(int64_t number, Tile& found) {
+    while (number >= before_ + in_window_) {
+      before_ += in_window_;
+      if (!window_.Advance()) return false;
+      through_ = Blocks(window_.rows, tile_rows_) * tiles_per_row_;
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      for (int distance = 1; distance < 32; distance *= 2) {
+        const int64_t other = __shfl_up_sync(0xffffffffu, through_, static_cast<unsigned>(distance));
+        if (lane >= distance) through_ += other;
+      }
+      in_window_ = From(through_, 31);
+    }
+    const int64_t local = number - before_;
+    const int lane = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, through_ > local))) - 1;
+    found = {From(window_.expert, lane), From(window_.begin, lane), From(window_.rows, lane), 0};
+    found.tile = local - (From(through_, lane) - Blocks(found.rows, tile_rows_) * tiles_per_row_);
+    return true;
+  }
+
+ private:
+  SegmentWindow window_;
+  int tile_rows_;
+  int64_t tiles_per_row_;
+  int64_t before_ = 0;     // Tiles of earlier windows.
+  int64_t in_window_ = 0;
+  int64_t through_ = 0;    // Tiles of the window up to this lane's segment, its own among them.
+};
+
+// The steps of a product whose k lies along rows of both operands, or across those of b.
+template <typename T> struct AlongSteps {
+  const T* a;
+  const T* b;
+  int64_t a_step, b_step;  // Elements from one step to the next.
+  int64_t k;               // Left.
+
+  __device__ bool Next(int step_k, Step<T>& step) {
+    if (k <= 0) return false;
+    step = {a, b, static_cast<int>(k < step_k ? k : step_k)};
+    a += a_step;
+    b += b_step;
+    k -= step_k;
+    return true;
+  }
+};
+
+// The steps of a product over the rows of one expert's segments, in their order.
+template <typename T> class SegmentSteps {
+ public:
+  __device__ SegmentSteps(const int32_t* segments, int32_t count, int32_t expert, const T* a, int64_t a_stride, const T* b, int64_t b_stride)
+      : window_{segments, count}, expert_(expert), a_(a), b_(b), a_stride_(a_stride), b_stride_(b_stride) {}
+
+  __device__ bool Next(int step_k, Step<T>& step) {
+    while (left_ == 0) {
+      while (mine_ == 0) {
+        if (!window_.Advance()) return false;
+        mine_ = __ballot_sync(0xffffffffu, window_.rows > 0 && window_.expert == expert_);
+      }
+      const int lane = __ffs(static_cast<int>(mine_)) - 1;
+      mine_ &= mine_ - 1;
+      row_ = From(window_.begin, lane);
+      left_ = From(window_.rows, lane);
+    }
+    const int k = left_ < step_k ? left_ : step_k;
+    step = {a_ + row_ * a_stride_, b_ + row_ * b_stride_, k};
+    row_ += k;
+    left_ -= k;
+    return true;
+  }
+
+ private:
+  SegmentWindow window_;
+  int32_t expert_;
+  const T *a_, *b_;
+  int64_t a_stride_, b_stride_;
+  uint32_t mine_ = 0;  // Lanes of the window whose segments are still to come.
+  int64_t row_ = 0;
+  int32_t left_ = 0;
+};
+
+// y[rows, n] = x[rows, k] w^T with w [n, k], or with kAcross x w with w [k, n].
+template <typename T, bool kAcross>
+__global__ void __launch_bounds__(TileProduct<T, false, kAcross>::kThreads, TileProduct<T, false, kAcross>::kBlocks)
+    RowsKernel(const T* x, const int64_t* weights, const int32_t* segments, int32_t segment_count, int64_t k, int64_t n, void* y, bool f32) {
+  using Product = TileProduct<T, false, kAcross>;
+  SHOAL_DYNAMIC_SHARED(unsigned char, shared);
+  const int64_t tiles_n = Blocks(n, Product::kColumns);
+  TileWalk walk(segments, segment_count, Product::kRows, tiles_n);
+  TileWalk::Tile tile;
+  for (int64_t number = blockIdx.x; walk.Find(number, tile); number += gridDim.x) {
+    // Tiles below one another follow one another: they share the weights.
+    const int64_t tiles_m = Blocks(tile.rows, Product::kRows);
+    const int64_t m_begin = tile.tile % tiles_m * Product::kRows, n_begin = tile.tile / tiles_m * Product::kColumns;
+    const int64_t row = tile.begin + m_begin;
+    const T* const a = x + row * k;
+    const int64_t w_stride = kAcross ? n : k;
+    const T* const b = reinterpret_cast<const T*>(weights[tile.expert]) + (kAcross ? n_begin : n_begin * k);
+    const int64_t size = f32 ? 4 : 2;
+    const TileShape shape = {tile.rows - m_begin, n - n_begin, k, w_stride, AreAligned(a, k, b, w_stride)};
+    Product::Run(AlongSteps<T>{a, b, Product::kStep, kAcross ? Product::kStep * n : Product::kStep, k}, shape,
+                 {static_cast<unsigned char*>(y) + (row * n + n_begin) * size, n, f32, false}, shared);
+  }
+}
+
+// dw[n, k] (+)= dy[rows, n]^T x[rows, k] of each expert.
+template <typename T>
+__global__ void __launch_bounds__(TileProduct<T, true, true>::kThreads, TileProduct<T, true, true>::kBlocks)
+    WeightKernel(const T* dy, const T* x, const int32_t* segments, int32_t segment_count, int64_t n, int64_t k, int64_t experts, bool add,
+                 const int64_t* weight_grads) {
+  using Product = TileProduct<T, true, true>;
+  SHOAL_DYNAMIC_SHARED(unsigned char, shared);
+  const int64_t tiles_m = Blocks(n, Product::kRows), tiles = tiles_m * Blocks(k, Product::kColumns);
+  for (int64_t number = blockIdx.x; number < experts * tiles; number += gridDim.x) {
+    const int64_t expert = number / tiles;
+    const int64_t m_begin = number % tiles % tiles_m * Product::kRows, n_begin = number % tiles / tiles_m * Product::kColumns;
+    const T* const a = dy + m_begin;
+    const T* const b = x + n_begin;
+    const TileShape shape = {n - m_begin, k - n_begin, n, k, AreAligned(a, n, b, k)};
+    Product::Run(SegmentSteps<T>(segments, segment_count, static_cast<int32_t>(expert), a, n, b, k), shape,
+                 {reinterpret_cast<float*>(weight_grads[expert]) + m_begin * k + n_begin, k, true, add}, shared);
+  }
+}
+
+template <typename T, bool kAcross>
+DeviceResult Rows(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
+  using Product = TileProduct<T, false, kAcross>;
+  const int64_t n = y.shape[1], segment_count = segments.shape[0];
+  const int64_t tiles_most = (y.shape[0] / Product::kRows + segment_count) * Blocks(n, Product::kColumns);
+  const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
+  return Launch({.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = Product::kSharedBytes},
+                stream, RowsKernel<T, kAcross>, Data<T>(x), Data<int64_t>(weights), Data<int32_t>(segments), segment_count, x.shape[1], n,
+                y.data, y.dtype == DType::kF32);
+}
+
+}  // namespace
+
+DeviceResult GroupedMatMul(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
+  return WithType(x, [&](auto type) { return Rows<decltype(type), false>(x, weights, segments, y, stream); });
+}
+
+DeviceResult GroupedMatMulGradInput(TensorArg dy, TensorArg weights, TensorArg segments, TensorArg dx, StreamArg stream) {
+  return WithType(dy, [&](auto type) { return Rows<decltype(type), true>(dy, weights, segments, dx, stream); });
+}
+
+DeviceResult GroupedMatMulGradWeight(TensorArg dy, TensorArg x, TensorArg segments, bool add, TensorArg weight_grads, StreamArg stream) {
+  return WithType(dy, [&](auto type) {
+    using T = decltype(type);
+    using Product = TileProduct<T, true, true>;
+    const int64_t n = dy.shape[1], k = x.shape[1], experts = weight_grads.elements;
+    const int64_t tiles = experts * Blocks(n, Product::kRows) * Blocks(k, Product::kColumns);
+    const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
+    return Launch({.blocks = tiles < resident ? tiles : resident, .threads = Product::kThreads, .shared_bytes = Product::kSharedBytes}, stream,
+                  WeightKernel<T>, Data<T>(dy), Data<T>(x), Data<int32_t>(segments), segments.shape[0], n, k, experts, add,
+                  Data<int64_t>(weight_grads));
+  });
+}
+
+}  // namespace shoal::cuda

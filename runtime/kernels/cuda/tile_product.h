@@ -1,0 +1,234 @@
+// One tile of a matrix product, by one block: the sum over steps of k, which its caller hands out (so that they may come from any rows),
+// written at the end. bf16 by the tensor cores, f32 by plain multiply-adds.
+#pragma once
+
+#include "runtime/kernels/cuda/kernels.h"
+#include "runtime/kernels/cuda/mma.h"
+
+namespace shoal::cuda {
+
+// Operands of one step: the first elements of a's and b's parts, and how many of k there are (at most TileProduct::kStep).
+template <typename T> struct Step {
+  const T* a;
+  const T* b;
+  int k;
+};
+
+struct TileShape {
+  int64_t m, n;  // Rows and columns of the result from the tile's first; may be more than the tile has.
+  int64_t a_stride, b_stride;
+  bool aligned;  // Addresses of all steps are multiples of 16 bytes; so are the strides and what is left of every row.
+};
+
+struct TileResult {
+  void* data;  // Of the tile's first element.
+  int64_t stride;
+  bool f32;  // Else bf16.
+  bool add;  // To what is there: f32 only.
+};
+
+template <typename T> __device__ __forceinline__ bool AreAligned(const T* a, int64_t a_stride, const T* b, int64_t b_stride) {
+  constexpr int64_t kElements = 16 / sizeof(T);
+  return IsAligned16(a) && IsAligned16(b) && a_stride % kElements == 0 && b_stride % kElements == 0;
+}
+
+// Eight elements of a row of the result, of which the first `count` exist.
+__device__ __forceinline__ void Store8(const TileResult& result, int64_t at, int count, const float* values) {
+  const bool whole = count >= 8 && IsAligned16(static_cast<unsigned char*>(result.data) + at * (result.f32 ? 4 : 2));
+  if (result.f32) {
+    float* const to = static_cast<float*>(result.data) + at;
+    for (int i = 0; i < 8; i += 4) {
+      if (whole) {
+        auto* const pack = reinterpret_cast<Pack<float, 4>*>(to + i);
+        Pack<float, 4> sums = result.add ? *pack : Pack<float, 4>{};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums.at[j] += values[i + j];
+        *pack = sums;
+      } else {
+        for (int j = i; j < i + 4 && j < count; ++j) to[j] = result.add ? to[j] + values[j] : values[j];
+      }
+    }
+  } else {
+    Bf16* const to = static_cast<Bf16*>(result.data) + at;
+    if (whole) {
+      Pack<uint32_t, 4> pack;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) pack.at[j] = PackBf16(values[2 * j], values[2 * j + 1]);
+      *reinterpret_cast<Pack<uint32_t, 4>*>(to) = pack;
+    } else {
+      for (int j = 0; j < 8 && j < count; ++j) to[j] = FromFloat<Bf16>(values[j]);
+    }
+  }
+}
+
+// c[m, n] = a b. kAAcross: a lies as [k][m], else [m][k]; kBAcross: b lies as [k][n], else [n][k].
+template <typename T, bool kAAcross, bool kBAcross> struct TileProduct;
+
+template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcross> {
+  static constexpr int kRows = 128, kColumns = 256, kStep = 64, kStages = 3;
+  static constexpr int kThreads = 256, kBlocks = 1;  // Of a multiprocessor.
+  static constexpr int kABytes = kRows * kStep * 2, kStageBytes = kABytes + kColumns * kStep * 2;
+  static constexpr int kSharedBytes = kStages * kStageBytes;
+  using ALayout = Swizzled<kAAcross ? kStep : kRows>;
+  using BLayout = Swizzled<kBAcross ? kStep : kColumns>;
+  // Of a warp: its part of the tile, and its place for staging it.
+  static constexpr int kWarpRows = 64, kWarpColumns = 64, kStagingStride = kWarpColumns + 8;
+  static_assert(kThreads / 32 * kWarpRows * kStagingStride * 4 <= kSharedBytes);
+
+  // All threads of the block; barriers within. `shared` is free again after it.
+  template <typename Steps>
+  __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+    const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int row = warp % 2 * kWarpRows, column = warp / 2 * kWarpColumns;
+    const bool has_part = row < m && column < n;
+    float sums[kWarpRows / 16][kWarpColumns / 8][4] = {};
+    int loaded = 0;
+    for (int stage = 0; stage < kStages - 1; ++stage) loaded += Load(steps, shape, m, n, shared + stage * kStageBytes);
+    for (int done = 0; done < loaded; ++done) {
+      WaitCopies<kStages - 2>();
+      __syncthreads();
+      loaded += Load(steps, shape, m, n, shared + (done + kStages - 1) % kStages * kStageBytes);
+      if (has_part) Multiply(shared + done % kStages * kStageBytes, row, column, sums);
+    }
+    WaitCopies<0>();
+    __syncthreads();
+    if (has_part && !(result.add && loaded == 0)) Store(sums, row, column, m, n, result, reinterpret_cast<float*>(shared) + warp * kWarpRows * kStagingStride);
+    __syncthreads();
+  }
+
+ private:
+  // One group of copies, empty behind the last step. Returns how many steps it loads.
+  template <typename Steps> __device__ static int Load(Steps& steps, const TileShape& shape, int m, int n, unsigned char* stage) {
+    Step<Bf16> step;
+    const bool more = steps.Next(kStep, step);
+    if (more) {
+      Bf16* const a = reinterpret_cast<Bf16*>(stage);
+      Bf16* const b = reinterpret_cast<Bf16*>(stage + kABytes);
+      if (kAAcross) {
+        LoadTile<ALayout, kStep, kRows, kThreads>(a, step.a, shape.a_stride, step.k, m, shape.aligned);
+      } else {
+        LoadTile<ALayout, kRows, kStep, kThreads>(a, step.a, shape.a_stride, m, step.k, shape.aligned);
+      }
+      if (kBAcross) {
+        LoadTile<BLayout, kStep, kColumns, kThreads>(b, step.b, shape.b_stride, step.k, n, shape.aligned);
+      } else {
+        LoadTile<BLayout, kColumns, kStep, kThreads>(b, step.b, shape.b_stride, n, step.k, shape.aligned);
+      }
+    }
+    CommitCopies();
+    return more ? 1 : 0;
+  }
+
+  struct Fragments {
+    uint32_t a[kWarpRows / 16][4], b[kWarpColumns / 16][4];
+
+    __device__ void Load(const Bf16* shared_a, const Bf16* shared_b, int row, int column, int k) {
+#pragma unroll
+      for (int i = 0; i < kWarpRows / 16; ++i) {
+        if (kAAcross) {
+          LoadATransposed<ALayout>(a[i], shared_a, row + 16 * i, k);
+        } else {
+          LoadA<ALayout>(a[i], shared_a, row + 16 * i, k);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 16; ++j) {
+        if (kBAcross) {
+          LoadBTransposed<BLayout>(b[j], shared_b, column + 16 * j, k);
+        } else {
+          LoadB<BLayout>(b[j], shared_b, column + 16 * j, k);
+        }
+      }
+    }
+  };
+
+  __device__ static void Multiply(const unsigned char* stage, int row, int column, float (&sums)[kWarpRows / 16][kWarpColumns / 8][4]) {
+    const Bf16* const a = reinterpret_cast<const Bf16*>(stage);
+    const Bf16* const b = reinterpret_cast<const Bf16*>(stage + kABytes);
+    Fragments fragments[2];  // One is loaded while the other is multiplied.
+    fragments[0].Load(a, b, row, column, 0);
+#pragma unroll
+    for (int k = 0; k < kStep / 16; ++k) {
+      if (k + 1 < kStep / 16) fragments[(k + 1) % 2].Load(a, b, row, column, 16 * (k + 1));
+      const Fragments& now = fragments[k % 2];
+#pragma unroll
+      for (int i = 0; i < kWarpRows / 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < kWarpColumns / 8; ++j) Mma(sums[i][j], now.a[i], now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]);
+      }
+    }
+  }
+
+  // Through shared memory, so that rows are written by accesses of 16 bytes that lie together.
+  __device__ static void Store(const float (&sums)[kWarpRows / 16][kWarpColumns / 8][4], int row, int column, int m, int n,
+                               const TileResult& result, float* staging) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < kWarpRows / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWarpColumns / 8; ++j) {
+        float* const at = staging + (16 * i + g) * kStagingStride + 8 * j + 2 * t;
+        *reinterpret_cast<Pack<float, 2>*>(at) = {sums[i][j][0], sums[i][j][1]};
+        *reinterpret_cast<Pack<float, 2>*>(at + 8 * kStagingStride) = {sums[i][j][2], sums[i][j][3]};
+      }
+    }
+    __syncwarp();
+    const int own = column + lane % 8 * 8;
+    for (int i = lane / 8; i < kWarpRows && row + i < m; i += 4) {
+      if (own < n) Store8(result, (row + i) * result.stride + own, n - own, staging + i * kStagingStride + lane % 8 * 8);
+    }
+  }
+};
+
+template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAcross> {
+  static constexpr int kRows = 64, kColumns = 64, kStep = 16;
+  static constexpr int kThreads = 256, kBlocks = 3;
+  static constexpr int kStride = kRows + 4;  // Both parts lie as [k][row or column].
+  static constexpr int kSharedBytes = 2 * kStep * kStride * 4;
+
+  template <typename Steps>
+  __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+    const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
+    float* const a = reinterpret_cast<float*>(shared);
+    float* const b = a + kStep * kStride;
+    const int row = static_cast<int>(threadIdx.x) / 16 * 4, column = static_cast<int>(threadIdx.x) % 16 * 4;
+    float sums[4][4] = {};
+    Step<float> step;
+    while (steps.Next(kStep, step)) {
+      Load<kAAcross>(a, step.a, shape.a_stride, m, step.k);
+      Load<kBAcross>(b, step.b, shape.b_stride, n, step.k);
+      __syncthreads();
+#pragma unroll
+      for (int k = 0; k < kStep; ++k) {
+        const auto left = *reinterpret_cast<const Pack<float, 4>*>(a + k * kStride + row);
+        const auto right = *reinterpret_cast<const Pack<float, 4>*>(b + k * kStride + column);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[i][j] = __fmaf_rn(left.at[i], right.at[j], sums[i][j]);
+        }
+      }
+      __syncthreads();
+    }
+    for (int i = 0; i < 4 && row + i < m; ++i) {
+      for (int j = 0; j < 4 && column + j < n; ++j) {
+        float* const to = static_cast<float*>(result.data) + (row + i) * result.stride + column + j;
+        *to = result.add ? *to + sums[i][j] : sums[i][j];
+      }
+    }
+  }
+
+ private:
+  template <bool kAcross> __device__ static void Load(float* to, const float* from, int64_t stride, int lines, int step_k) {
+#pragma unroll
+    for (int first = 0; first < kRows * kStep; first += kThreads) {
+      const int item = first + static_cast<int>(threadIdx.x);
+      const int line = kAcross ? item % kRows : item / kStep, k = kAcross ? item / kRows : item % kStep;
+      const bool inside = line < lines && k < step_k;
+      to[k * kStride + line] = inside ? from[kAcross ? k * stride + line : line * stride + k] : 0.0f;
+    }
+  }
+};
+
+}  // namespace shoal::cuda
