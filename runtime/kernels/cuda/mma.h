@@ -131,6 +131,6 @@ __device__ __forceinline__ void LoadTile(Bf16* shared, const Bf16* global, int64
   }
 }
 
-__device__ __forceinline__ bool IsAligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+__host__ __device__ __forceinline__ bool IsAligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 }  // namespace shoal::cuda

@@ -1,0 +1,136 @@
+#include "runtime/kernels/attention.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "runtime/kernels/cuda/device_testing.h"
+
+namespace shoal::kernels {
+namespace {
+
+using testing::Get;
+using testing::MaxAbs;
+using testing::Random;
+using testing::Set;
+using testing::TestStream;
+using testing::ToDevice;
+using testing::ToHost;
+
+struct Tensors {
+  Tensor qkv, out, lse, dout, dqkv;  // Outputs are NaN: nothing may be left unwritten.
+  Tensors(const AttentionShape& s, DType dtype, uint64_t seed)
+      : qkv(Random({s.rows * s.seq, s.qkv_width()}, dtype, seed)),
+        out(Empty({s.rows * s.seq, s.q_width()}, dtype)),
+        lse(Empty({s.rows * s.seq, s.heads}, DType::kF32)),
+        dout(Random(out.shape(), dtype, seed + 1)),
+        dqkv(Empty(qkv.shape(), dtype)) {
+    for (const Tensor* output : {&out, &lse, &dqkv}) {
+      if (output->bytes() > 0) std::memset(output->raw(), 0xff, static_cast<size_t>(output->bytes()));
+    }
+  }
+};
+
+void RunOnDevice(const AttentionShape& shape, Tensors& t) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const Tensor qkv = ToDevice(t.qkv, *stream), out = ToDevice(t.out, *stream), lse = ToDevice(t.lse, *stream);
+  const Tensor dout = ToDevice(t.dout, *stream), dqkv = ToDevice(t.dqkv, *stream);
+  Attention(shape, qkv, out, lse, *stream);
+  AttentionBackward(shape, qkv, out, lse, dout, dqkv, *stream);
+  t.out = ToHost(out, *stream);
+  t.lse = ToHost(lse, *stream);
+  t.dqkv = ToHost(dqkv, *stream);
+}
+
+// Errors in units of the largest magnitude of the tensor. f32: sums of up to max(seq * group, dim) terms in some order, each term from a
+// score whose own error (dim terms) the exponential turns into a relative one; another 2^-20 for the GPU's exponential. bf16: every
+// rounding (of probabilities, scores' gradients, results, and the `out` that the backward pass reads) adds 2^-8 of what it rounds.
+double Tolerance(const AttentionShape& s, DType dtype, int bf16_roundings) {
+  const double terms = static_cast<double>(s.dim + s.seq * (s.heads / s.kv_heads));
+  return 8 * terms * 0x1p-24 + 0x1p-20 + (dtype == DType::kBF16 ? bf16_roundings * 0x1p-8 : 0.0);
+}
+
+void ExpectClose(const char* what, const Tensor& got, const Tensor& want, double tolerance) {
+  ASSERT_EQ(got.shape(), want.shape());
+  const double largest = MaxAbs(want);
+  for (int64_t i = 0; i < got.elements(); ++i) {
+    ASSERT_TRUE(std::abs(Get(got, i) - Get(want, i)) <= tolerance * largest)  // NaN fails.
+        << what << " row " << i / got.dim(1) << " column " << i % got.dim(1) << ": " << Get(got, i) << ", want " << Get(want, i) << " within "
+        << tolerance * largest;
+  }
+}
+
+void ExpectLikeReference(const AttentionShape& shape, DType dtype, Tensors& got, double widen = 1) {
+  SCOPED_TRACE(::testing::Message() << Name(dtype) << " rows " << shape.rows << " seq " << shape.seq << " heads " << shape.heads << "/"
+                                    << shape.kv_heads << " dim " << shape.dim);
+  Stream host;
+  Tensors want = got;
+  want.out = Empty(got.out.shape(), DType::kF32);
+  want.lse = Empty(got.lse.shape(), DType::kF32);
+  want.dqkv = Empty(got.dqkv.shape(), DType::kF32);
+  ref::Attention(shape, want.qkv, want.out, want.lse, host);
+  ref::AttentionBackward(shape, want.qkv, want.out, want.lse, want.dout, want.dqkv, host);
+  RunOnDevice(shape, got);
+  ExpectClose("out", got.out, want.out, widen * Tolerance(shape, dtype, 2));
+  ExpectClose("lse", got.lse, want.lse, widen * Tolerance(shape, DType::kF32, 0));
+  ExpectClose("dqkv", got.dqkv, want.dqkv, widen * Tolerance(shape, dtype, 4));
+}
+
+// {rows, seq, heads, kv_heads, dim}: one token, both sides of the tiles of 64 and 128 tokens, groups of 1, 2 and 4 heads, heads that fill
+// an instance, are narrower, not a multiple of 16 or 8, and wider than the tensor cores' kernels take.
+const AttentionShape kShapes[] = {
+    {1, 1, 1, 1, 64},  {2, 17, 4, 1, 64}, {1, 130, 2, 2, 64}, {1, 64, 4, 2, 32},  {1, 65, 2, 1, 80},  {1, 130, 4, 1, 128},
+    {1, 129, 1, 1, 16}, {3, 33, 2, 1, 20}, {2, 5, 3, 1, 3},    {1, 70, 1, 1, 256}, {1, 40, 2, 1, 144}, {1, 9, 1, 1, 300},
+};
+
+TEST(Attention, Bf16ForwardAndBackwardMatchTheReference) {
+  for (const AttentionShape& shape : kShapes) {
+    Tensors t(shape, DType::kBF16, 7);
+    ExpectLikeReference(shape, DType::kBF16, t);
+  }
+}
+
+TEST(Attention, F32ForwardAndBackwardMatchTheReference) {
+  for (const AttentionShape& shape : kShapes) {
+    Tensors t(shape, DType::kF32, 7);
+    ExpectLikeReference(shape, DType::kF32, t);
+  }
+}
+
+TEST(Attention, RepeatsBitForBit) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const AttentionShape shape = {2, 70, 4, 2, 32};
+    Tensors first(shape, dtype, 3), second(shape, dtype, 3);
+    RunOnDevice(shape, first);
+    RunOnDevice(shape, second);
+    testing::ExpectSameBits(second.out, first.out, "out");
+    testing::ExpectSameBits(second.lse, first.lse, "lse");
+    testing::ExpectSameBits(second.dqkv, first.dqkv, "dqkv");
+  }
+}
+
+// Scores of some hundreds: the running maximum must keep every exponential in range. A score's error, 2^-24 of its size per term of its
+// sum, becomes relative in the exponential.
+TEST(Attention, LargeScoresStayFinite) {
+  const AttentionShape shape = {1, 150, 2, 1, 16};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Tensors t(shape, dtype, 5);
+    for (int64_t i = 0; i < t.qkv.elements(); ++i) Set(t.qkv, i, 12 * Get(t.qkv, i));
+    ExpectLikeReference(shape, dtype, t, dtype == DType::kF32 ? 16 : 2);
+  }
+}
+
+TEST(Attention, NoRowsAndNoTokensAreAllowed) {
+  for (const AttentionShape& shape : {AttentionShape{0, 4, 2, 1, 8}, AttentionShape{3, 0, 2, 1, 8}}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      Tensors t(shape, dtype, 1);
+      RunOnDevice(shape, t);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace shoal::kernels
