@@ -51,7 +51,7 @@ class Device {
  private:
   friend class DevicePool;
   friend class Event;
-  friend class Graph;
+  friend class CapturedGraph;
   friend class PinnedPool;
   friend class Stream;
   Device(const DeviceApi& api, int ordinal);

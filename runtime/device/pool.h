@@ -39,7 +39,7 @@ class DevicePool {
 
  private:
   friend class Device;
-  friend class Graph;
+  friend class CapturedGraph;
   friend class Stream;
   // A block that is free once these have passed.
   struct Pending {
@@ -78,7 +78,7 @@ class PinnedPool {
 
  private:
   friend class Device;
-  friend class Graph;
+  friend class CapturedGraph;
   friend class Stream;
   struct Block {
     void* memory;

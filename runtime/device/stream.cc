@@ -44,7 +44,7 @@ absl::StatusOr<double> Event::Milliseconds(const Event& begin, const Event& end)
   return milliseconds;
 }
 
-Graph& Graph::operator=(Graph&& other) noexcept {
+CapturedGraph& CapturedGraph::operator=(CapturedGraph&& other) noexcept {
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
   std::swap(memory_owner_, other.memory_owner_);
@@ -53,7 +53,7 @@ Graph& Graph::operator=(Graph&& other) noexcept {
 }
 
 // Launches may still be under way; the driver keeps the graph until they end, and what uses its memory next is behind them.
-Graph::~Graph() {
+CapturedGraph::~CapturedGraph() {
   if (handle_ == nullptr) return;
   device_->Use();
   device_->api().destroy_graph(handle_);
@@ -104,9 +104,9 @@ absl::Status Stream::BeginCapture() {
   return absl::OkStatus();
 }
 
-absl::StatusOr<Graph> Stream::EndCapture() {
+absl::StatusOr<CapturedGraph> Stream::EndCapture() {
   SHOAL_CHECK(capturing()) << "recording has not begun";
-  Graph graph;
+  CapturedGraph graph;
   graph.memory_owner_ = std::exchange(capture_owner_, 0);
   graph.stream_ = id_;
   device_->Use();
@@ -120,7 +120,7 @@ absl::StatusOr<Graph> Stream::EndCapture() {
   return graph;
 }
 
-void Stream::Launch(const Graph& graph) {
+void Stream::Launch(const CapturedGraph& graph) {
   SHOAL_CHECK(graph.device_ == device_ && graph.stream_ == id_) << "a graph of another stream";
   if (!status_.ok()) return;
   device_->Use();

@@ -48,12 +48,12 @@ class Event {
 
 // Work of one stream that was recorded once and can be done often by one call. Move-only; ends before its stream's device. Its
 // memory goes back to the stream that recorded it.
-class Graph {
+class CapturedGraph {
  public:
-  Graph() = default;
-  Graph(Graph&& other) noexcept { *this = std::move(other); }
-  Graph& operator=(Graph&& other) noexcept;
-  ~Graph();
+  CapturedGraph() = default;
+  CapturedGraph(CapturedGraph&& other) noexcept { *this = std::move(other); }
+  CapturedGraph& operator=(CapturedGraph&& other) noexcept;
+  ~CapturedGraph();
 
  private:
   friend class Stream;
@@ -90,8 +90,8 @@ class Stream {
   // meanwhile, which it must wait for before the end. Neither side may be waited for by the host. Memory allocated on this stream
   // meanwhile is the graph's; other tensors that the graph uses must outlive it, at the same place.
   absl::Status BeginCapture();
-  absl::StatusOr<Graph> EndCapture();
-  void Launch(const Graph& graph);  // On the stream that recorded it.
+  absl::StatusOr<CapturedGraph> EndCapture();
+  void Launch(const CapturedGraph& graph);  // On the stream that recorded it.
 
   // To whom allocations for this stream belong (pool.h): the stream, or the graph that it records.
   int memory_owner() const { return capture_owner_ != 0 ? capture_owner_ : id_; }
