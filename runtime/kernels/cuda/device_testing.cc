@@ -96,7 +96,7 @@ std::unique_ptr<Stream> TestStream() {
   return *std::move(stream);
 }
 
-Tensor ToHost(const Tensor& tensor, Stream& stream) {
+Tensor ToHostFunction::operator()(const Tensor& tensor, Stream& stream) const {
   const absl::StatusOr<Tensor> host = Download(tensor, stream);
   if (host.ok()) return *host;
   ADD_FAILURE() << host.status().ToString();

@@ -25,8 +25,21 @@ Device& TestDevice();
 bool OnRealDevice();
 std::unique_ptr<Stream> TestStream();
 
-inline Tensor ToDevice(const Tensor& host, Stream& stream) { return Upload(host, stream); }
+// Objects rather than functions, so that shoal::ToDevice and ToHost, which do not fail a test, are not found beside them.
+struct ToDeviceFunction {
+  Tensor operator()(const Tensor& host, Stream& stream) const { return Upload(host, stream); }
+};
+inline constexpr ToDeviceFunction ToDevice;
+// One element after an aligned address: kernels must not take it for one that packs of elements may be read from.
+inline Tensor ToOddAddress(const Tensor& host, Stream& stream) {
+  const Tensor tensor = Empty({host.elements() + 1}, host.dtype(), stream).Elements(1, host.shape());
+  shoal::Copy(host, tensor, stream);
+  return tensor;
+}
 // Waits. A failure of the stream fails the test and gives NaNs (integers: all bits set).
-Tensor ToHost(const Tensor& tensor, Stream& stream);
+struct ToHostFunction {
+  Tensor operator()(const Tensor& tensor, Stream& stream) const;
+};
+inline constexpr ToHostFunction ToHost;
 
 }  // namespace shoal::kernels::testing
