@@ -77,18 +77,20 @@ TEST(StepWatch, RankZeroWritesTheProfileAndAllRanksGoOnFromIt) {
   EXPECT_GT(file->profile.costs.size(), 10u);
 
   std::mutex mutex;
-  std::vector<std::vector<int64_t>> tables;
+  std::vector<std::string> profiles;
   RunRanks(2, "auto", [&](Communicator& world) {
     Profiler same, other;
     ASSERT_TRUE(StepWatch::Create({.run_dir = folder.path(), .about = "this"}, world, same).ok());
     ASSERT_TRUE(StepWatch::Create({.run_dir = folder.path(), .about = "that"}, world, other).ok());
     EXPECT_TRUE(other.table().models.empty());
     const std::lock_guard<std::mutex> lock(mutex);
-    tables.push_back(ToIntegers(same.table()));
+    profiles.push_back(ToJson({.about = "this", .profile = same.profile()}));
   });
-  ASSERT_EQ(tables.size(), 2u);
-  EXPECT_EQ(tables[0], tables[1]);
-  EXPECT_EQ(FromIntegers(tables[0]).models.size(), file->profile.costs.size());
+  ASSERT_EQ(profiles.size(), 2u);
+  EXPECT_EQ(profiles[0], profiles[1]);
+  const auto begun = ProfileFromJson(profiles[0]);
+  ASSERT_TRUE(begun.ok()) << begun.status();
+  EXPECT_EQ(begun->profile.costs.size(), file->profile.costs.size());
 }
 
 TEST(StepWatch, TracesHaveAllRanksOnOneClockBesideThePrediction) {
