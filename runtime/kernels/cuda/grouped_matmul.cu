@@ -7,6 +7,17 @@
 namespace shoal::cuda {
 namespace {
 
+#ifdef __CUDACC__
+// What a block may have, at most; 0 if the device does not tell.
+int64_t SharedMemoryOfBlock() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
+#else
+int64_t SharedMemoryOfBlock() { return 227 * 1024; }
+#endif
+
 // The segments in their order, 32 at a time, one in each lane; all lanes of a warp call together.
 struct SegmentWindow {
   const int32_t* segments;  // [count, 3]: expert, begin, rows
@@ -161,13 +172,18 @@ __global__ void __launch_bounds__(TileProduct<T, true, true>::kThreads, TileProd
   }
 }
 
+// Of a block: the most that the kernel has a use for, if the device has it.
+template <typename Product> int64_t SharedBytes() {
+  return SharedMemoryOfBlock() >= Product::kSharedBytesMost ? Product::kSharedBytesMost : Product::kSharedBytes;
+}
+
 template <typename T, bool kAcross>
 DeviceResult Rows(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
   using Product = TileProduct<T, false, kAcross>;
   const int64_t n = y.shape[1], segment_count = segments.shape[0];
   const int64_t tiles_most = (y.shape[0] / Product::kRows + segment_count) * Blocks(n, Product::kColumns);
   const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
-  return Launch({.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = Product::kSharedBytes},
+  return Launch({.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()},
                 stream, RowsKernel<T, kAcross>, Data<T>(x), Data<int64_t>(weights), Data<int32_t>(segments), segment_count, x.shape[1], n,
                 y.data, y.dtype == DType::kF32);
 }
@@ -189,7 +205,7 @@ DeviceResult GroupedMatMulGradWeight(TensorArg dy, TensorArg x, TensorArg segmen
     const int64_t n = dy.shape[1], k = x.shape[1], experts = weight_grads.elements;
     const int64_t tiles = experts * Blocks(n, Product::kRows) * Blocks(k, Product::kColumns);
     const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
-    return Launch({.blocks = tiles < resident ? tiles : resident, .threads = Product::kThreads, .shared_bytes = Product::kSharedBytes}, stream,
+    return Launch({.blocks = tiles < resident ? tiles : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()}, stream,
                   WeightKernel<T>, Data<T>(dy), Data<T>(x), Data<int32_t>(segments), segments.shape[0], n, k, experts, add,
                   Data<int64_t>(weight_grads));
   });

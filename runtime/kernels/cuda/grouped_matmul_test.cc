@@ -78,27 +78,27 @@ std::vector<Tensor> Weights(int64_t n, int64_t k, DType dtype, uint64_t seed) {
 }
 
 // On the device and back.
-std::vector<Tensor> ToDevice(const std::vector<Tensor>& tensors, Stream& stream) {
+std::vector<Tensor> AllToDevice(const std::vector<Tensor>& tensors, Stream& stream) {
   std::vector<Tensor> there;
-  for (const Tensor& tensor : tensors) there.push_back(kernels::testing::ToDevice(tensor, stream));
+  for (const Tensor& tensor : tensors) there.push_back(ToDevice(tensor, stream));
   return there;
 }
 Tensor Forward(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Segment>& segments, const Tensor& y) {
   const std::unique_ptr<Stream> stream = TestStream();
   const Tensor result = ToDevice(y, *stream);
-  kernels::GroupedMatMul(ToDevice(x, *stream), ToDevice(weights, *stream), segments, result, *stream);
+  kernels::GroupedMatMul(ToDevice(x, *stream), AllToDevice(weights, *stream), segments, result, *stream);
   return ToHost(result, *stream);
 }
 Tensor GradInput(const Tensor& dy, const std::vector<Tensor>& weights, const std::vector<Segment>& segments, const Tensor& dx) {
   const std::unique_ptr<Stream> stream = TestStream();
   const Tensor result = ToDevice(dx, *stream);
-  kernels::GroupedMatMulGradInput(ToDevice(dy, *stream), ToDevice(weights, *stream), segments, result, *stream);
+  kernels::GroupedMatMulGradInput(ToDevice(dy, *stream), AllToDevice(weights, *stream), segments, result, *stream);
   return ToHost(result, *stream);
 }
 std::vector<Tensor> GradWeight(const Tensor& dy, const Tensor& x, const std::vector<Segment>& segments, Accumulate accumulate,
                                const std::vector<Tensor>& grads) {
   const std::unique_ptr<Stream> stream = TestStream();
-  std::vector<Tensor> results = ToDevice(grads, *stream);
+  std::vector<Tensor> results = AllToDevice(grads, *stream);
   kernels::GroupedMatMulGradWeight(ToDevice(dy, *stream), ToDevice(x, *stream), segments, accumulate, results, *stream);
   for (Tensor& result : results) result = ToHost(result, *stream);
   return results;
@@ -203,6 +203,22 @@ TEST(GroupedMatMul, ManySegments) {
     ExpectClose(Forward(x, weights, segments, y), y_expected, kK);
     const std::vector<Tensor> got = GradWeight(dy, x, segments, Accumulate::kOverwrite, grads);
     for (size_t e = 0; e < kExperts; ++e) ExpectClose(got[e], expected[e], 50);
+  }
+}
+
+TEST(GroupedMatMul, OddAddresses) {
+  Stream host;
+  const std::unique_ptr<Stream> stream = TestStream();
+  for (const DType in : {DType::kF32, DType::kBF16}) {
+    const Tensor x = Random(40, 72, in, 1), w = Random(24, 72, in, 2), y = Zeros({40, 24}, in), dw = Zeros({24, 72}, DType::kF32);
+    const Tensor there_x = kernels::testing::ToOddAddress(x, *stream), there_y = kernels::testing::ToOddAddress(y, *stream);
+    const std::vector<Tensor> weights = {kernels::testing::ToOddAddress(w, *stream)}, grads = {kernels::testing::ToOddAddress(dw, *stream)};
+    kernels::GroupedMatMul(there_x, weights, std::vector<Segment>{{0, 0, 40}}, there_y, *stream);
+    kernels::ref::MatMul(x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite, y, host);
+    ExpectClose(ToHost(there_y, *stream), y, 72);
+    kernels::GroupedMatMulGradWeight(there_y, there_x, std::vector<Segment>{{0, 0, 40}}, Accumulate::kOverwrite, grads, *stream);
+    kernels::ref::MatMul(ToHost(there_y, *stream), Transpose::kYes, x, Transpose::kNo, Accumulate::kOverwrite, dw, host);
+    ExpectClose(ToHost(grads[0], *stream), dw, 40 * 72);  // The terms are sums of 72.
   }
 }
 

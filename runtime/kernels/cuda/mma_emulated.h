@@ -38,6 +38,10 @@ inline std::deque<CopyGroup>& Copies() {
 inline float Half(uint32_t pair, int high) { return __uint_as_float(high != 0 ? pair & 0xffff0000u : pair << 16); }
 }  // namespace emulator
 
+inline uint32_t SharedAddress(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(shared) - emulator::t_dynamic_shared);
+}
+
 inline void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   uint32_t all[32][6];

@@ -4,6 +4,7 @@
 
 #include "runtime/kernels/cuda/kernels.h"
 #include "runtime/kernels/cuda/mma.h"
+#include "runtime/kernels/cuda/warp_group.h"
 
 namespace shoal::cuda {
 
@@ -69,15 +70,31 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
   static constexpr int kThreads = 256, kBlocks = 1;  // Of a multiprocessor.
   static constexpr int kABytes = kRows * kStep * 2, kStageBytes = kABytes + kColumns * kStep * 2;
   static constexpr int kSharedBytes = kStages * kStageBytes;
+  // With warp groups one stage more: the products of one still run while the next ones are put there. Taken where a block may have it.
+  static constexpr int kSharedBytesMost = (kStages + 1) * kStageBytes;
   using ALayout = Swizzled<kAAcross ? kStep : kRows>;
   using BLayout = Swizzled<kBAcross ? kStep : kColumns>;
-  // Of a warp: its part of the tile, and its place for staging it.
-  static constexpr int kWarpRows = 64, kWarpColumns = 64, kStagingStride = kWarpColumns + 8;
-  static_assert(kThreads / 32 * kWarpRows * kStagingStride * 4 <= kSharedBytes);
+  // Of a warp's part of the tile.
+  static constexpr int kWarpRows = 64, kWarpColumns = 64;
 
   // All threads of the block; barriers within. `shared` is free again after it.
   template <typename Steps>
   __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+#ifdef __CUDACC__
+#if SHOAL_HAS_WARP_GROUPS
+    ByWarpGroups(steps, shape, result, shared);
+#else
+    ByWarps(steps, shape, result, shared);
+#endif
+#else
+    if (blockIdx.x % 2 == 0) return ByWarpGroups(steps, shape, result, shared);  // The emulator has both, with the same bits.
+    ByWarps(steps, shape, result, shared);
+#endif
+  }
+
+ private:
+  template <typename Steps>
+  __device__ static void ByWarps(Steps& steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
     const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int row = warp % 2 * kWarpRows, column = warp / 2 * kWarpColumns;
@@ -93,11 +110,40 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
     }
     WaitCopies<0>();
     __syncthreads();
-    if (has_part && !(result.add && loaded == 0)) Store(sums, row, column, m, n, result, reinterpret_cast<float*>(shared) + warp * kWarpRows * kStagingStride);
+    if (has_part && !(result.add && loaded == 0)) Store(sums, row, column, m, n, result, shared);
     __syncthreads();
   }
 
- private:
+#if SHOAL_HAS_WARP_GROUPS
+  template <typename Steps>
+  __device__ static void ByWarpGroups(Steps& steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+    const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
+    const int group = static_cast<int>(threadIdx.x) / 128, row = static_cast<int>(threadIdx.x) / 32 * 16;
+    float sums[1][kColumns / 8][4] = {};
+    int loaded = 0;
+    for (int stage = 0; stage < kStages - 1; ++stage) loaded += Load(steps, shape, m, n, shared + stage * kStageBytes);
+    for (int done = 0; done < loaded; ++done) {
+      WaitCopies<kStages - 2>();
+      PublishShared();
+      __syncthreads();
+      const Bf16* const a = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes) + group * 64 * kStep;
+      const Bf16* const b = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes + kABytes);
+      StartProducts();
+#pragma unroll
+      for (int k = 0; k < kStep; k += 16) MultiplyWarpGroup<kAAcross, kBAcross>(sums[0], a, b, k);
+      CommitProducts();
+      // Over the operands of two steps ago: both groups had waited for their products before the barrier.
+      loaded += Load(steps, shape, m, n, shared + (done + kStages - 1) % (kStages + 1) * kStageBytes);
+      WaitProducts<1>();
+    }
+    WaitProducts<0>();
+    WaitCopies<0>();
+    __syncthreads();
+    if (row < m && !(result.add && loaded == 0)) Store(sums, row, 0, m, n, result, shared);
+    __syncthreads();
+  }
+#endif
+
   // One group of copies, empty behind the last step. Returns how many steps it loads.
   template <typename Steps> __device__ static int Load(Steps& steps, const TileShape& shape, int m, int n, unsigned char* stage) {
     Step<Bf16> step;
@@ -160,23 +206,28 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
     }
   }
 
-  // Through shared memory, so that rows are written by accesses of 16 bytes that lie together.
-  __device__ static void Store(const float (&sums)[kWarpRows / 16][kWarpColumns / 8][4], int row, int column, int m, int n,
-                               const TileResult& result, float* staging) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  // Part of a warp, 16 kTilesM x 8 kTilesN from (row, column) on. Through shared memory, so that rows are written by accesses of 16 bytes
+  // that lie together.
+  template <int kTilesM, int kTilesN>
+  __device__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, const TileResult& result,
+                               unsigned char* shared) {
+    constexpr int kStride = 8 * kTilesN + 8;
+    static_assert(kThreads / 32 * 16 * kTilesM * kStride * 4 <= kSharedBytes);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+    float* const staging = reinterpret_cast<float*>(shared) + warp * 16 * kTilesM * kStride;
 #pragma unroll
-    for (int i = 0; i < kWarpRows / 16; ++i) {
+    for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWarpColumns / 8; ++j) {
-        float* const at = staging + (16 * i + g) * kStagingStride + 8 * j + 2 * t;
+      for (int j = 0; j < kTilesN; ++j) {
+        float* const at = staging + (16 * i + g) * kStride + 8 * j + 2 * t;
         *reinterpret_cast<Pack<float, 2>*>(at) = {sums[i][j][0], sums[i][j][1]};
-        *reinterpret_cast<Pack<float, 2>*>(at + 8 * kStagingStride) = {sums[i][j][2], sums[i][j][3]};
+        *reinterpret_cast<Pack<float, 2>*>(at + 8 * kStride) = {sums[i][j][2], sums[i][j][3]};
       }
     }
     __syncwarp();
-    const int own = column + lane % 8 * 8;
-    for (int i = lane / 8; i < kWarpRows && row + i < m; i += 4) {
-      if (own < n) Store8(result, (row + i) * result.stride + own, n - own, staging + i * kStagingStride + lane % 8 * 8);
+    for (int item = lane; item < 16 * kTilesM * kTilesN; item += 32) {
+      const int i = item / kTilesN, own = column + item % kTilesN * 8;
+      if (row + i < m && own < n) Store8(result, (row + i) * result.stride + own, n - own, staging + i * kStride + item % kTilesN * 8);
     }
   }
 };
@@ -185,7 +236,7 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAc
   static constexpr int kRows = 64, kColumns = 64, kStep = 16;
   static constexpr int kThreads = 256, kBlocks = 3;
   static constexpr int kStride = kRows + 4;  // Both parts lie as [k][row or column].
-  static constexpr int kSharedBytes = 2 * kStep * kStride * 4;
+  static constexpr int kSharedBytes = 2 * kStep * kStride * 4, kSharedBytesMost = kSharedBytes;
 
   template <typename Steps>
   __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
