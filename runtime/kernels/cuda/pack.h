@@ -1,0 +1,104 @@
+// Access to device memory in packs of up to 16 bytes a thread, computed with as floats, and walks over tensors in such packs. Kernels
+// take the number of elements of a pack as a template argument: what the widest operand holds in 16 bytes, or 1 for widths and addresses
+// that do not divide.
+#pragma once
+
+#include <algorithm>
+
+#include "runtime/kernels/cuda/launch.h"
+
+namespace shoal::cuda {
+
+// A number that lambdas get as an argument.
+template <int N> struct Width {
+  __host__ __device__ constexpr int operator()() const { return N; }
+};
+
+// Elements of 16 bytes of the wider type.
+template <typename A, typename B = A> constexpr int kWidth = 16 / static_cast<int>(sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
+
+template <int N> struct Floats {
+  float at[N];
+};
+
+template <int N, typename T> __device__ __forceinline__ Floats<N> Load(const T* from) {
+  constexpr int kPart = N < kWidth<T> ? N : kWidth<T>;
+  Floats<N> values;
+#pragma unroll
+  for (int part = 0; part < N; part += kPart) {
+    const Pack<T, kPart> pack = *reinterpret_cast<const Pack<T, kPart>*>(from + part);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) values.at[part + i] = ToFloat(pack.at[i]);
+  }
+  return values;
+}
+
+template <int N, typename T> __device__ __forceinline__ void Store(T* to, const Floats<N>& values) {
+  constexpr int kPart = N < kWidth<T> ? N : kWidth<T>;
+#pragma unroll
+  for (int part = 0; part < N; part += kPart) {
+    Pack<T, kPart> pack;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) pack.at[i] = FromFloat<T>(values.at[part + i]);
+    *reinterpret_cast<Pack<T, kPart>*>(to + part) = pack;
+  }
+}
+
+// Whether the tensors may be accessed in packs of n at every multiple of n, and rows of `width` elements too.
+template <typename... Tensors> bool CanPack(int n, int64_t width, const Tensors&... tensors) {
+  const auto aligned = [n](const DeviceTensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.data) % std::min<uint64_t>(16, static_cast<uint64_t>(n * SizeOf(tensor.dtype))) == 0;
+  };
+  return width % n == 0 && (aligned(tensors) && ...);
+}
+
+// Calls body(Width<N>) or body(Width<1>).
+template <int N, typename Body> DeviceResult WithWidth(bool packed, const Body& body) {
+  return packed ? body(Width<N>{}) : body(Width<1>{});
+}
+
+// Blocks of a grid whose threads walk: at most as many as run at once, with `threads` of 2048 on a multiprocessor.
+inline int64_t WalkingBlocks(int64_t items, int threads) {
+  return std::min(Blocks(items, threads), static_cast<int64_t>(MultiProcessors()) * (2048 / threads));
+}
+
+// Over n elements: values = load(i, width), then store(i, width, values), for packs [i, i + width), kAtOnce of them in flight; width is
+// Width<N>, or Width<1> for the elements after the last whole pack.
+template <int N, int kAtOnce, typename LoadAt, typename StoreAt>
+__device__ __forceinline__ void ForEachPack(int64_t n, const LoadAt& load, const StoreAt& store) {
+  const int64_t packs = n / N, block = static_cast<int64_t>(blockDim.x) * kAtOnce;
+  for (int64_t first = blockIdx.x * block + threadIdx.x; first < packs; first += gridDim.x * block) {
+    decltype(load(int64_t{0}, Width<N>{})) values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t pack = first + static_cast<int64_t>(u) * blockDim.x;
+      if (pack < packs) values[u] = load(pack * N, Width<N>{});
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int64_t pack = first + static_cast<int64_t>(u) * blockDim.x;
+      if (pack < packs) store(pack * N, Width<N>{}, values[u]);
+    }
+  }
+  const int64_t rest = packs * N + threadIdx.x;
+  if (N > 1 && blockIdx.x == 0 && rest < n) store(rest, Width<1>{}, load(rest, Width<1>{}));
+}
+
+// A thread's packs of a matrix, in order of memory, each a whole grid after the one before; it divides once.
+struct PackWalk {
+  int64_t row, row_step;
+  int column, column_step, columns;  // In packs.
+
+  __device__ __forceinline__ explicit PackWalk(int64_t packs_of_row) : columns(static_cast<int>(packs_of_row)) {
+    const int64_t own = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    row = own / columns, column = static_cast<int>(own % columns);
+    row_step = step / columns, column_step = static_cast<int>(step % columns);
+  }
+  __device__ __forceinline__ void Next() {
+    row += row_step, column += column_step;
+    if (column >= columns) column -= columns, ++row;
+  }
+};
+
+}  // namespace shoal::cuda
