@@ -1,0 +1,234 @@
+#include "runtime/kernels/router.h"
+
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "runtime/kernels/cuda/device_testing.h"
+
+namespace shoal::kernels {
+namespace {
+using namespace testing;  // NOLINT: the vocabulary of these tests.
+
+// Of logits [T, E] with K choices: on the host in f64, or on a device.
+struct Routing {
+  Tensor probs, chosen, weights, logz;
+};
+Routing HostRouting(int64_t T, int64_t E, int64_t K, DType dtype) {
+  return {Empty({T, E}, dtype), Empty({T, K}, DType::kI32), Empty({T, K}, dtype), Empty({T}, dtype)};
+}
+Routing DeviceRouting(int64_t T, int64_t E, int64_t K, Stream& stream) {
+  return {Empty({T, E}, DType::kF32, stream), Empty({T, K}, DType::kI32, stream), Empty({T, K}, DType::kF32, stream),
+          Empty({T}, DType::kF32, stream)};
+}
+Routing ToDevice(const Routing& r, Stream& stream) {
+  return {ToDevice(r.probs, stream), ToDevice(r.chosen, stream), ToDevice(r.weights, stream), ToDevice(r.logz, stream)};
+}
+Tensor OnDevice(const Tensor& host, bool odd, Stream& stream) { return odd ? ToOddAddress(host, stream) : ToDevice(host, stream); }
+
+// Every way to give a row to lanes, with rows that fill it and rows that do not; the last need more than one block.
+const std::tuple<int, int, int> kRows[] = {{17, 1, 1},   {17, 2, 1},   {5, 3, 3},     {17, 8, 8},    {7, 30, 4},    {9, 32, 2},
+                                           {17, 60, 4},  {9, 64, 6},   {5, 100, 5},   {5, 128, 8},   {3, 250, 16},  {3, 257, 8},
+                                           {3, 512, 32}, {2, 512, 64}, {2, 1000, 40}, {2, 1028, 12}, {1, 2048, 16}, {301, 8, 2},
+                                           {0, 8, 2}};
+
+void ExpectTopKSoftmaxMatches(int64_t T, int64_t E, int64_t K, Renormalize renormalize, bool odd) {
+  SCOPED_TRACE(ShapeString({T, E, K}));
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Tensor logits = Random({T, E}, DType::kF32, 1, 4);
+  // Coarse steps make many ties.
+  for (float& value : logits.span<float>()) value = std::round(value * 4) / 4;
+  const Routing want = HostRouting(T, E, K, DType::kF64), got = DeviceRouting(T, E, K, *stream);
+  ref::TopKSoftmax(logits, renormalize, want.probs, want.chosen, want.weights, want.logz, cpu);
+  TopKSoftmax(OnDevice(logits, odd, *stream), renormalize, got.probs, got.chosen, got.weights, got.logz, *stream);
+  const double error = 0x1p-24 * (static_cast<double>(E) / 4 + 16);
+  ExpectNear(ToHost(got.probs, *stream), want.probs, error, 0, "probs");
+  ExpectSameBits(ToHost(got.chosen, *stream), want.chosen, "chosen");
+  ExpectNear(ToHost(got.weights, *stream), want.weights, 2 * error + 0x1p-24 * static_cast<double>(K), 0, "weights");
+  ExpectNear(ToHost(got.logz, *stream), want.logz, 3 * 0x1p-24, error, "logz");
+}
+
+TEST(CudaTopKSoftmax, MatchesReference) {
+  for (const auto& [T, E, K] : kRows) {
+    ExpectTopKSoftmaxMatches(T, E, K, Renormalize::kNo, /*odd=*/false);
+    ExpectTopKSoftmaxMatches(T, E, K, Renormalize::kYes, /*odd=*/true);
+  }
+}
+
+TEST(CudaTopKSoftmax, TiesGoToTheLowerIndex) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const float infinity = std::numeric_limits<float>::infinity();
+  // -0 equals 0; 1000 and 999 are both beyond what the others' probabilities can show.
+  const std::vector<std::vector<float>> rows = {
+      {1, 1, 1, 1}, {0, 2, 2, 2}, {-0.0f, 0, -0.0f, 0}, {-1000, 1000, -999, -998}, {-infinity, -1, -infinity, -infinity}};
+  const std::vector<std::vector<int>> want = {{0, 1, 2}, {1, 2, 3}, {0, 1, 2}, {1, 3, 2}, {1, 0, 2}};
+  const Tensor logits = Empty({5, 4}, DType::kF32);
+  for (size_t i = 0; i < 20; ++i) logits.data<float>()[i] = rows[i / 4][i % 4];
+  const Routing got = DeviceRouting(5, 4, 3, *stream);
+  TopKSoftmax(ToDevice(logits, *stream), Renormalize::kYes, got.probs, got.chosen, got.weights, got.logz, *stream);
+  const Tensor chosen = ToHost(got.chosen, *stream);
+  for (size_t i = 0; i < 15; ++i) EXPECT_EQ(chosen.data<int32_t>()[i], want[i / 3][i % 3]) << i;
+}
+
+TEST(CudaTopKSoftmax, NaNStillChoosesDifferentExperts) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const Tensor logits = Random({1, 20}, DType::kF32, 1);
+  logits.data<float>()[2] = logits.data<float>()[17] = std::numeric_limits<float>::quiet_NaN();
+  logits.data<float>()[5] = -std::numeric_limits<float>::quiet_NaN();
+  const Routing got = DeviceRouting(1, 20, 20, *stream);
+  TopKSoftmax(ToDevice(logits, *stream), Renormalize::kYes, got.probs, got.chosen, got.weights, got.logz, *stream);
+  const Tensor chosen = ToHost(got.chosen, *stream);
+  const std::set<int32_t> different(chosen.span<int32_t>().begin(), chosen.span<int32_t>().end());
+  EXPECT_EQ(different.size(), 20u);
+  EXPECT_EQ(*different.begin(), 0);
+  EXPECT_EQ(*different.rbegin(), 19);
+  EXPECT_TRUE(std::isnan(Get(ToHost(got.weights, *stream), 0)));
+  EXPECT_TRUE(std::isnan(Get(ToHost(got.logz, *stream), 0)));
+}
+
+void ExpectTopKSoftmaxBackwardMatches(int64_t T, int64_t E, int64_t K, Renormalize renormalize, bool with_dprob, float z_scale) {
+  SCOPED_TRACE(ShapeString({T, E, K}));
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Tensor logits = Random({T, E}, DType::kF32, 1, 2), dweights = Random({T, K}, DType::kF32, 2);
+  const Tensor dprob = with_dprob ? Random({E}, DType::kF32, 3) : Tensor();
+  const Routing r = HostRouting(T, E, K, DType::kF32), on_device = [&] {
+    ref::TopKSoftmax(logits, renormalize, r.probs, r.chosen, r.weights, r.logz, cpu);
+    return ToDevice(r, *stream);
+  }();
+  const Tensor want = Empty({T, E}, DType::kF64), dlogits = Empty({T, E}, DType::kF32, *stream);
+  ref::TopKSoftmaxBackward(r.probs, r.chosen, r.weights, r.logz, renormalize, dweights, dprob, z_scale, want, cpu);
+  TopKSoftmaxBackward(on_device.probs, on_device.chosen, on_device.weights, on_device.logz, renormalize, ToDevice(dweights, *stream),
+                      with_dprob ? ToDevice(dprob, *stream) : Tensor(), z_scale, dlogits, *stream);
+  const double k = static_cast<double>(K);
+  const double from_weights = 2 * MaxAbs(dweights) * (renormalize == Renormalize::kYes ? static_cast<double>(E) / k : k);
+  const double size = from_weights + MaxAbs(dprob) * 2 + 2 * std::abs(static_cast<double>(z_scale)) * MaxAbs(r.logz);
+  ExpectNear(ToHost(dlogits, *stream), want, 0, 0x1p-24 * (static_cast<double>(E) / 16 + k + 16) * size, "dlogits");
+}
+
+TEST(CudaTopKSoftmaxBackward, MatchesReference) {
+  for (const auto& [T, E, K] : kRows) {
+    ExpectTopKSoftmaxBackwardMatches(T, E, K, Renormalize::kNo, /*with_dprob=*/true, 0.25f);
+    ExpectTopKSoftmaxBackwardMatches(T, E, K, Renormalize::kYes, /*with_dprob=*/false, 0.25f);
+    ExpectTopKSoftmaxBackwardMatches(T, E, K, Renormalize::kYes, /*with_dprob=*/true, 0);
+  }
+}
+
+TEST(CudaSoftmax, MatchesReferenceForwardAndBackward) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  for (const auto& [T, E, K] : kRows) {
+    SCOPED_TRACE(ShapeString({T, E}));
+    const Tensor logits = Random({T, E}, DType::kF32, 1, 2), dprobs = Random({T, E}, DType::kF32, 2);
+    const Tensor want = Empty({T, E}, DType::kF64), want_logz = Empty({T}, DType::kF64), want_d = Empty({T, E}, DType::kF64);
+    ref::Softmax(logits, want, want_logz, cpu);
+    ref::SoftmaxBackward(want, want_logz, dprobs, 0.1f, want_d, cpu);
+    const Tensor probs = Empty({T, E}, DType::kF32, *stream), logz = Empty({T}, DType::kF32, *stream), d = Empty({T, E}, DType::kF32, *stream);
+    Softmax(ToDevice(logits, *stream), probs, logz, *stream);
+    SoftmaxBackward(probs, logz, ToDevice(dprobs, *stream), 0.1f, d, *stream);
+    const double error = 0x1p-24 * (static_cast<double>(E) / 4 + 16);
+    ExpectNear(ToHost(probs, *stream), want, error, 0, "probs");
+    ExpectNear(ToHost(logz, *stream), want_logz, 3 * 0x1p-24, error, "logz");
+    ExpectNear(ToHost(d, *stream), want_d, 0, 4 * error * (2 * MaxAbs(dprobs) + 0.2 * MaxAbs(want_logz)), "dlogits");
+  }
+}
+
+void ExpectTopKSigmoidMatches(int64_t Q, int64_t seq, int64_t E, int64_t K, bool with_share) {
+  SCOPED_TRACE(ShapeString({Q, seq, E, K}));
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const int64_t T = Q * seq;
+  const float scale = 2.5f;
+  const Tensor logits = Random({T, E}, DType::kF32, 1, 2), bias = Random({E}, DType::kF32, 2, 0.2);
+  // Scores that differ by rounding alone are no near-ties of the reference.
+  for (float& value : logits.span<float>()) value = std::round(value * 4) / 4;
+  for (float& value : bias.span<float>()) value = std::round(value * 64) / 64;
+  const Tensor dweights = Random({T, K}, DType::kF32, 3), dshare = with_share ? Random({Q, E}, DType::kF32, 4) : Tensor();
+  const Routing want = HostRouting(T, E, K, DType::kF64), got = DeviceRouting(T, E, K, *stream);
+  const Tensor want_d = Empty({T, E}, DType::kF64), want_sums = Empty({Q, E}, DType::kF64);
+  ref::TopKSigmoid(logits, bias, scale, want.probs, want.chosen, want.weights, cpu);
+  ref::TopKSigmoidBackward(want.probs, want.chosen, want.weights, scale, dweights, dshare, want_d, cpu);
+  ref::SumShares(want.probs, want_sums, cpu);
+  const Tensor d = Empty({T, E}, DType::kF32, *stream), sums = Empty({Q, E}, DType::kF64, *stream);
+  TopKSigmoid(ToDevice(logits, *stream), ToDevice(bias, *stream), scale, got.probs, got.chosen, got.weights, *stream);
+  TopKSigmoidBackward(got.probs, got.chosen, got.weights, scale, ToDevice(dweights, *stream), with_share ? ToDevice(dshare, *stream) : Tensor(),
+                      d, *stream);
+  SumShares(got.probs, sums, *stream);
+  const double error = 0x1p-24 * 8, k = static_cast<double>(K);
+  // Chosen scores are the largest, and 8 / E of a token's scores or more are above 0.1.
+  const double size = (static_cast<double>(scale) * MaxAbs(dweights) * 2 * k + MaxAbs(dshare) * 2) * 10;
+  ExpectNear(ToHost(got.probs, *stream), want.probs, error, 0, "scores");
+  ExpectSameBits(ToHost(got.chosen, *stream), want.chosen, "chosen");
+  ExpectNear(ToHost(got.weights, *stream), want.weights, 4 * error + 0x1p-24 * k, 0, "weights");
+  ExpectNear(ToHost(d, *stream), want_d, 0, (error + 0x1p-24 * static_cast<double>(E)) * size, "dlogits");
+  ExpectNear(ToHost(sums, *stream), want_sums, 3 * error, 0, "sums");
+}
+
+TEST(CudaTopKSigmoid, MatchesReferenceForwardAndBackward) {
+  for (const bool with_share : {false, true}) {
+    ExpectTopKSigmoidMatches(1, 1, 1, 1, with_share);
+    ExpectTopKSigmoidMatches(3, 5, 8, 2, with_share);
+    ExpectTopKSigmoidMatches(2, 7, 64, 6, with_share);
+    ExpectTopKSigmoidMatches(2, 3, 257, 8, with_share);
+    ExpectTopKSigmoidMatches(2, 150, 8, 8, with_share);
+  }
+  ExpectTopKSigmoidMatches(0, 4, 8, 2, false);
+}
+
+TEST(CudaTopTokens, MatchesReference) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  for (const auto& [T, E] : {std::pair(0, 3), {1, 1}, {9, 4}, {257, 5}, {1500, 2}}) {
+    const Tensor scores = Random({T, E}, DType::kF32, 1);
+    for (float& value : scores.span<float>()) value = std::round(value * 8) / 8;  // Many ties.
+    for (const int64_t C : {0, 1, T / 3, T}) {
+      if (C > T) continue;
+      SCOPED_TRACE(ShapeString({T, E, C}));
+      const Tensor want_score = Empty({E}, DType::kF32), want_token = Empty({E}, DType::kI64);
+      ref::TopTokens(scores, C, want_score, want_token, cpu);
+      const Tensor score = Empty({E}, DType::kF32, *stream), token = Empty({E}, DType::kI64, *stream);
+      TopTokens(ToDevice(scores, *stream), C, score, token, *stream);
+      ExpectSameBits(ToHost(score, *stream), want_score, "score");
+      ExpectSameBits(ToHost(token, *stream), want_token, "token");
+    }
+  }
+}
+
+TEST(CudaNormalizeRows, MatchesReferenceInPlace) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  for (const auto& [R, N] : {std::pair(0, 8), {1, 1}, {5, 12}, {7, 33}, {3, 1100}, {200, 16}}) {
+    SCOPED_TRACE(ShapeString({R, N}));
+    const Tensor x = Random({R, N}, DType::kF32, 1), dy = Random({R, N}, DType::kF32, 2);
+    if (R > 1) std::fill_n(x.data<float>(), N, 0.0f);  // Shorter than the bound.
+    const Tensor want = Empty({R, N}, DType::kF64), norm = Empty({R}, DType::kF64), dx = Empty({R, N}, DType::kF64);
+    ref::NormalizeRows(x, want, norm, cpu);
+    ref::NormalizeRowsBackward(dy, want, norm, dx, cpu);
+    const double error = 0x1p-24 * (static_cast<double>(N) / 4 + 8);
+    const Tensor y = ToDevice(x, *stream), lengths = Empty({R}, DType::kF32, *stream), d = ToDevice(dy, *stream);
+    NormalizeRows(y, y, lengths, *stream);
+    NormalizeRowsBackward(d, y, lengths, d, *stream);
+    ExpectNear(ToHost(y, *stream), want, error, 0, "y");
+    ExpectNear(ToHost(lengths, *stream), norm, error, 0, "norm");
+    const Tensor got = ToHost(d, *stream);
+    for (int64_t i = 0; i < got.elements(); ++i) {
+      const double length = Get(norm, i / N);
+      ASSERT_NEAR(Get(got, i), Get(dx, i), 8 * error * MaxAbs(dy) * static_cast<double>(N) / length) << i;
+    }
+  }
+}
+
+TEST(CudaSumOverTokens, AddsInF64) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  for (const auto& [T, E] : {std::pair(0, 8), {1, 1}, {5, 3}, {257, 8}, {2001, 45}}) {
+    SCOPED_TRACE(ShapeString({T, E}));
+    const Tensor values = Random({T, E}, DType::kF32, 1), want = Zeros({E}, DType::kF64), sums = Empty({E}, DType::kF64, *stream);
+    for (int64_t i = 0; i < values.elements(); ++i) Set(want, i % E, Get(want, i % E) + Get(values, i));
+    SumOverTokens(ToDevice(values, *stream), sums, *stream);
+    ExpectNear(ToHost(sums, *stream), want, 0, 0x1p-53 * static_cast<double>(T) * static_cast<double>(T) * 5, "sums");
+  }
+}
+
+}  // namespace
+}  // namespace shoal::kernels

@@ -1,0 +1,225 @@
+// Kernels that move the rows of tokens: embedding.h, permute.h and the order of rows by expert.
+#include <numeric>
+
+#include "runtime/kernels/cuda/device_testing.h"
+#include "runtime/kernels/device_dispatch.h"
+#include "runtime/kernels/embedding.h"
+#include "runtime/kernels/permute.h"
+
+namespace shoal::kernels {
+namespace {
+using namespace testing;  // NOLINT: the vocabulary of these tests.
+
+TEST(CudaEmbedding, LooksUpRows) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  for (const auto& [T, V, D] : {std::tuple(0, 3, 8), {1, 1, 1}, {20, 5, 33}, {300, 7, 64}, {41, 256, 1028}}) {
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      const Tensor table = Random({V, D}, dtype, 1), ids = RandomIds({T}, V, 2), want = Empty({T, D}, DType::kF32);
+      ref::Embedding(table, ids, want, cpu);
+      for (const bool odd : {false, true}) {
+        const Tensor out = Empty({T, D}, DType::kF32, *stream);
+        Embedding(odd ? ToOddAddress(table, *stream) : ToDevice(table, *stream), ToDevice(ids, *stream), out, *stream);
+        ExpectSameBits(ToHost(out, *stream), want, "out");
+      }
+    }
+  }
+}
+
+void ExpectEmbeddingBackwardMatches(const Tensor& ids, int64_t V, int64_t D, bool odd) {
+  SCOPED_TRACE(ShapeString({ids.dim(0), V, D}));
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Tensor dout = Random({ids.dim(0), D}, DType::kF32, 1), before = Random({V, D}, DType::kF32, 3), want = Copy(before);
+  // In f32 the reference rounds after each token, so that the order decides the bits.
+  ref::EmbeddingBackward(dout, ids, want, cpu);
+  const Tensor dtable = odd ? ToOddAddress(before, *stream) : ToDevice(before, *stream);
+  EmbeddingBackward(ToDevice(dout, *stream), ToDevice(ids, *stream), dtable, *stream);
+  ExpectSameBits(ToHost(dtable, *stream), want, "dtable");
+}
+
+TEST(CudaEmbeddingBackward, AddsTokensInAscendingOrder) {
+  for (const auto& [T, V, D] : {std::tuple(0, 3, 8), {1, 1, 1}, {33, 2, 17}, {300, 7, 132}, {700, 1500, 4}, {2500, 3, 1}}) {
+    ExpectEmbeddingBackwardMatches(RandomIds({T}, V, 2), V, D, /*odd=*/D == 132);
+  }
+  // One id has most tokens, and ids need digits of every size.
+  const Tensor ids = RandomIds({600}, 5000, 2);
+  for (int64_t i = 0; i < 600; ++i) ids.data<int32_t>()[i] = i % 3 == 0 ? ids.data<int32_t>()[i] : 4999;
+  ExpectEmbeddingBackwardMatches(ids, 5000, 8, /*odd=*/false);
+  for (int64_t i = 0; i < 600; ++i) ids.data<int32_t>()[i] = static_cast<int32_t>(i * 7919 % (1 << 21));
+  ExpectEmbeddingBackwardMatches(ids, 1 << 21, 1, /*odd=*/false);
+}
+
+struct Case {
+  int64_t T, D, K;
+};
+const Case kCases[] = {{0, 8, 2}, {1, 1, 1}, {5, 16, 2}, {7, 33, 3}, {9, 100, 1}, {40, 257, 2}, {11, 520, 9}};
+
+// Pairs of T tokens, `each` of them or, when ragged, 0 to 2 * each; slots in random order, among them rows of no pair.
+struct Pairs {
+  Tensor offset, slot, token;  // token: of each row.
+  int64_t rows = 0, pairs = 0;
+};
+Pairs RandomPairs(int64_t T, int64_t each, bool ragged) {
+  std::mt19937_64 random(11);
+  Pairs made;
+  std::vector<int32_t> token_of;
+  made.offset = Empty({T + 1}, DType::kI32);
+  for (int64_t t = 0; t <= T; ++t) {
+    made.offset.data<int32_t>()[t] = static_cast<int32_t>(token_of.size());
+    const int64_t count = ragged ? static_cast<int64_t>(random() % static_cast<uint64_t>(2 * each + 1)) : each;
+    if (t < T) token_of.insert(token_of.end(), static_cast<size_t>(count), static_cast<int32_t>(t));
+  }
+  made.pairs = static_cast<int64_t>(token_of.size());
+  made.rows = made.pairs + (ragged && T > 0 ? 3 : 0);
+  std::vector<int32_t> rows(static_cast<size_t>(made.rows));
+  std::iota(rows.begin(), rows.end(), 0);
+  std::shuffle(rows.begin(), rows.end(), random);
+  made.slot = Empty({made.pairs}, DType::kI32);
+  made.token = Zeros({made.rows}, DType::kI32);
+  for (size_t pair = 0; pair < token_of.size(); ++pair) {
+    made.slot.data<int32_t>()[pair] = rows[pair];
+    made.token.data<int32_t>()[rows[pair]] = token_of[pair];
+  }
+  return made;
+}
+
+TEST(CudaGatherRows, CopiesRows) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  for (const Case& c : kCases) {
+    for (const DType act : {DType::kF32, DType::kBF16}) {
+      for (const bool odd : {false, true}) {
+        const Pairs pairs = RandomPairs(c.T, c.K, /*ragged=*/true);
+        const Tensor x = Random({c.T, c.D}, act, 1), want = Empty({pairs.rows, c.D}, act), rows = Empty({pairs.rows, c.D}, act, *stream);
+        ref::GatherRows(x, pairs.token, want, cpu);
+        GatherRows(odd ? ToOddAddress(x, *stream) : ToDevice(x, *stream), ToDevice(pairs.token, *stream), rows, *stream);
+        ExpectSameBits(ToHost(rows, *stream), want, "rows");
+      }
+    }
+  }
+}
+
+void ExpectSumSlotsMatches(const Case& c, bool ragged, DType from, DType to) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Pairs pairs = RandomPairs(c.T, c.K, ragged);
+  const Tensor drows = Random({pairs.rows, c.D}, from, 1), want = Empty({c.T, c.D}, DType::kF64), dx = Empty({c.T, c.D}, to, *stream);
+  ref::SumSlots(drows, pairs.offset, pairs.slot, want, cpu);
+  SumSlots(ToDevice(drows, *stream), ToDevice(pairs.offset, *stream), ToDevice(pairs.slot, *stream), dx, *stream);
+  const double terms = static_cast<double>(2 * c.K);
+  ExpectNear(ToHost(dx, *stream), want, Roundoff(to), terms * 0x1p-24 * terms * MaxAbs(drows), "dx");
+}
+
+TEST(CudaSumSlots, MatchesReference) {
+  for (const Case& c : kCases) {
+    for (const bool ragged : {false, true}) {
+      for (const DType from : {DType::kF32, DType::kBF16}) {
+        for (const DType to : {DType::kF32, DType::kBF16}) ExpectSumSlotsMatches(c, ragged, from, to);
+      }
+    }
+  }
+}
+
+void ExpectCombineMatches(const Case& c, bool ragged, DType act, bool in_place) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Pairs pairs = RandomPairs(c.T, c.K, ragged);
+  const Tensor residual = Random({c.T, c.D}, DType::kF32, 1), y = Random({pairs.rows, c.D}, act, 2);
+  const Tensor weight = Random({pairs.pairs}, DType::kF32, 3), want = Empty({c.T, c.D}, DType::kF64);
+  ref::CombineSlots(residual, y, pairs.offset, pairs.slot, weight, want, cpu);
+  const double terms = static_cast<double>(2 * c.K), size = MaxAbs(residual) + terms * MaxAbs(y) * MaxAbs(weight);
+  const Tensor input = ToDevice(residual, *stream), out = in_place ? input : Empty({c.T, c.D}, DType::kF32, *stream);
+  CombineSlots(input, ToDevice(y, *stream), ToDevice(pairs.offset, *stream), ToDevice(pairs.slot, *stream), ToDevice(weight, *stream), out,
+               *stream);
+  ExpectNear(ToHost(out, *stream), want, 0, 0x1p-24 * 2 * terms * size, "out");
+}
+
+void ExpectCombineBackwardMatches(const Case& c, bool ragged, DType act, bool in_place) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const Pairs pairs = RandomPairs(c.T, c.K, ragged);
+  const Tensor dout = Random({c.T, c.D}, DType::kF32, 1), y = Random({pairs.rows, c.D}, act, 2);
+  const Tensor weight = Random({pairs.pairs}, DType::kF32, 3);
+  // Rows of no pair stay as they are.
+  const Tensor want_dy = As(y, DType::kF64), want_dweight = Empty({pairs.pairs}, DType::kF64);
+  ref::CombineSlotsBackward(dout, y, pairs.offset, pairs.slot, weight, want_dy, want_dweight, cpu);
+  const Tensor input = ToDevice(y, *stream), dy = in_place ? input : ToDevice(y, *stream), dweight = Empty({pairs.pairs}, DType::kF32, *stream);
+  CombineSlotsBackward(ToDevice(dout, *stream), input, ToDevice(pairs.offset, *stream), ToDevice(pairs.slot, *stream),
+                       ToDevice(weight, *stream), dy, dweight, *stream);
+  const double size = static_cast<double>(c.D) * MaxAbs(dout) * MaxAbs(y);
+  ExpectNear(ToHost(dy, *stream), want_dy, 0x1p-24 + Roundoff(act), 0, "dy");
+  ExpectNear(ToHost(dweight, *stream), want_dweight, 0, 0x1p-24 * (static_cast<double>(c.D) / 16 + 8) * size, "dweight");
+}
+
+TEST(CudaCombineSlots, MatchesReferenceForwardAndBackward) {
+  for (const Case& c : kCases) {
+    for (const DType act : {DType::kF32, DType::kBF16}) {
+      for (const bool ragged : {false, true}) {
+        for (const bool in_place : {false, true}) {
+          ExpectCombineMatches(c, ragged, act, in_place);
+          ExpectCombineBackwardMatches(c, ragged, act, in_place);
+        }
+      }
+    }
+  }
+  // Beyond what waits in shared memory.
+  ExpectCombineBackwardMatches({2, 26000, 2}, /*ragged=*/true, DType::kBF16, /*in_place=*/true);
+}
+
+TEST(CudaCombineSlots, ATokenWithoutPairsKeepsItsResidual) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const Tensor offset = ToDevice(Zeros({3}, DType::kI32), *stream), none = Empty({0}, DType::kI32);
+  const Tensor residual = Random({2, 8}, DType::kF32, 1), out = Empty({2, 8}, DType::kF32, *stream), dx = Empty({2, 8}, DType::kF32, *stream);
+  CombineSlots(ToDevice(residual, *stream), Empty({0, 8}, DType::kF32), offset, none, Empty({0}, DType::kF32), out, *stream);
+  ExpectSameBits(ToHost(out, *stream), residual, "out");
+  SumSlots(Empty({0, 8}, DType::kF32), offset, none, dx, *stream);
+  ExpectSameBits(ToHost(dx, *stream), Zeros({2, 8}, DType::kF32), "dx");
+}
+
+// chosen [T, K] of E experts, `favour` of them with most tokens.
+void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour) {
+  SCOPED_TRACE(ShapeString({T, K, E}));
+  const std::unique_ptr<Stream> stream = TestStream();
+  std::mt19937_64 random(5);
+  const Tensor chosen = Empty({T, K}, DType::kI32);
+  std::vector<int32_t> want_count(static_cast<size_t>(E)), want_first(static_cast<size_t>(E) + 1);
+  for (int32_t& expert : chosen.span<int32_t>()) {
+    const int64_t limit = favour > 0 && random() % 4 != 0 ? favour : E;
+    expert = static_cast<int32_t>(random() % static_cast<uint64_t>(limit));
+    ++want_count[static_cast<size_t>(expert)];
+  }
+  std::partial_sum(want_count.begin(), want_count.end(), want_first.begin() + 1);
+  const auto i32 = [&](int64_t n) { return Empty({n}, DType::kI32, *stream); };
+  const Tensor on_device = ToDevice(chosen, *stream), count = i32(E), first = i32(E + 1), slot = i32(T * K), token = i32(T * K);
+  TestDevice().Use();
+  const DeviceResult result = TestDevice().kernels().order_by_expert(ToDeviceTensor(on_device), ToDeviceTensor(count), ToDeviceTensor(first),
+                                                                     ToDeviceTensor(slot), ToDeviceTensor(token), stream->handle());
+  ASSERT_EQ(result.code, DeviceResult::Code::kOk) << result.message;
+  const auto host = [&](const Tensor& tensor) {
+    const Tensor copy = ToHost(tensor, *stream);
+    return std::vector<int32_t>(copy.span<int32_t>().begin(), copy.span<int32_t>().end());
+  };
+  EXPECT_EQ(host(count), want_count);
+  EXPECT_EQ(host(first), want_first);
+  const std::vector<int32_t> slots = host(slot), tokens = host(token);
+  std::vector<int32_t> next = want_first;
+  for (size_t pair = 0; pair < slots.size(); ++pair) {
+    const int32_t place = next[static_cast<size_t>(chosen.data<int32_t>()[pair])]++;
+    ASSERT_EQ(slots[pair], place) << pair;
+    ASSERT_EQ(tokens[static_cast<size_t>(place)], static_cast<int32_t>(pair) / static_cast<int32_t>(K)) << pair;
+  }
+}
+
+TEST(CudaOrderByExpert, IsByExpertThenByToken) {
+  ExpectOrderIsStable(0, 2, 8, 0);
+  ExpectOrderIsStable(1, 1, 1, 0);
+  ExpectOrderIsStable(33, 3, 5, 0);
+  ExpectOrderIsStable(700, 8, 64, 3);
+  ExpectOrderIsStable(5000, 2, 8, 1);
+  ExpectOrderIsStable(600, 4, 512, 0);
+  ExpectOrderIsStable(300, 2, 3000, 10);  // Fewer warps per block, because each counts every expert.
+}
+
+}  // namespace
+}  // namespace shoal::kernels
