@@ -20,8 +20,8 @@ int64_t SharedMemoryOfBlock() { return 227 * 1024; }
 
 // The segments in their order, 32 at a time, one in each lane; all lanes of a warp call together.
 struct SegmentWindow {
-  const int32_t* segments;  // [count, 3]: expert, begin, rows
-  int32_t count;
+  const int32_t* segments = nullptr;  // [count, 3]: expert, begin, rows
+  int32_t count = 0;
   int32_t first = -32;
   int32_t expert = 0, begin = 0, rows = 0;  // Of this lane's segment; rows 0: none.
 
@@ -98,6 +98,7 @@ template <typename T> struct AlongSteps {
 // The steps of a product over the rows of one expert's segments, in their order.
 template <typename T> class SegmentSteps {
  public:
+  SegmentSteps() = default;
   __device__ SegmentSteps(const int32_t* segments, int32_t count, int32_t expert, const T* a, int64_t a_stride, const T* b, int64_t b_stride)
       : window_{segments, count}, expert_(expert), a_(a), b_(b), a_stride_(a_stride), b_stride_(b_stride) {}
 
@@ -121,55 +122,88 @@ template <typename T> class SegmentSteps {
 
  private:
   SegmentWindow window_;
-  int32_t expert_;
-  const T *a_, *b_;
-  int64_t a_stride_, b_stride_;
+  int32_t expert_ = 0;
+  const T *a_ = nullptr, *b_ = nullptr;
+  int64_t a_stride_ = 0, b_stride_ = 0;
   uint32_t mine_ = 0;  // Lanes of the window whose segments are still to come.
   int64_t row_ = 0;
   int32_t left_ = 0;
 };
 
-// y[rows, n] = x[rows, k] w^T with w [n, k], or with kAcross x w with w [k, n].
+// y[rows, n] = x[rows, k] w^T with w [n, k], or with kAcross x w with w [k, n]: every gridDim.x-th tile from blockIdx.x on.
+template <typename T, bool kAcross> struct RowsWork {
+  using Product = TileProduct<T, false, kAcross>;
+  using Steps = AlongSteps<T>;
+  const T* x;
+  const int64_t* weights;
+  int64_t k, n;
+  unsigned char* y;
+  bool f32;
+  TileWalk walk;
+  int64_t number = blockIdx.x;
+
+  __device__ bool Next(Steps& steps, TileShape& shape, TileResult& result) {
+    TileWalk::Tile tile;
+    if (!walk.Find(number, tile)) return false;
+    number += gridDim.x;
+    // Tiles below one another follow one another: they share the weights.
+    const int64_t tiles_m = Blocks(tile.rows, Product::kRows);
+    const int64_t m_begin = tile.tile % tiles_m * Product::kRows, n_begin = tile.tile / tiles_m * Product::kColumns;
+    const int64_t row = tile.begin + m_begin, w_stride = kAcross ? n : k;
+    const T* const a = x + row * k;
+    const T* const b = reinterpret_cast<const T*>(weights[tile.expert]) + (kAcross ? n_begin : n_begin * k);
+    steps = {a, b, Product::kStep, kAcross ? Product::kStep * n : Product::kStep, k};
+    shape = {tile.rows - m_begin, n - n_begin, k, w_stride, AreAligned(a, k, b, w_stride)};
+    result = {y + (row * n + n_begin) * (f32 ? 4 : 2), n, f32, false};
+    return true;
+  }
+};
+
 template <typename T, bool kAcross>
 __global__ void __launch_bounds__(TileProduct<T, false, kAcross>::kThreads, TileProduct<T, false, kAcross>::kBlocks)
     RowsKernel(const T* x, const int64_t* weights, const int32_t* segments, int32_t segment_count, int64_t k, int64_t n, void* y, bool f32) {
   using Product = TileProduct<T, false, kAcross>;
   SHOAL_DYNAMIC_SHARED(unsigned char, shared);
-  const int64_t tiles_n = Blocks(n, Product::kColumns);
-  TileWalk walk(segments, segment_count, Product::kRows, tiles_n);
-  TileWalk::Tile tile;
-  for (int64_t number = blockIdx.x; walk.Find(number, tile); number += gridDim.x) {
-    // Tiles below one another follow one another: they share the weights.
-    const int64_t tiles_m = Blocks(tile.rows, Product::kRows);
-    const int64_t m_begin = tile.tile % tiles_m * Product::kRows, n_begin = tile.tile / tiles_m * Product::kColumns;
-    const int64_t row = tile.begin + m_begin;
-    const T* const a = x + row * k;
-    const int64_t w_stride = kAcross ? n : k;
-    const T* const b = reinterpret_cast<const T*>(weights[tile.expert]) + (kAcross ? n_begin : n_begin * k);
-    const int64_t size = f32 ? 4 : 2;
-    const TileShape shape = {tile.rows - m_begin, n - n_begin, k, w_stride, AreAligned(a, k, b, w_stride)};
-    Product::Run(AlongSteps<T>{a, b, Product::kStep, kAcross ? Product::kStep * n : Product::kStep, k}, shape,
-                 {static_cast<unsigned char*>(y) + (row * n + n_begin) * size, n, f32, false}, shared);
-  }
+  RowsWork<T, kAcross> work = {
+      x, weights, k, n, static_cast<unsigned char*>(y), f32, TileWalk(segments, segment_count, Product::kRows, Blocks(n, Product::kColumns))};
+  Product::Run(work, shared);
 }
 
-// dw[n, k] (+)= dy[rows, n]^T x[rows, k] of each expert.
+// dw[n, k] (+)= dy[rows, n]^T x[rows, k] of each expert, likewise.
+template <typename T> struct WeightWork {
+  using Product = TileProduct<T, true, true>;
+  using Steps = SegmentSteps<T>;
+  const T* dy;
+  const T* x;
+  const int32_t* segments;
+  int32_t segment_count;
+  int64_t n, k, experts;
+  bool add;
+  const int64_t* weight_grads;
+  int64_t number = blockIdx.x;
+
+  __device__ bool Next(Steps& steps, TileShape& shape, TileResult& result) {
+    const int64_t tiles_m = Blocks(n, Product::kRows), tiles = tiles_m * Blocks(k, Product::kColumns);
+    if (number >= experts * tiles) return false;
+    const int64_t expert = number / tiles, tile = number % tiles;
+    number += gridDim.x;
+    const int64_t m_begin = tile % tiles_m * Product::kRows, n_begin = tile / tiles_m * Product::kColumns;
+    const T* const a = dy + m_begin;
+    const T* const b = x + n_begin;
+    steps = Steps(segments, segment_count, static_cast<int32_t>(expert), a, n, b, k);
+    shape = {n - m_begin, k - n_begin, n, k, AreAligned(a, n, b, k)};
+    result = {reinterpret_cast<float*>(weight_grads[expert]) + m_begin * k + n_begin, k, true, add};
+    return true;
+  }
+};
+
 template <typename T>
 __global__ void __launch_bounds__(TileProduct<T, true, true>::kThreads, TileProduct<T, true, true>::kBlocks)
     WeightKernel(const T* dy, const T* x, const int32_t* segments, int32_t segment_count, int64_t n, int64_t k, int64_t experts, bool add,
                  const int64_t* weight_grads) {
-  using Product = TileProduct<T, true, true>;
   SHOAL_DYNAMIC_SHARED(unsigned char, shared);
-  const int64_t tiles_m = Blocks(n, Product::kRows), tiles = tiles_m * Blocks(k, Product::kColumns);
-  for (int64_t number = blockIdx.x; number < experts * tiles; number += gridDim.x) {
-    const int64_t expert = number / tiles;
-    const int64_t m_begin = number % tiles % tiles_m * Product::kRows, n_begin = number % tiles / tiles_m * Product::kColumns;
-    const T* const a = dy + m_begin;
-    const T* const b = x + n_begin;
-    const TileShape shape = {n - m_begin, k - n_begin, n, k, AreAligned(a, n, b, k)};
-    Product::Run(SegmentSteps<T>(segments, segment_count, static_cast<int32_t>(expert), a, n, b, k), shape,
-                 {reinterpret_cast<float*>(weight_grads[expert]) + m_begin * k + n_begin, k, true, add}, shared);
-  }
+  WeightWork<T> work = {dy, x, segments, segment_count, n, k, experts, add, weight_grads};
+  TileProduct<T, true, true>::Run(work, shared);
 }
 
 // Of a block: the most that the kernel has a use for, if the device has it.

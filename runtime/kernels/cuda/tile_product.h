@@ -1,5 +1,8 @@
-// One tile of a matrix product, by one block: the sum over steps of k, which its caller hands out (so that they may come from any rows),
-// written at the end. bf16 by the tensor cores, f32 by plain multiply-adds.
+// Tiles of matrix products, one after another by one block: each the sum over steps of k, which its caller hands out (so that they may
+// come from any rows). bf16 by the tensor cores, f32 by plain multiply-adds.
+//
+// A Work hands out tiles: bool Next(Steps&, TileShape&, TileResult&), false behind the last; and its Steps the parts of one tile:
+// bool Next(int most_k, Step<T>&). All threads of the block call both alike.
 #pragma once
 
 #include "runtime/kernels/cuda/kernels.h"
@@ -62,85 +65,111 @@ __device__ __forceinline__ void Store8(const TileResult& result, int64_t at, int
   }
 }
 
-// c[m, n] = a b. kAAcross: a lies as [k][m], else [m][k]; kBAcross: b lies as [k][n], else [n][k].
+// The tiles c[m, n] = a b of a Work. kAAcross: a lies as [k][m], else [m][k]; kBAcross: b lies as [k][n], else [n][k].
 template <typename T, bool kAAcross, bool kBAcross> struct TileProduct;
 
 template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcross> {
   static constexpr int kRows = 128, kColumns = 256, kStep = 64, kStages = 3;
   static constexpr int kThreads = 256, kBlocks = 1;  // Of a multiprocessor.
   static constexpr int kABytes = kRows * kStep * 2, kStageBytes = kABytes + kColumns * kStep * 2;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // A warp's place for 16 rows of 32 sums on their way out, beside the stages.
+  static constexpr int kStagingStride = 36, kStaging = 16 * kStagingStride;
+  static constexpr int kSharedBytes = kStages * kStageBytes + kThreads / 32 * kStaging * 4;
   // With warp groups one stage more: the products of one still run while the next ones are put there. Taken where a block may have it.
-  static constexpr int kSharedBytesMost = (kStages + 1) * kStageBytes;
+  static constexpr int kSharedBytesMost = kSharedBytes + kStageBytes;
   using ALayout = Swizzled<kAAcross ? kStep : kRows>;
   using BLayout = Swizzled<kBAcross ? kStep : kColumns>;
   // Of a warp's part of the tile.
   static constexpr int kWarpRows = 64, kWarpColumns = 64;
 
-  // All threads of the block; barriers within. `shared` is free again after it.
-  template <typename Steps>
-  __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+  // All threads of the block; barriers within.
+  template <typename Work> __device__ static void Run(Work& work, unsigned char* shared) {
 #ifdef __CUDACC__
 #if SHOAL_HAS_WARP_GROUPS
-    ByWarpGroups(steps, shape, result, shared);
+    ByWarpGroups(work, shared);
 #else
-    ByWarps(steps, shape, result, shared);
+    ByWarps(work, shared);
 #endif
 #else
-    if (blockIdx.x % 2 == 0) return ByWarpGroups(steps, shape, result, shared);  // The emulator has both, with the same bits.
-    ByWarps(steps, shape, result, shared);
+    if (blockIdx.x % 2 == 0) return ByWarpGroups(work, shared);  // The emulator has both, with the same bits.
+    ByWarps(work, shared);
 #endif
   }
 
  private:
-  template <typename Steps>
-  __device__ static void ByWarps(Steps& steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
-    const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
+  // The tile that is loaded, which is the next one while the sums of one are written.
+  template <typename Work> struct Loading {
+    typename Work::Steps steps;
+    TileShape shape;
+    TileResult result;
+    int loaded = 0;  // Steps.
+
+    __device__ int m() const { return static_cast<int>(shape.m < kRows ? shape.m : kRows); }
+    __device__ int n() const { return static_cast<int>(shape.n < kColumns ? shape.n : kColumns); }
+    // Takes the next tile and puts its first steps into stages 0 ... All stages must be free.
+    __device__ bool Start(Work& work, unsigned char* shared) {
+      if (!work.Next(steps, shape, result)) return false;
+      loaded = 0;
+      for (int stage = 0; stage < kStages - 1; ++stage) Load(shared + stage * kStageBytes);
+      return true;
+    }
+    __device__ void Load(unsigned char* stage) { loaded += TileProduct::Load(steps, shape, m(), n(), stage); }
+  };
+
+  template <typename Work> __device__ static void ByWarps(Work& work, unsigned char* shared) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int row = warp % 2 * kWarpRows, column = warp / 2 * kWarpColumns;
-    const bool has_part = row < m && column < n;
-    float sums[kWarpRows / 16][kWarpColumns / 8][4] = {};
-    int loaded = 0;
-    for (int stage = 0; stage < kStages - 1; ++stage) loaded += Load(steps, shape, m, n, shared + stage * kStageBytes);
-    for (int done = 0; done < loaded; ++done) {
-      WaitCopies<kStages - 2>();
+    float* const staging = reinterpret_cast<float*>(shared + kStages * kStageBytes) + warp * kStaging;
+    Loading<Work> tile;
+    bool more = tile.Start(work, shared);
+    while (more) {
+      const int m = tile.m(), n = tile.n();
+      const bool has_part = row < m && column < n;
+      float sums[kWarpRows / 16][kWarpColumns / 8][4] = {};
+      for (int done = 0; done < tile.loaded; ++done) {
+        WaitCopies<kStages - 2>();
+        __syncthreads();
+        tile.Load(shared + (done + kStages - 1) % kStages * kStageBytes);
+        if (has_part) Multiply(shared + done % kStages * kStageBytes, row, column, sums);
+      }
       __syncthreads();
-      loaded += Load(steps, shape, m, n, shared + (done + kStages - 1) % kStages * kStageBytes);
-      if (has_part) Multiply(shared + done % kStages * kStageBytes, row, column, sums);
+      const TileResult result = tile.result;
+      const bool nothing = tile.loaded == 0 && result.add;
+      more = tile.Start(work, shared);
+      if (has_part && !nothing) Store(sums, row, column, m, n, result, staging);
     }
-    WaitCopies<0>();
-    __syncthreads();
-    if (has_part && !(result.add && loaded == 0)) Store(sums, row, column, m, n, result, shared);
-    __syncthreads();
   }
 
 #if SHOAL_HAS_WARP_GROUPS
-  template <typename Steps>
-  __device__ static void ByWarpGroups(Steps& steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
-    const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
-    const int group = static_cast<int>(threadIdx.x) / 128, row = static_cast<int>(threadIdx.x) / 32 * 16;
-    float sums[1][kColumns / 8][4] = {};
-    int loaded = 0;
-    for (int stage = 0; stage < kStages - 1; ++stage) loaded += Load(steps, shape, m, n, shared + stage * kStageBytes);
-    for (int done = 0; done < loaded; ++done) {
-      WaitCopies<kStages - 2>();
-      PublishShared();
-      __syncthreads();
-      const Bf16* const a = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes) + group * 64 * kStep;
-      const Bf16* const b = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes + kABytes);
-      StartProducts();
+  template <typename Work> __device__ static void ByWarpGroups(Work& work, unsigned char* shared) {
+    const int warp = static_cast<int>(threadIdx.x) / 32, group = warp / 4, row = warp * 16;
+    float* const staging = reinterpret_cast<float*>(shared + (kStages + 1) * kStageBytes) + warp * kStaging;
+    Loading<Work> tile;
+    bool more = tile.Start(work, shared);
+    while (more) {
+      float sums[1][kColumns / 8][4] = {};
+      for (int done = 0; done < tile.loaded; ++done) {
+        WaitCopies<kStages - 2>();
+        PublishShared();
+        __syncthreads();
+        const Bf16* const a = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes) + group * 64 * kStep;
+        const Bf16* const b = reinterpret_cast<const Bf16*>(shared + done % (kStages + 1) * kStageBytes + kABytes);
+        StartProducts();
 #pragma unroll
-      for (int k = 0; k < kStep; k += 16) MultiplyWarpGroup<kAAcross, kBAcross>(sums[0], a, b, k);
-      CommitProducts();
-      // Over the operands of two steps ago: both groups had waited for their products before the barrier.
-      loaded += Load(steps, shape, m, n, shared + (done + kStages - 1) % (kStages + 1) * kStageBytes);
-      WaitProducts<1>();
+        for (int k = 0; k < kStep; k += 16) MultiplyWarpGroup<kAAcross, kBAcross>(sums[0], a, b, k);
+        CommitProducts();
+        // Over the operands of two steps ago: both groups had waited for their products before the barrier.
+        tile.Load(shared + (done + kStages - 1) % (kStages + 1) * kStageBytes);
+        WaitProducts<1>();
+      }
+      WaitProducts<0>();
+      __syncthreads();
+      const int m = tile.m(), n = tile.n();
+      const TileResult result = tile.result;
+      const bool nothing = tile.loaded == 0 && result.add;
+      more = tile.Start(work, shared);
+      if (row < m && !nothing) Store(sums, row, 0, m, n, result, staging);
     }
-    WaitProducts<0>();
-    WaitCopies<0>();
-    __syncthreads();
-    if (row < m && !(result.add && loaded == 0)) Store(sums, row, 0, m, n, result, shared);
-    __syncthreads();
   }
 #endif
 
@@ -210,24 +239,28 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
   // that lie together.
   template <int kTilesM, int kTilesN>
   __device__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, const TileResult& result,
-                               unsigned char* shared) {
-    constexpr int kStride = 8 * kTilesN + 8;
-    static_assert(kThreads / 32 * 16 * kTilesM * kStride * 4 <= kSharedBytes);
-    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
-    float* const staging = reinterpret_cast<float*>(shared) + warp * 16 * kTilesM * kStride;
+                               float* staging) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    float* const own = staging + lane / 4 * kStagingStride + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-        float* const at = staging + (16 * i + g) * kStride + 8 * j + 2 * t;
-        *reinterpret_cast<Pack<float, 2>*>(at) = {sums[i][j][0], sums[i][j][1]};
-        *reinterpret_cast<Pack<float, 2>*>(at + 8 * kStride) = {sums[i][j][2], sums[i][j][3]};
+      for (int j = 0; j < kTilesN; j += 4) {
+#pragma unroll
+        for (int l = 0; l < 4; ++l) {
+          *reinterpret_cast<Pack<float, 2>*>(own + 8 * l) = {sums[i][j + l][0], sums[i][j + l][1]};
+          *reinterpret_cast<Pack<float, 2>*>(own + 8 * l + 8 * kStagingStride) = {sums[i][j + l][2], sums[i][j + l][3]};
+        }
+        __syncwarp();
+        const int at_column = column + 8 * j + lane % 4 * 8;
+        for (int r = lane / 4; r < 16; r += 8) {
+          const int at_row = row + 16 * i + r;
+          if (at_row < m && at_column < n) {
+            Store8(result, at_row * result.stride + at_column, n - at_column, staging + r * kStagingStride + lane % 4 * 8);
+          }
+        }
+        __syncwarp();
       }
-    }
-    __syncwarp();
-    for (int item = lane; item < 16 * kTilesM * kTilesN; item += 32) {
-      const int i = item / kTilesN, own = column + item % kTilesN * 8;
-      if (row + i < m && own < n) Store8(result, (row + i) * result.stride + own, n - own, staging + i * kStride + item % kTilesN * 8);
     }
   }
 };
@@ -238,8 +271,16 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAc
   static constexpr int kStride = kRows + 4;  // Both parts lie as [k][row or column].
   static constexpr int kSharedBytes = 2 * kStep * kStride * 4, kSharedBytesMost = kSharedBytes;
 
+  template <typename Work> __device__ static void Run(Work& work, unsigned char* shared) {
+    typename Work::Steps steps;
+    TileShape shape;
+    TileResult result;
+    while (work.Next(steps, shape, result)) Tile(steps, shape, result, shared);
+  }
+
+ private:
   template <typename Steps>
-  __device__ static void Run(Steps steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
+  __device__ static void Tile(Steps& steps, const TileShape& shape, const TileResult& result, unsigned char* shared) {
     const int m = static_cast<int>(shape.m < kRows ? shape.m : kRows), n = static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
     float* const a = reinterpret_cast<float*>(shared);
     float* const b = a + kStep * kStride;
@@ -270,7 +311,6 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAc
     }
   }
 
- private:
   template <bool kAcross> __device__ static void Load(float* to, const float* from, int64_t stride, int lines, int step_k) {
 #pragma unroll
     for (int first = 0; first < kRows * kStep; first += kThreads) {
