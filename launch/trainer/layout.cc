@@ -6,6 +6,11 @@
 
 namespace shoal {
 
+namespace {
+// More than this cost more in messages than they hide.
+constexpr int kWavesMax = 8;
+}  // namespace
+
 ModelConfig ModelConfigOf(const Config& config) {
   const Model& from = config.model();
   ModelConfig model;
@@ -101,6 +106,7 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
     }
   }
   shape.exchange = shape.dispatch || model.has_capacity();
+  shape.balance = model.aux_loss != AuxLoss::kNone;
   shape.dense = DensePolicyFor(config);
   shape.experts = ExpertPolicyFor(config);
   return shape;
@@ -112,7 +118,9 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
   const int64_t rows = config.train().global_batch_size() / config.train().gradient_accumulation_steps();
   // With one sequence there is nothing to take turns; without rows that travel there is nothing to hide.
   if (!shape.dispatch || rows < 2 * shape.ranks) return {1};
-  return rows < 4 * shape.ranks ? std::vector<int>{1, 2} : std::vector<int>{1, 2, 4};
+  std::vector<int> waves = {1, 2};
+  while (waves.back() < kWavesMax && rows >= 2 * waves.back() * shape.ranks) waves.push_back(2 * waves.back());
+  return waves;
 }
 
 DensePolicy DensePolicyFor(const Config& config) {

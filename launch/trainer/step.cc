@@ -114,6 +114,8 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
   options.scheduler.chunks_backward = wanted.chunks_backward();
   options.scheduler.slice_gradients = wanted.gradient_slices() == "auto";
   options.scheduler.prefetch = {wanted.prefetch()};
+  options.scheduler.part_waves = wanted.wave_order() != "together";
+  options.start_apart = wanted.wave_order() == "apart";
   forward_.shape = shape;
   forward_.shape.mode = StepShape::Mode::kForward;
   forward_.shape.parts = 1;
@@ -121,6 +123,7 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
                                            options);
   forward_.schedule = tuner->schedule();
   forward_.schedule.waves = 1;
+  forward_.schedule.turns.clear();
   forward_.graph = EmitStep(forward_.shape, forward_.schedule);
   if (!training) return absl::OkStatus();
   if (HasSparseExperts(config_, model_, world_->size())) {
@@ -349,6 +352,11 @@ void RankModel::BeginPart(int part, StepState* step) {
                    .loss_scale = static_cast<float>(1.0 / static_cast<double>(batch_rows * seq)),
                    .part = part,
                    .schedule = &train_.schedule});
+  if (train_.shape.balance) return;
+  // Early waves go back before late ones have chosen.
+  step->totals = {};
+  step->totals.counts.resize(static_cast<size_t>(NumMoeLayers(model_)));
+  SetRoutingGradients(BalanceOf(step));
 }
 
 // ---- Auxiliary losses.
@@ -383,12 +391,23 @@ absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
 
 void RankModel::Balance(StepState* step) {
   if (world_->size() == 1) SumRouting(step).IgnoreError();  // Nobody to fail.
-  const int64_t parts = train_.shape.parts, batch = config_.train().global_batch_size();
-  step->totals.sequences = batch / parts;
+  const BalanceLoss balance = BalanceOf(step);
+  if (train_.shape.balance) SetRoutingGradients(balance);
+  const double share = 1.0 / static_cast<double>(train_.shape.parts);
+  step->result.aux += balance.aux * share;
+  step->result.z += balance.z * share;
+  step->result.seq_aux += balance.seq_aux * share;
+}
+
+BalanceLoss RankModel::BalanceOf(StepState* step) const {
+  step->totals.sequences = config_.train().global_batch_size() / train_.shape.parts;
   step->totals.tokens = step->totals.sequences * config_.train().seq_length();
-  const BalanceLoss balance = ComputeBalanceLoss(model_, step->totals);
-  const double share = 1.0 / static_cast<double>(parts);
-  std::vector<RoutingGradient> gradients(step->totals.counts.size());
+  return ComputeBalanceLoss(model_, step->totals);
+}
+
+void RankModel::SetRoutingGradients(const BalanceLoss& balance) {
+  const double share = 1.0 / static_cast<double>(train_.shape.parts);
+  std::vector<RoutingGradient> gradients(static_cast<size_t>(NumMoeLayers(model_)));
   for (size_t layer = 0; layer < gradients.size(); ++layer) {
     gradients[layer].z_scale = balance.z_scale * static_cast<float>(share);
     gradients[layer].seq_aux_scale = balance.seq_aux_scale * static_cast<float>(share);
@@ -399,9 +418,6 @@ void RankModel::Balance(StepState* step) {
     }
   }
   decoder_->SetRoutingGradients(std::move(gradients));
-  step->result.aux += balance.aux * share;
-  step->result.z += balance.z * share;
-  step->result.seq_aux += balance.seq_aux * share;
 }
 
 // ---- Norm, loss and update.

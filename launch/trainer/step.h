@@ -116,7 +116,9 @@ class RankModel {
   absl::StatusOr<double> RunStoreTask(const Task& task);
   void BeginPart(int part, StepState* step);
   absl::StatusOr<double> SumRouting(StepState* step);  // kTotals
-  void Balance(StepState* step);
+  void Balance(StepState* step);  // kBalance
+  BalanceLoss BalanceOf(StepState* step) const;
+  void SetRoutingGradients(const BalanceLoss& balance);
   absl::StatusOr<double> SumNorm(StepState* step);
   void FinishNorm(StepState* step);
   absl::StatusOr<double> Update(const Task& task, const StepState& step);

@@ -94,6 +94,7 @@ struct Case {
   bool dense_only = false, tied = false;
   bool sharded = false, sparse = false, rematerialise = false, recompute = false;
   int waves = 1, parts = 1;
+  bool apart = false;
 };
 
 // Of three steps with four sequences in all.
@@ -116,6 +117,7 @@ std::vector<double> Losses(const Case& c) {
     config.mutable_parallel()->set_expert_overlap(c.sparse ? 2 : -1);
     config.mutable_parallel()->set_rematerialise(c.rematerialise);
     config.mutable_schedule()->set_waves(c.waves);
+    config.mutable_schedule()->set_wave_order(c.apart ? "apart" : "together");
     const auto model = RankModel::Create(config, ModelConfigOf(config), world, {.host = world.index() / 2});
     ASSERT_TRUE(model.ok()) << model.status();
     ASSERT_TRUE(LoadWeights({.seed = 4}, **model).ok());
@@ -150,6 +152,9 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{.name = "FewerExpertsThanRanksRecomputed", .ranks = 4, .experts = 2, .tied = true, .sharded = true,
                          .sparse = true, .rematerialise = true, .recompute = true, .waves = 2},
                     Case{.name = "RanksWithoutRows", .ranks = 4, .experts = 3, .sharded = true, .sparse = true, .waves = 2, .parts = 4},
+                    Case{.name = "WavesApart", .ranks = 2, .experts = 4, .waves = 2, .parts = 1, .apart = true},
+                    Case{.name = "WavesApartInParts", .ranks = 2, .experts = 4, .tied = true, .sparse = true, .recompute = true,
+                         .waves = 2, .parts = 2, .apart = true},
                     Case{.name = "RanksWithoutRowsRematerialised", .ranks = 4, .experts = 3, .sparse = true, .rematerialise = true,
                          .recompute = true, .parts = 2}),
     [](const testing::TestParamInfo<Case>& info) { return info.param.name; });

@@ -43,6 +43,7 @@ struct Case {
   int prefetch = 1;
   int ranks_per_host = 0;  // 0: one host.
   int waves = 1;
+  bool apart = false;  // Waves in different layers.
   std::string owners = "hecate";
   int overlap = 2;  // -1: copies by cost.
 };
@@ -54,7 +55,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
              << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "")
-             << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "")
+             << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "") << (c.apart ? "_apart" : "")
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
 
@@ -115,6 +116,7 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_schedule()->set_chunks_backward(c.chunks_backward < 0 ? c.chunks : c.chunks_backward);
   config.mutable_schedule()->set_prefetch(c.prefetch);
   config.mutable_schedule()->set_waves(c.waves);
+  config.mutable_schedule()->set_wave_order(c.apart ? "apart" : "auto");
   config.mutable_parallel()->set_rematerialise(c.rematerialise);
   // Copies from the second step on, other owners every few steps.
   config.mutable_parallel()->set_expert_overlap(c.overlap);
@@ -289,6 +291,7 @@ std::vector<Case> PlacementCases() {
     cases.push_back({.folder = folder, .ranks = 3, .dense = "sharded", .prefetch = 2});
     cases.push_back({.folder = folder, .ranks = 4, .expert = 4, .chunks = 2, .chunks_backward = 3, .ranks_per_host = 2});
     cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 2, .ranks_per_host = 1, .waves = 2});
+    cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .chunks = 2, .ranks_per_host = 1, .waves = 3, .apart = true});
     cases.push_back({.folder = folder, .ranks = 2, .accumulation = 2, .recompute = true, .dense = "sharded", .experts = "sparse",
                      .rematerialise = true, .prefetch = 2, .waves = 3});
     cases.push_back({.folder = folder, .ranks = 4, .expert = 2, .transport = "tcp", .chunks = 2, .ranks_per_host = 1});
