@@ -83,6 +83,9 @@ class Communicator {
  public:
   // As Abort(CANCELLED) when operations are pending; waits until no buffer is in use. Not in a callback of its own
   // (CHECK): others need the communicator, or the thread, after it.
+  //
+  // The last communicator of an epoch leaves it politely: what operations that ended OK here have sent still arrives. So
+  // that may block: until the peers' systems have got it all, or a peer has taken nothing for heartbeat_timeout.
   virtual ~Communicator() = default;
 
   virtual int index() const = 0;  // This process in the group, in [0, size()).
@@ -134,7 +137,7 @@ class Communicator {
                                    const OpOptions& options) = 0;
 
   // A group of `members` (indices of this group, ascending, this process among them) on the same connections. Collective
-  // over the members.
+  // over the members. RESOURCE_EXHAUSTED: this process lacks descriptors or memory for it; the others get ABORTED.
   virtual absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) = 0;
 
   // Ends the group, and those split from it, on every rank. The one way to cancel. Never blocks.

@@ -30,10 +30,6 @@ constexpr int64_t kAttendNs = 50'000;
 // After so long the members that an operation waits for are told what this rank waits in, and then all; when the deadline
 // is near, earlier.
 constexpr int64_t kProbeNs = 3'000'000, kProbeAllNs = 100'000'000;
-// A member that is awaited has left, and its channel has seen nothing of it for so long that nothing can be under way: that
-// may be because this process had no core. So it is looked at once more for a while, in which every step reads some of what
-// has come; only then its end is believed.
-constexpr int64_t kLeftNs = 50'000'000;
 // When this rank waits only for members that wait themselves, these can better say who misses the deadline.
 constexpr int64_t kLenientNs = 50'000'000;
 // How long a driver sleeps at most before it looks whether the peers it waits for have left.
@@ -469,13 +465,8 @@ void GroupExecutor::CheckWaiting() {
   for (int member : channel_->Awaited()) {
     if (host_->Left(member) && !channel_->MayBeUnderWay(member)) left.push_back(member);
   }
-  // What they did, they did before they said goodbye.
-  if (left.empty() || Advance() || !ended_.empty()) {
-    left_since_ns_ = 0;
-    return;
-  }
-  if (left_since_ns_ == 0) left_since_ns_ = now_ns;
-  if (now_ns - left_since_ns_ < kLeftNs) return;
+  // What they did, they did before they said goodbye, and it has come: one more step takes it in.
+  if (left.empty() || Advance() || !ended_.empty()) return;
   const std::vector<int> awaited = channel_->Awaited();
   for (int member : left) {
     if (std::find(awaited.begin(), awaited.end(), member) != awaited.end()) {

@@ -143,7 +143,6 @@ class GroupExecutor final : public WorkRunner, public Sleeper, public std::enabl
   Operation* front_ = nullptr;     // Runs; in queue_.
   Operation* prelude_ = nullptr;   // Runs before the front one.
   bool failed_ = false;
-  int64_t left_since_ns_ = 0;  // A member that is awaited has left; 0: none has.
   int64_t started_ns_ = 0;
   // The members that the front operation waits for are probed, later all.
   int probes_ = 0;          // Sent.

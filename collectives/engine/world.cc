@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
@@ -23,7 +24,9 @@ namespace {
 // what has ended is in a hurry to recover, and its peers are too.
 constexpr int64_t kFarewellNs = 1'000'000'000;
 constexpr int64_t kHastyFarewellNs = 5'000'000;
-constexpr int64_t kDeliveryNs = 200'000'000;  // For data that peers who live have not got yet.
+// How long a peer that lives may take nothing of the data that it has not got yet; while the world lives it is as long as a
+// peer may be silent.
+constexpr int64_t kHastyDeliveryNs = 200'000'000;
 
 }  // namespace
 
@@ -280,12 +283,15 @@ SharedMemory::Announcer World::Announcer() {
 void World::Leave() {
   // Before the goodbye: who has heard that does not take the end of this process for a death.
   if (watch_ != nullptr) watch_->Release();
-  MutexLock lock(&mutex_);
-  if (core_ == nullptr || leaving_) return;
-  leaving_ = true;
-  EpochCore::Effects effects;
-  core_->Leave(&effects);
-  Apply(effects);
+  {
+    MutexLock lock(&mutex_);
+    if (core_ == nullptr || leaving_) return;
+    leaving_ = true;
+    EpochCore::Effects effects;
+    core_->Leave(&effects);
+    Apply(effects);
+  }
+  if (mesh_ != nullptr) mesh_->Leave();
 }
 
 World::~World() {
@@ -297,7 +303,10 @@ World::~World() {
   WakeMonitor();
   if (monitor_.joinable()) monitor_.join();
   watch_.reset();
-  if (mesh_ != nullptr) mesh_->AwaitDelivery(DeadRanks(), NowNs() + kDeliveryNs);
+  if (mesh_ != nullptr) {
+    const int64_t polite_ns = absl::ToInt64Nanoseconds(options_.heartbeat_timeout);
+    mesh_->AwaitDelivery(DeadRanks(), root_->Ended() ? std::min(polite_ns, kHastyDeliveryNs) : polite_ns);
+  }
   mesh_.reset();
   root_.reset();
   {
@@ -333,6 +342,16 @@ std::vector<World::Deaths::Death> World::Deaths::Get() const {
 void World::Deaths::Set(std::vector<Death> deaths) {
   MutexLock lock(&mutex_);
   deaths_ = std::move(deaths);
+}
+
+bool World::Deaths::TakeOwnLack() {
+  MutexLock lock(&mutex_);
+  return std::exchange(own_lack_, false);
+}
+
+void World::Deaths::SetOwnLack() {
+  MutexLock lock(&mutex_);
+  own_lack_ = true;
 }
 
 bool World::OneHost(const std::vector<int>& ranks) const {
@@ -448,6 +467,7 @@ void World::ReadPeer(int rank) {
   if (status.ok()) return;
   peer.open = false;
   if (absl::IsResourceExhausted(status)) {
+    deaths_->SetOwnLack();
     (void)End(absl::StrCat(RankName(options_.rank), " cannot take what ", RankName(rank),
                            " shares: ", std::string(status.message())));
     return;
@@ -479,6 +499,7 @@ void World::AddPeerSegment(int rank, ControlMessage message) {
   const auto bytes = static_cast<int64_t>(reader.U64());
   const absl::Status status = memory_->AddPeerSegment(rank, id, bytes, std::move(message.fd));
   if (status.ok()) return;
+  if (absl::IsResourceExhausted(status)) deaths_->SetOwnLack();
   (void)End(absl::StrCat(RankName(options_.rank), " cannot map memory of ", RankName(rank), ": ",
                          std::string(status.message())));
 }

@@ -43,8 +43,9 @@ class World {
   // On connections that are there: links[r] is about rank r, as FormMesh returns them. A world of one rank needs none, and
   // has no threads. Does not block. RESOURCE_EXHAUSTED: no descriptors left.
   static absl::StatusOr<std::shared_ptr<World>> Create(const WorldOptions& options, std::vector<PeerLink> links);
-  // Says goodbye. While the world lives, waits a moment until the peers have heard it; once it has ended, a few
-  // milliseconds at most, and never for dead peers. All groups are gone by then.
+  // Says goodbye. While the world lives, waits until the peers have heard it (1 s at most) and their systems have the data
+  // that was sent to them (unless they take nothing for heartbeat_timeout); once it has ended, a few milliseconds for the
+  // goodbye, and 200 ms at most for the data. Never waits for dead peers. All groups are gone by then.
   ~World();
 
   const WorldOptions& options() const { return options_; }
@@ -80,13 +81,18 @@ class World {
     };
     std::vector<Death> Get() const;
     void Set(std::vector<Death> deaths);
+    // Whether all groups were ended because this process lacks what it takes to work with its peers (descriptors, memory):
+    // true once.
+    bool TakeOwnLack();
+    void SetOwnLack();
 
    private:
     mutable Mutex mutex_;
     std::vector<Death> deaths_ ABSL_GUARDED_BY(mutex_);
+    bool own_lack_ ABSL_GUARDED_BY(mutex_) = false;
   };
   // A death is there before any group has ended because of it.
-  std::shared_ptr<const Deaths> deaths() const { return deaths_; }
+  std::shared_ptr<Deaths> deaths() const { return deaths_; }
   // The kernel of this host says so (death_watch.h); see GroupLife::ProcessDied. False also where nobody can know: on other
   // hosts.
   bool ProcessDied(int rank) const { return peers_[rank]->died.load(std::memory_order_acquire); }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "collectives/engine/group.h"
 #include "collectives/engine/world.h"
@@ -18,6 +19,7 @@ namespace {
 
 constexpr int64_t kRetryNs = 20'000'000;         // Between two attempts to reach a coordinator.
 constexpr int64_t kAttemptNs = 10'000'000'000;  // For one round through all of them.
+constexpr int kLacksAtOnce = 1;  // So many epochs may end for what this process lacks before it takes its time.
 
 class ElasticMembership final : public Membership {
  public:
@@ -30,18 +32,23 @@ class ElasticMembership final : public Membership {
   int JoinersWaiting() const override { return seat_->joiners(); }
 
  private:
-  std::vector<Accusation> LeavePresent();
+  std::vector<Accusation> LeavePresent() ABSL_EXCLUSIVE_LOCKS_REQUIRED(calls_);
   void EndPresent();
   absl::StatusOr<std::unique_ptr<Communicator>> Enter(Seat::Formed formed, absl::Time deadline,
                                                       std::shared_ptr<World>* world);
+  void CountLack() ABSL_EXCLUSIVE_LOCKS_REQUIRED(calls_);
 
   const MembershipOptions options_;
   Mutex calls_;  // One NextEpoch at a time.
+  // Epochs in a row that ended because this process lacked something.
+  int lacks_ ABSL_GUARDED_BY(calls_) = 0;
+  bool counted_ ABSL_GUARDED_BY(calls_) = false;  // The present epoch is one of them.
+  bool entered_ ABSL_GUARDED_BY(calls_) = false;  // The caller has got it.
   mutable Mutex mutex_;
   View view_ ABSL_GUARDED_BY(mutex_);
   // Owned by the groups of the communicator: the epoch ends with them, or when the next one begins.
   std::weak_ptr<World> world_ ABSL_GUARDED_BY(mutex_);
-  std::shared_ptr<const World::Deaths> deaths_ ABSL_GUARDED_BY(mutex_);  // In it.
+  std::shared_ptr<World::Deaths> deaths_ ABSL_GUARDED_BY(mutex_);  // In it.
   std::unique_ptr<Seat> seat_;
 };
 
@@ -74,6 +81,11 @@ std::vector<Accusation> ElasticMembership::LeavePresent() {
   std::vector<Accusation> accusations;
   if (deaths_ == nullptr) return accusations;
   if (const std::shared_ptr<World> world = world_.lock()) world->Leave();
+  if (deaths_->TakeOwnLack()) {
+    CountLack();
+  } else if (std::exchange(entered_, false)) {
+    lacks_ = 0;
+  }
   for (const World::Deaths::Death& dead : deaths_->Get()) {
     accusations.push_back({view_.members[dead.rank].id, dead.cause, dead.died});
   }
@@ -102,10 +114,19 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::NextEpoch(absl:
     // An epoch that breaks while it begins is over before the caller saw it.
     if (formed.links.empty()) continue;
     std::shared_ptr<World> world;
+    counted_ = false;
     absl::StatusOr<std::unique_ptr<Communicator>> group = Enter(std::move(formed), deadline, &world);
+    entered_ = group.ok();
+    if (absl::IsResourceExhausted(group.status())) CountLack();
     if (!absl::IsAborted(group.status())) return group;
     accusations = LeavePresent();
   }
+}
+
+// The others lose the epoch by that as well. Once may be bad luck, but who lacks something is likely to lack it again.
+void ElasticMembership::CountLack() {
+  if (std::exchange(counted_, true)) return;
+  if (++lacks_ > kLacksAtOnce) seat_->StandBack(lacks_ - kLacksAtOnce);
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::Formed formed, absl::Time deadline,

@@ -48,7 +48,8 @@ class Membership {
 
   // Blocks until the next epoch with this process in it has formed. Ends the present one, whose communicator may be
   // destroyed before or after. A process that was excluded joins again, as a new member. DEADLINE_EXCEEDED says whom the
-  // coordinator waits for.
+  // coordinator waits for; RESOURCE_EXHAUSTED what this process lacked to work in the epoch, which is over by that for all:
+  // when it happens again it joins as a new member, after a delay that grows from time to time.
   virtual absl::StatusOr<std::unique_ptr<Communicator>> NextEpoch(absl::Time deadline) = 0;
   // The view of the epoch that NextEpoch returned last.
   virtual View view() const = 0;

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -101,6 +102,15 @@ void Seat::Ask(std::vector<Accusation> accusations) {
   Wake(wake_);
 }
 
+void Seat::StandBack(int times) {
+  {
+    MutexLock lock(&mutex_);
+    stand_back_ = times;
+    excluded_ = true;
+  }
+  Wake(wake_);
+}
+
 absl::StatusOr<Seat::Formed> Seat::Await(int64_t deadline_ns) {
   MutexLock lock(&mutex_);
   while (!formed_.has_value() && refused_.ok()) {
@@ -184,9 +194,22 @@ void Seat::TakeRequests() {
   uint64_t count = 0;
   (void)!read(wake_.get(), &count, sizeof count);
   std::optional<std::vector<Accusation>> request;
+  int stand_back = 0;
   {
     MutexLock lock(&mutex_);
+    stand_back = std::exchange(stand_back_, 0);
+    // The new core asks by itself for whom it was asked meanwhile.
+    if (stand_back != 0) request_.reset();
     request.swap(request_);
+  }
+  if (stand_back != 0) {
+    const absl::Duration delay = DelayAfter(stand_back);
+    SHOAL_LOG(kWarning) << "this process lacks what it takes to work in the epochs that form; it leaves, and joins again in "
+                        << absl::FormatDuration(delay);
+    Leave();
+    dialler_->Forget();
+    link_.reset();
+    return NewCore(delay);
   }
   if (request.has_value()) Act(core_->Ready(*std::move(request), NowNs()));
 }
@@ -299,12 +322,15 @@ void Seat::Perform(MemberCore::Action& action) {
   }
 }
 
+absl::Duration Seat::DelayAfter(int times) const {
+  if (times == 0) return absl::ZeroDuration();
+  return core_options_.heartbeat_timeout * (1 << std::min(times - 1, kDelayDoublingsMax));
+}
+
 // Joins again as a new member: at once after an epoch, later and later when it never gets into one. Each attempt to connect
 // with somebody out of reach holds all others up.
 void Seat::OnExcluded(const std::string& cause) {
-  absl::Duration delay = absl::ZeroDuration();
-  if (exclusions_ > 0) delay = core_options_.heartbeat_timeout * (1 << std::min(exclusions_ - 1, kDelayDoublingsMax));
-  ++exclusions_;
+  const absl::Duration delay = DelayAfter(exclusions_++);
   const std::string text = absl::StrCat("excluded from the job: ", cause, "; joining again as a new member",
                                         exclusions_ > 1 ? absl::StrCat(" in ", absl::FormatDuration(delay)) : "");
   SHOAL_LOG(kWarning) << text;

@@ -44,6 +44,9 @@ class Seat {
   // This process wants the epoch after the present one. `accusations`: whom it found dead in that. Does nothing when that
   // was asked already.
   void Ask(std::vector<Accusation> accusations);
+  // This process cannot work in the epochs that form: it leaves, and joins again as a new member, after a delay that
+  // doubles with `times` (1 or more; how often that was so in a row).
+  void StandBack(int times);
   // Blocks until the epoch that was asked for has formed. DEADLINE_EXCEEDED says whom the coordinator waits for.
   absl::StatusOr<Formed> Await(int64_t deadline_ns);
   int joiners() const { return joiners_.load(std::memory_order_acquire); }
@@ -56,6 +59,7 @@ class Seat {
   void Run();
   void Turn(Greeter* greeter);
   void NewCore(absl::Duration delay);
+  absl::Duration DelayAfter(int times) const;
   void TakeRequests();
   void TakeDial();
   void ReadCoordinator();
@@ -99,6 +103,7 @@ class Seat {
   bool asked_ ABSL_GUARDED_BY(mutex_) = false;   // Until the epoch forms.
   bool excluded_ ABSL_GUARDED_BY(mutex_) = false;  // Since the last epoch: it has nobody to accuse.
   std::optional<std::vector<Accusation>> request_ ABSL_GUARDED_BY(mutex_);
+  int stand_back_ ABSL_GUARDED_BY(mutex_) = 0;  // Requested; 0: not.
   std::optional<Formed> formed_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };

@@ -84,7 +84,8 @@ class Channel {
   virtual void Wake() = 0;
   // The members from which something is awaited, for the verdict when a deadline passes.
   virtual std::vector<int> Awaited() const = 0;
-  // Of a member that said goodbye: whether something that it sent before may still be under way.
+  // Of a member that said goodbye: whether something that it sent before may still be under way. False: the next Poll
+  // returns the last that it caused.
   virtual bool MayBeUnderWay(int /*member*/) { return false; }
   // The latest collective that the member is known to have begun, because something of it has come, if only a Probe. 0: none.
   virtual uint64_t Reached(int /*member*/) const { return 0; }

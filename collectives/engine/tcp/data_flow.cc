@@ -35,21 +35,21 @@ DataFlow::DataFlow(Fd socket, uint64_t epoch)
   (void)setsockopt(socket_.get(), IPPROTO_TCP, TCP_NOTSENT_LOWAT, &kUnsentBytes, sizeof kUnsentBytes);
 }
 
-bool DataFlow::Delivered() {
-  if (!socket_.valid()) return true;
+int64_t DataFlow::Undelivered() {
+  if (!socket_.valid()) return 0;
   while (recv(socket_.get(), buffer_.data(), buffer_.size(), 0) > 0) {
   }
-  (void)shutdown(socket_.get(), SHUT_WR);
+  EndWrites();
   tcp_info info = {};
   socklen_t length = sizeof info;
-  if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 || info.tcpi_state == TCP_CLOSE) return true;
+  if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 || info.tcpi_state == TCP_CLOSE) return 0;
   int unacknowledged = 0;
-  return ioctl(socket_.get(), SIOCOUTQ, &unacknowledged) != 0 || unacknowledged == 0;
+  return ioctl(socket_.get(), SIOCOUTQ, &unacknowledged) == 0 ? unacknowledged : 0;
 }
 
 void DataFlow::Close() {
   // Closing with unread bytes resets the connection, and what the peer has not got yet would be lost.
-  (void)Delivered();
+  (void)Undelivered();
   socket_.Reset();
 }
 

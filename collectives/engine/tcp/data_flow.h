@@ -2,6 +2,8 @@
 // where they belong. Knows frames, no messages. Not thread-safe; no call blocks.
 #pragma once
 
+#include <sys/socket.h>
+
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -29,9 +31,10 @@ class DataFlow {
   int fd() const { return socket_.get(); }
   bool open() const { return socket_.valid(); }
   void Close();  // After reading what is there, so that the peer is not reset before it has read what we sent.
-  // Before that, for who can wait: nothing more is sent, and what comes is thrown away. True: the peer's system has all that
-  // was sent, or the connection is broken.
-  bool Delivered();
+  void EndWrites() { (void)shutdown(fd(), SHUT_WR); }  // Nothing more is sent.
+  // Before Close, for who can wait: nothing more is sent, and what comes is thrown away. How many of the bytes that were sent
+  // the peer's system has not got yet; 0 as well when the connection is broken.
+  int64_t Undelivered();
 
   // ---- Out. A frame's payload is borrowed until OnSent or Detach.
   struct Frame {

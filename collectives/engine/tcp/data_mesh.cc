@@ -6,10 +6,11 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <ctime>
-#include <deque>
 #include <atomic>
 #include <cerrno>
+#include <ctime>
+#include <deque>
+#include <limits>
 
 #include "collectives/engine/tcp/data_flow.h"
 #include "collectives/engine/tcp/data_port.h"
@@ -35,7 +36,7 @@ constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake;
 constexpr int64_t kGraceNs = 500'000'000;
 constexpr size_t kEarlyGroupsMax = 4096;
 constexpr size_t kClosedGroupsMax = 1 << 16;
-constexpr int64_t kDeliveryPauseNs = 500'000;
+constexpr int64_t kDeliveryPauseMinNs = 250'000, kDeliveryPauseMaxNs = 10'000'000;
 constexpr uint64_t kWakeTag = ~uint64_t{0};
 
 }  // namespace
@@ -428,14 +429,40 @@ void DataMesh::Impl::Sleep(Port* port, int64_t until_ns) {
 
 DataMesh::DataMesh(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 
-void DataMesh::AwaitDelivery(const std::vector<int>& dead, int64_t until_ns) {
+void DataMesh::Leave() {
   Visit lock(impl_.get());
-  const auto delivered = [&dead](const std::unique_ptr<Impl::Flow>& flow) {
-    return std::find(dead.begin(), dead.end(), flow->rank) != dead.end() || flow->bytes.Delivered();
-  };
-  while (!std::all_of(impl_->flows.begin(), impl_->flows.end(), delivered) && NowNs() < until_ns) {
-    const timespec pause = {0, kDeliveryPauseNs};
+  for (const auto& [key, port] : impl_->ports) {
+    if (port->life == nullptr || port->life->Ended()) continue;
+    for (const int rank : port->life->ranks()) {
+      if (port->Pending(rank)) return;
+    }
+  }
+  int64_t moved = 0;
+  impl_->EmptyOutboxes(&moved);
+  for (size_t rank = 0; rank < impl_->peers.size(); ++rank) {
+    const Port::Outbox& box = impl_->shared.outboxes[rank];
+    if (!box.small.empty() || !box.large.empty()) continue;
+    for (Impl::Flow* flow : impl_->peers[rank].flows) {
+      if (flow->bytes.open() && flow->bytes.Empty()) flow->bytes.EndWrites();
+    }
+  }
+}
+
+void DataMesh::AwaitDelivery(const std::vector<int>& dead, int64_t patience_ns) {
+  Visit lock(impl_.get());
+  int64_t least = std::numeric_limits<int64_t>::max();
+  int64_t pause_ns = kDeliveryPauseMinNs;
+  for (int64_t taken_ns = NowNs(); NowNs() - taken_ns < patience_ns;) {
+    int64_t left = 0;
+    for (const auto& flow : impl_->flows) {
+      if (std::find(dead.begin(), dead.end(), flow->rank) == dead.end()) left += flow->bytes.Undelivered();
+    }
+    if (left == 0) return;
+    if (left < least) taken_ns = NowNs();
+    least = std::min(least, left);
+    const timespec pause = {0, pause_ns};
     (void)nanosleep(&pause, nullptr);
+    pause_ns = std::min(2 * pause_ns, kDeliveryPauseMaxNs);
   }
 }
 
@@ -561,6 +588,12 @@ bool DataMesh::MayBeUnderWay(Port* port, int member) {
   Visit lock(impl_.get());
   Impl::Peer& peer = impl_->peers[port->life->ranks()[member]];
   if (peer.came_ns == 0) peer.came_ns = NowNs();
+  if (NowNs() - peer.came_ns >= kGraceNs) {
+    // Perhaps this process had no core, and it has come long ago.
+    int64_t moved = 0;
+    for (Impl::Flow* flow : peer.flows) impl_->ReadFlow(flow, &moved);
+    if (moved > 0) impl_->WakeWaiters();
+  }
   // Connections end behind what was sent. Who left may keep his for a while.
   const bool open =
       std::any_of(peer.flows.begin(), peer.flows.end(), [](const Impl::Flow* flow) { return flow->bytes.open(); });

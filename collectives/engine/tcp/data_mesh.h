@@ -28,10 +28,13 @@ class DataMesh {
   static absl::StatusOr<std::unique_ptr<DataMesh>> Create(uint64_t epoch, std::vector<DataPeer> peers);
   // All ports are closed by then. Peers read the end of the connections after all that was sent.
   ~DataMesh();
-  // Before the end, when all ports are closed: until the peers' systems have what was sent, or `until_ns` (NowNs()). A closed
-  // socket answers what still comes with a reset, which takes with it whatever the peer has not got yet. The `dead` get
-  // nothing any more.
-  void AwaitDelivery(const std::vector<int>& dead, int64_t until_ns);
+  // This process has said goodbye to its peers. When no port has anything under way, the ends of the connections tell them
+  // that nothing more comes; otherwise they find out by MayBeUnderWay, later.
+  void Leave();
+  // Before the end, when all ports are closed: blocks until the peers' systems have what was sent, or have taken nothing for
+  // `patience_ns`. A closed socket answers what still comes with a reset, which takes with it whatever the peer has not got
+  // yet. The `dead` get nothing any more.
+  void AwaitDelivery(const std::vector<int>& dead, int64_t patience_ns);
   DataMesh(const DataMesh&) = delete;
   DataMesh& operator=(const DataMesh&) = delete;
 

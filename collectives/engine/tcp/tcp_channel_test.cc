@@ -405,27 +405,61 @@ TEST_F(TwoRanks, AWaitForAClosedPeerFailsAndNamesIt) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("rank 1: data connection"));
 }
 
+// Also when the end of it is still in the kernels when the peer leaves, and the peer is told something meanwhile.
 TEST(TcpChannel, WhatAPeerSentBeforeItLeftIsStillReceived) {
   auto meshes = Meshes(2, {.flows = 3});
-  std::vector<std::byte> sent = Pattern(1, 2 << 20), got(2 << 20);
-  std::atomic<bool> all_sent = false;
+  const std::vector<std::byte> sent = Pattern(1, 2 << 20);
+  std::vector<std::byte> got(sent.size());
+  std::atomic<bool> leaving = false;
   std::thread leaver([&] {
     TestLife life(1, All(2), 0);
-    TcpChannel channel(meshes[0].get(), &life);
-    channel.Send(1, {1, 1, 1}, sent.data(), sent.size(), 1);
-    std::vector<Channel::Event> events;
-    EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
-    all_sent = true;
+    {
+      TcpChannel channel(meshes[0].get(), &life);
+      channel.Send(1, {1, 1, 1}, sent.data(), sent.size(), 1);
+      std::vector<Channel::Event> events;
+      EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
+    }
+    leaving = true;
+    meshes[0]->AwaitDelivery({}, /*patience_ns=*/30'000'000'000);
+    meshes[0].reset();
   });
   TestLife life(1, All(2), 1);
   TcpChannel channel(meshes[1].get(), &life);
   channel.Receive(0, {1, 1, 1}, got.data(), got.size(), 1);
   std::vector<Channel::Event> events;
-  while (!all_sent) ASSERT_TRUE(channel.Poll(&events).ok());  // The rest is on its way, in the kernel.
-  leaver.join();
-  meshes[0].reset();
+  while (!leaving) ASSERT_TRUE(channel.Poll(&events).ok());
+  channel.Probe(0, {1, 1, 1});  // Goes out before more is read.
   EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
   EXPECT_TRUE(got == sent);
+  leaver.join();
+}
+
+TEST(TcpChannel, ALeavingRankWaitsForNobodyWhoTakesNothing) {
+  // While nobody reads the sender's kernel keeps some of it.
+  auto meshes = Meshes(3, {.flows = 1, .buffer_bytes = 64 << 10});
+  const std::vector<std::byte> sent(130'000);
+  std::vector<std::byte> got(sent.size());
+  {
+    std::vector<Channel::Event> events;
+    std::vector<std::unique_ptr<TestLife>> lives;
+    std::vector<std::unique_ptr<TcpChannel>> channels;
+    for (int rank = 0; rank < 3; ++rank) {
+      lives.push_back(std::make_unique<TestLife>(1, All(3), rank));
+      channels.push_back(std::make_unique<TcpChannel>(meshes[rank].get(), lives.back().get()));
+    }
+    for (int rank = 1; rank < 3; ++rank) {
+      channels[rank]->Receive(0, {1, 1, 1}, got.data(), got.size(), 1);
+      ASSERT_TRUE(channels[rank]->Poll(&events).ok());
+      channels[0]->Send(rank, {1, 1, 1}, sent.data(), sent.size(), 1);
+    }
+    ASSERT_EQ(Await(*channels[0], 2, &events).ToString(), "OK");
+  }
+  const int64_t begin_ns = NowNs();
+  meshes[0]->AwaitDelivery({1, 2}, /*patience_ns=*/30'000'000'000);  // They are dead.
+  EXPECT_LT(NowNs() - begin_ns, 10'000'000'000);
+  meshes[0]->AwaitDelivery({1}, /*patience_ns=*/50'000'000);
+  EXPECT_GT(NowNs() - begin_ns, 50'000'000);
+  EXPECT_LT(NowNs() - begin_ns, 20'000'000'000);
 }
 
 TEST(TcpChannel, AKilledProcessEndsTheWaitForIt) {
