@@ -184,9 +184,9 @@ absl::StatusOr<std::unique_ptr<Group>> Group::Create(std::shared_ptr<World> worl
     if (!channel.ok()) {
       // The others wait for this rank: they are told.
       const int rank = group->life_->ranks()[group->index_];
-      const absl::Status ended = group->life_->End(
+      if (absl::IsResourceExhausted(channel.status())) group->world_->deaths()->SetOwnLack();
+      return group->life_->End(
           absl::StrCat(group->world_->RankName(rank), " cannot form a group: ", channel.status().message()));
-      return absl::IsResourceExhausted(channel.status()) ? absl::ResourceExhaustedError(ended.message()) : ended;
     }
     ExecutorHost* const host = group.get();
     group->executor_ = std::make_shared<GroupExecutor>(*std::move(channel), group->life_, host);

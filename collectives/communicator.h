@@ -137,7 +137,7 @@ class Communicator {
                                    const OpOptions& options) = 0;
 
   // A group of `members` (indices of this group, ascending, this process among them) on the same connections. Collective
-  // over the members. RESOURCE_EXHAUSTED: this process lacks descriptors or memory for it; the others get ABORTED.
+  // over the members.
   virtual absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) = 0;
 
   // Ends the group, and those split from it, on every rank. The one way to cancel. Never blocks.

@@ -81,8 +81,8 @@ class World {
     };
     std::vector<Death> Get() const;
     void Set(std::vector<Death> deaths);
-    // Whether all groups were ended because this process lacks what it takes to work with its peers (descriptors, memory):
-    // true once.
+    // Whether groups were ended because this process lacks what it takes to work with its peers (descriptors, memory): true
+    // once.
     bool TakeOwnLack();
     void SetOwnLack();
 

@@ -145,6 +145,9 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::For
     deaths_ = (*world)->deaths();
   }
   absl::StatusOr<std::unique_ptr<Communicator>> group = NewWorldGroup(*world, deadline);
+  if (absl::IsAborted(group.status()) && (*world)->deaths()->TakeOwnLack()) {
+    group = absl::ResourceExhaustedError(group.status().message());
+  }
   SHOAL_RETURN_IF_ERROR(group.status(), context);
   return group;
 }
