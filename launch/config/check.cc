@@ -180,6 +180,23 @@ class Checker {
     }
   }
 
+  void CheckNumerics() {
+    const std::string& numerics = config_.train().numerics();
+    if (numerics == "fast") return;
+    const StepSchedule& schedule = config_.schedule();
+    for (const auto& [key, value] : {std::pair{"schedule.chunks_forward", schedule.chunks_forward()},
+                                     {"schedule.chunks_backward", schedule.chunks_backward()},
+                                     {"schedule.waves", schedule.waves()}}) {
+      if (value <= 1) continue;
+      Fail(key, absl::StrCat(value, " does not go with ", Mention("train.numerics", numerics),
+                             ", whose sums are those of undivided work; 0 or 1 would fit"));
+    }
+    if (config_.comm().transport() == "mpi") {
+      Fail("comm.transport", absl::StrCat("mpi adds in an order of its own, which does not go with ",
+                                          Mention("train.numerics", numerics), "; auto or tcp would fit"));
+    }
+  }
+
   void CheckExpertParallel(int world_size) {
     const Model& model = config_.model();
     const int64_t wanted = config_.parallel().expert() == -1 ? world_size : config_.parallel().expert();
@@ -313,6 +330,7 @@ absl::Status CheckConfig(const Config& config, const KeyPositions& positions) {
   checker.CheckTelemetry();
   checker.CheckExperts();
   checker.CheckSchedule();
+  checker.CheckNumerics();
   return checker.ToStatus();
 }
 

@@ -129,6 +129,12 @@ void ResolveConfig(Config* config) {
     model.set_dense_intermediate_size(model.num_experts_per_tok() * model.intermediate_size());
   }
   if (!model.has_aux_loss() && (model.router() == "sigmoid_bias" || model.router() == "expert_choice")) model.set_aux_loss("none");
+  if (config->train().numerics() == "pinned") {  // Pieces change which rows are in one sum.
+    StepSchedule& schedule = *config->mutable_schedule();
+    schedule.set_chunks_forward(1);
+    schedule.set_chunks_backward(1);
+    schedule.set_waves(1);
+  }
   config->mutable_data()->set_validation_fraction(ValidationFraction(config->data()));
   Scheduler& scheduler = *config->mutable_scheduler();
   if (scheduler.decay_steps() == 0) scheduler.set_decay_steps(config->train().steps());

@@ -289,6 +289,23 @@ TEST_F(LoadConfigTest, RefusesCombinationsOfData) {
   EXPECT_EQ(Error("data: {path: x, order: sequential, validation_fraction: 0}\n"), "");
 }
 
+TEST_F(LoadConfigTest, PinnedSumsAreOfUndividedWork) {
+  const std::string pinned = std::string(kRandom) + "train: {numerics: pinned}\n";
+  EXPECT_EQ(Error(pinned + "schedule: {chunks_forward: 1, waves: 0}\n"), "");
+  EXPECT_EQ(Error(pinned + "schedule: {chunks_backward: 2, waves: 4}\n"),
+            "a.yaml:3:12: schedule.chunks_backward: 2 does not go with train.numerics = pinned (a.yaml:2:9), whose sums are those "
+            "of undivided work; 0 or 1 would fit\n"
+            "a.yaml:3:32: schedule.waves: 4 does not go with train.numerics = pinned (a.yaml:2:9), whose sums are those of "
+            "undivided work; 0 or 1 would fit");
+  EXPECT_THAT(Error(pinned + "comm: {transport: mpi}\n"), HasSubstr("mpi adds in an order of its own"));
+  Config config;
+  config.mutable_train()->set_numerics("pinned");
+  ResolveConfig(&config);
+  EXPECT_EQ(config.schedule().chunks_forward(), 1);
+  EXPECT_EQ(config.schedule().chunks_backward(), 1);
+  EXPECT_EQ(config.schedule().waves(), 1);
+}
+
 TEST_F(LoadConfigTest, TakesWhatIsUnusualButPossible) {
   EXPECT_EQ(Error(std::string(kRandom) + "model: {dense_layers: [0, 1, 2, 3]}\n"), "");
   EXPECT_EQ(Error(std::string(kRandom) + "model: {hidden_size: 100, head_dim: 4}\n"), "");

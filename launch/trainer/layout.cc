@@ -105,7 +105,8 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
       shape.materialise = shape.materialise || !expert.holders.empty();
     }
   }
-  shape.exchange = shape.dispatch || model.has_capacity();
+  // In the pinned order all know who has rows for which expert.
+  shape.exchange = shape.dispatch || model.has_capacity() || NumericsFor(config) == Numerics::kPinned;
   shape.balance = model.aux_loss != AuxLoss::kNone;
   shape.dense = DensePolicyFor(config);
   shape.experts = ExpertPolicyFor(config);
@@ -128,11 +129,19 @@ DensePolicy DensePolicyFor(const Config& config) {
 }
 
 ExpertPolicy ExpertPolicyFor(const Config& config) {
-  return config.parallel().rematerialise() ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
+  // Each part adds to sums in the pinned order, so gradients of copies leave after each.
+  const bool leave = NumericsFor(config) == Numerics::kPinned && config.train().gradient_accumulation_steps() > 1;
+  return config.parallel().rematerialise() || leave ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
+}
+
+Numerics NumericsFor(const Config& config) {
+  return config.train().numerics() == "pinned" ? Numerics::kPinned : Numerics::kFast;
 }
 
 DispatchRule DispatchRuleFor(const Config& config) {
-  return config.parallel().dispatch() == "water_fill" ? DispatchRule::kWaterFill : DispatchRule::kNearest;
+  const bool fill = config.parallel().dispatch() == "water_fill";
+  if (NumericsFor(config) == Numerics::kPinned) return fill ? DispatchRule::kWaterFillWhole : DispatchRule::kNearestWhole;
+  return fill ? DispatchRule::kWaterFill : DispatchRule::kNearest;
 }
 
 OwnerPolicy OwnerPolicyFor(const Config& config) {

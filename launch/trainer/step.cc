@@ -56,6 +56,7 @@ void AddRounded(const double* from, int64_t count, std::vector<int64_t>* to) {
 absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& config, const ModelConfig& model,
                                                              Communicator& world, const Options& options) {
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
+  rank_model->order_ = NumericsFor(config) == Numerics::kPinned ? Order::kFixed : Order::kFast;
   rank_model->pace_ = options.pace;
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
   SHOAL_RETURN_IF_ERROR(rank_model->Connect(options.host), "communicators");
@@ -70,7 +71,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .prefetch = config.schedule().prefetch(),
                                                  .waves_max = WavesToChooseFrom(config, model, shape).back(),
                                                  .copies = CopiesFor(config, model, world.size()),
-                                                 .topology = rank_model->topology_}));
+                                                 .topology = rank_model->topology_,
+                                                 .numerics = NumericsFor(config)}));
   const bool several = rank_model->topology_.hosts() > 1;
   rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
                                                           several ? rank_model->intra_.get() : rank_model->bulk_.get(),
@@ -79,7 +81,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                           .exchange = rank_model->exchange_.get(),
                           .topology = rank_model->topology_,
                           .rank = world.index(),
-                          .rule = DispatchRuleFor(config)};
+                          .rule = DispatchRuleFor(config),
+                          .numerics = NumericsFor(config)};
   rank_model->decoder_ = std::make_unique<Decoder>(model,
                                                    Decoder::Options{.seq = config.train().seq_length(),
                                                                     .recompute = config.train().recompute(),
@@ -366,7 +369,7 @@ absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
   const std::vector<RoutingSums> routing = decoder_->routing();
   const Tensor packed = Pack(routing, packing);
   if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(control_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "routing sums"}).Await(),
+    SHOAL_RETURN_IF_ERROR(control_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "routing sums", .order = order_}).Await(),
                           "summing what routers did");
   }
   RoutingTotals totals;
@@ -427,7 +430,8 @@ absl::StatusOr<double> RankModel::SumNorm(StepState* step) {
   const Tensor sums = Empty({blocks + 1}, DType::kF64);
   std::memcpy(sums.raw(), step->squares.raw(), static_cast<size_t>(step->squares.bytes()));
   sums.data<double>()[blocks] = step->cross_entropy;
-  SHOAL_RETURN_IF_ERROR(control_->AllReduce(sums, sums, ReduceOp::kSum, {.label = "gradient norm"}).Await(), "gradient norm");
+  SHOAL_RETURN_IF_ERROR(control_->AllReduce(sums, sums, ReduceOp::kSum, {.label = "gradient norm", .order = order_}).Await(),
+                        "gradient norm");
   step->squares = sums.Rows(0, blocks);
   step->cross_entropy = sums.data<double>()[blocks];
   FinishNorm(step);
@@ -503,7 +507,7 @@ absl::StatusOr<double> RankModel::Evaluate(const Tensor& rows, int64_t all_rows)
   const Tensor sum = Empty({1}, DType::kF64);
   sum.data<double>()[0] = decoder_->cross_entropy();
   if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(control_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss"}).Await(),
+    SHOAL_RETURN_IF_ERROR(control_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss", .order = order_}).Await(),
                           "summing the loss");
   }
   return sum.data<double>()[0];

@@ -128,6 +128,7 @@ class RankModel {
   const ModelConfig model_;
   Pace pace_;
   Communicator* world_;
+  Order order_ = Order::kFast;  // Of sums over ranks.
   Topology topology_;
   std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several.
   std::unique_ptr<ParameterStore> store_;

@@ -60,6 +60,8 @@ MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, 
 
 void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved,
                      RoutingSums* sums, Stream& stream) {
+  SHOAL_CHECK(context_->numerics == Numerics::kFast || (saved->wave == 0 && chunks.forward == 1 && chunks.backward == 1))
+      << "the pinned order of sums is that of one wave and one chunk";
   saved->chunks = chunks;
   saved->batch = std::move(batch);
   saved->batch.pieces = PiecesFor(chunks.forward, chunks.backward);
@@ -147,24 +149,25 @@ int64_t MoeLayer::Pack(int chunk, Saved* saved, Stream& stream) {
   return rows;
 }
 
-std::vector<Tensor> MoeLayer::LocalWeights(bool down) const {
+std::vector<Tensor> MoeLayer::Matrices(const std::vector<Tensor>& experts, bool down) const {
   const int64_t width = config_.hidden_size, inner = config_.intermediate_size;
-  std::vector<Tensor> weights;
-  for (int expert : store_->experts().Local(layer_)) {
-    const Tensor flat = store_->experts().Weights(layer_, expert);
-    weights.push_back(down ? flat.Elements(2 * inner * width, {width, inner}) : flat.Elements(0, {2 * inner, width}));
+  std::vector<Tensor> matrices;
+  for (const Tensor& flat : experts) {
+    matrices.push_back(down ? flat.Elements(2 * inner * width, {width, inner}) : flat.Elements(0, {2 * inner, width}));
   }
-  return weights;
+  return matrices;
+}
+
+std::vector<Tensor> MoeLayer::LocalWeights(bool down) const {
+  std::vector<Tensor> weights;
+  for (int expert : store_->experts().Local(layer_)) weights.push_back(store_->experts().Weights(layer_, expert));
+  return Matrices(weights, down);
 }
 
 std::vector<Tensor> MoeLayer::LocalGradients(bool down) const {
-  const int64_t width = config_.hidden_size, inner = config_.intermediate_size;
   std::vector<Tensor> gradients;
-  for (int expert : store_->experts().Local(layer_)) {
-    const Tensor flat = store_->experts().Gradients(layer_, expert);
-    gradients.push_back(down ? flat.Elements(2 * inner * width, {width, inner}) : flat.Elements(0, {2 * inner, width}));
-  }
-  return gradients;
+  for (int expert : store_->experts().Local(layer_)) gradients.push_back(store_->experts().Gradients(layer_, expert));
+  return Matrices(gradients, down);
 }
 
 int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
@@ -173,10 +176,12 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
     std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kForward, chunk);
     for (kernels::Segment& segment : segments) segment.begin -= run.begin;
     const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
-    kernels::GroupedMatMul(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream);
+    kernels::GroupedMatMul(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream,
+                           context_->numerics);
     const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype());
     kernels::SwiGlu(gate_up, h, stream);
-    kernels::GroupedMatMul(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream);
+    kernels::GroupedMatMul(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream,
+                           context_->numerics);
     rows += run.rows;  // A forward chunk is one run.
   }
   return rows;
@@ -221,26 +226,51 @@ absl::StatusOr<int64_t> MoeLayer::PackBackward(int chunk, const Tensor& gradient
 
 int64_t MoeLayer::ExpertsBackward(int chunk, Saved* saved, Stream& stream) {
   const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
-  kernels::GroupedMatMulGradInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream);
+  kernels::GroupedMatMulGradInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream, context_->numerics);
   int64_t rows = 0;
   for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kBackward, chunk, /*sends=*/false)) {
     const Tensor dh = saved->dh.Rows(run.begin, run.rows), gate_up = saved->gate_up.Rows(run.begin, run.rows);
     kernels::SwiGluBackward(dh, gate_up, gate_up, dh, stream);  // gate_up: its gradient; dh: h.
     rows += run.rows;
   }
-  kernels::GroupedMatMulGradInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream);
+  kernels::GroupedMatMulGradInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream, context_->numerics);
   return rows;
 }
 
 int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& stream) {
   const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
-  const Accumulate accumulate = chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
-  kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
-  kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
+  if (context_->numerics == Numerics::kPinned) {
+    PinnedWeight(part, *saved, stream);
+  } else {
+    const Accumulate accumulate =
+        chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
+    kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
+    kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
+  }
   int64_t rows = 0;
   for (const kernels::Segment& segment : segments) rows += segment.count;
   if (chunk + 1 == saved->plan->backward_chunks()) saved->dy = saved->dh = saved->arrived = saved->gate_up = Tensor();
   return rows;
+}
+
+void MoeLayer::PinnedWeight(int part, const Saved& saved, Stream& stream) {
+  ExpertStore& experts = store_->experts();
+  const std::vector<int>& local = experts.Local(layer_);
+  experts.BeginPartials(layer_, part, saved.plan->shares());
+  for (int source = 0; source < static_cast<int>(saved.plan->shares().size()); ++source) {
+    std::vector<kernels::Segment> segments = saved.plan->SegmentsFrom(source);
+    std::vector<int> chosen;
+    std::vector<Tensor> partials;
+    for (kernels::Segment& segment : segments) {
+      chosen.push_back(local[static_cast<size_t>(segment.expert)]);
+      segment.expert = static_cast<int>(partials.size());
+      partials.push_back(Empty({experts.expert_elements()}, DType::kF32));
+    }
+    kernels::GroupedMatMulGradWeight(saved.dy, saved.dh, segments, Accumulate::kOverwrite, Matrices(partials, /*down=*/true), stream);
+    kernels::GroupedMatMulGradWeight(saved.gate_up, saved.arrived, segments, Accumulate::kOverwrite,
+                                     Matrices(partials, /*down=*/false), stream);
+    for (size_t i = 0; i < partials.size(); ++i) experts.AddPartial(layer_, chosen[i], source, std::move(partials[i]), stream);
+  }
 }
 
 void MoeLayer::SharedBackward(const Tensor& gradient, Accumulate accumulate, Saved* saved, Stream& stream) {

@@ -23,6 +23,7 @@ struct ExpertContext {
   Topology topology;
   int rank = 0;
   DispatchRule rule = DispatchRule::kNearest;
+  Numerics numerics = Numerics::kFast;  // kPinned: one wave, one chunk and a rule that IsWhole.
   // Where experts shall be in this step, once the rows_SE [ranks, E] of its first wave are known: `planned`, maybe with more
   // holders. The same on every rank. Null: as planned. The graph must have kCalibrate then.
   std::function<ExpertPlacement(const ExpertPlacement& planned, absl::Span<const int64_t> rows)> calibrate;
@@ -90,8 +91,12 @@ class MoeLayer {
     Tensor from, to;
   };
   static Ends EndsOf(Phase phase, TokenExchange::Way way, const Saved& saved);
+  // Matrices of experts from their flat tensors: w2, or w1 and w3 together.
+  std::vector<Tensor> Matrices(const std::vector<Tensor>& experts, bool down) const;
   std::vector<Tensor> LocalWeights(bool down) const;
   std::vector<Tensor> LocalGradients(bool down) const;
+  // The gradient of each source's rows as a product of its own.
+  void PinnedWeight(int part, const Saved& saved, Stream& stream);
   absl::StatusOr<Tensor> Rows(TokenExchange::Use use, int64_t rows, const Saved& saved);
 
   const ModelConfig config_;

@@ -183,8 +183,9 @@ absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int par
     offset += bucket.counts[rank];
   }
   const Tensor out = bucket.gradients.Elements(own.begin, {own.count});
+  const Order order = options_.numerics == Numerics::kPinned ? Order::kFixed : Order::kFast;
   SHOAL_RETURN_IF_ERROR(group_->ReduceScatter(bucket.gradients.Elements(begin, {count}), counts, out, ReduceOp::kSum,
-                                              {.label = "gradients"}).Await(),
+                                              {.label = "gradients", .order = order}).Await(),
                         "reducing gradients");
   if (!bucket.sharded) return absl::OkStatus();
   if (own.count > 0) {

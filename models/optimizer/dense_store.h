@@ -30,6 +30,7 @@ class DenseStore {
     bool training = true;
     DensePolicy policy = DensePolicy::kReplicated;
     int buffers = 2;  // Layers that are here at a time, where they are sharded.
+    Numerics numerics = Numerics::kFast;  // kPinned: gradients are summed in rank order.
   };
   // Borrows all but `options` for life. RESOURCE_EXHAUSTED: too little shared memory.
   static absl::StatusOr<std::unique_ptr<DenseStore>> Create(const std::vector<ParameterSpec>& parameters,

@@ -29,6 +29,9 @@ absl::StatusOr<std::unique_ptr<ExpertStore>> ExpertStore::Create(const std::vect
     store->elements_ = blocks[i].elements;
     store->at(blocks[i].layer).blocks.push_back(static_cast<int>(i));
   }
+  if (options.numerics == Numerics::kPinned) {
+    store->partials_.emplace(group, store->elements_, static_cast<int>(store->layers_.size()));
+  }
   SHOAL_RETURN_IF_ERROR(store->Allocate(), "experts");
   return store;
 }
@@ -70,7 +73,7 @@ absl::Status ExpertStore::Allocate() {
   for (int i = 0; i < rooms; ++i) {
     Room room_i;
     SHOAL_ASSIGN_OR_RETURN(room_i.weights, AllocateFor(*group_, {copies_, elements_}, compute));
-    if (options_.training) {
+    if (options_.training && !partials_.has_value()) {
       SHOAL_ASSIGN_OR_RETURN(room_i.gradients, AllocateFor(*group_, {copies_, elements_}, DType::kF32));
     }
     rooms_.push_back(std::move(room_i));
@@ -284,7 +287,34 @@ kernels::Accumulate ExpertStore::BeginGradients(int index, int part) {
   return kernels::Accumulate::kAdd;
 }
 
+void ExpertStore::BeginPartials(int index, int part, absl::Span<const std::vector<DispatchShare>> shares) {
+  for (int expert : Local(index)) {
+    if (part > 0 || at(index).slot[static_cast<size_t>(expert)] < 0) continue;
+    const Tensor gradients = Gradients(index, expert);
+    std::memset(gradients.raw(), 0, static_cast<size_t>(gradients.bytes()));
+  }
+  partials_->Begin(index, placement_[static_cast<size_t>(index)], shares);
+}
+
+void ExpertStore::AddPartial(int index, int expert, int source, Tensor partial, Stream& stream) {
+  if (placement_[static_cast<size_t>(index)][static_cast<size_t>(expert)].holders.empty()) {
+    kernels::AddTo(partial, Gradients(index, expert), stream);
+  } else {
+    partials_->Keep(index, expert, source, std::move(partial));
+  }
+}
+
+absl::StatusOr<int64_t> ExpertStore::ReducePartials(int index) {
+  Stream stream;
+  const auto add = [&](int expert, const Tensor& partial) { kernels::AddTo(partial, Gradients(index, expert), stream); };
+  SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, partials_->Collect(index, add), "reducing gradients of experts");
+  Release(index);
+  SHOAL_RETURN_IF_ERROR(stream.status());
+  return bytes;
+}
+
 absl::StatusOr<int64_t> ExpertStore::ReduceGradients(int index) {
+  if (partials_.has_value()) return ReducePartials(index);
   Layer& layer = at(index);
   if (!layer.moves.empty()) {
     std::vector<Tensor> chunks(layer.copy.size());

@@ -2,16 +2,21 @@
 // (weights and gradients alone). A layer's ExpertPlacement says which; Materialise brings the owners' weights to the holders,
 // ReduceGradients brings their gradients back (sparse all-gather and reduce-scatter of Hecate, arXiv 2502.02581).
 //
+// Gradients of experts are sums over what ranks compute, in any order (Numerics::kFast: BeginGradients, Gradients) or in the pinned
+// one (kPinned: BeginPartials, AddPartial); ReduceGradients completes either.
+//
 // Copies are kept from the forward to the backward pass, in room for `copies` experts per layer; or only while a layer is computed,
 // in prefetch + 1 such rooms that layers take in turn (ExpertPolicy). Threads and "collective" as in dense_store.h.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "collectives/communicator.h"
 #include "models/blocks.h"
+#include "models/optimizer/expert_partials.h"
 #include "models/optimizer/owned_part.h"
 #include "parallel/placement/expert_placement.h"
 #include "parallel/schedule/step_graph.h"
@@ -31,6 +36,7 @@ class ExpertStore {
     int prefetch = 1;
     int copies = -1;  // Room for copies of a layer; -1: as many as the first placement needs.
     Topology topology;  // To count bytes; empty: one host.
+    Numerics numerics = Numerics::kFast;
   };
   // `placement` is by layer, empty for layers without experts. Borrows all but `placement` and `options` for life.
   // RESOURCE_EXHAUSTED: too little shared memory.
@@ -66,6 +72,11 @@ class ExpertStore {
   void Release(int layer);
   // Before gradients of a part are written: which mode they are written in.
   kernels::Accumulate BeginGradients(int layer, int part);
+  // kPinned: before gradients of a part are computed; `shares` by source (DispatchPlan::shares). Then for each expert the partial
+  // [elements] (f32) of each source that has rows here, ascending by source. Where some expert has holders
+  // ReduceGradients comes after each part, which needs kRematerialise if there are several.
+  void BeginPartials(int layer, int part, absl::Span<const std::vector<DispatchShare>> shares);
+  void AddPartial(int layer, int expert, int source, Tensor partial, Stream& stream);
   // Collective. Sums gradients into owners. With kRematerialise also ends the use of the layer's copies.
   absl::StatusOr<int64_t> ReduceGradients(int layer);
 
@@ -106,6 +117,7 @@ class ExpertStore {
   bool Here(const Layer& layer, int expert) const;
   absl::Status Gather(int layer, absl::Span<const SparseMove> moves);
   int64_t MovedHere(const ExpertPlacement& placement) const;
+  absl::StatusOr<int64_t> ReducePartials(int layer);
   void TakeRoom(int layer);
   int TakeSlot();
 
@@ -119,6 +131,7 @@ class ExpertStore {
   std::vector<Layer> layers_;
   std::vector<int> free_slots_;  // Descending.
   Tensor weights_, gradients_, master_, exp_avg_, exp_avg_sq_;  // [slots, elements] of owned experts.
+  std::optional<ExpertPartials> partials_;  // kPinned.
   mutable Mutex mutex_;  // Who has which room.
   std::vector<Room> rooms_;
 };

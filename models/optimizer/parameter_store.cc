@@ -21,14 +21,16 @@ absl::StatusOr<std::unique_ptr<ParameterStore>> ParameterStore::Create(std::vect
                                                            {.compute = options.compute,
                                                             .training = options.training,
                                                             .policy = options.dense,
-                                                            .buffers = DenseBuffers(options.prefetch, options.waves_max)}));
+                                                            .buffers = DenseBuffers(options.prefetch, options.waves_max),
+                                                            .numerics = options.numerics}));
   SHOAL_ASSIGN_OR_RETURN(store->experts_, ExpertStore::Create(store->parameters_, store->blocks_, std::move(placement), group,
                                                               {.compute = options.compute,
                                                                .training = options.training,
                                                                .policy = options.experts,
                                                                .prefetch = options.prefetch,
                                                                .copies = options.copies,
-                                                               .topology = options.topology}));
+                                                               .topology = options.topology,
+                                                               .numerics = options.numerics}));
   return store;
 }
 

@@ -24,6 +24,7 @@ class ParameterStore {
     int waves_max = 1;  // Of schedules.
     int copies = -1;     // ExpertStore::Options::copies.
     Topology topology;   // Likewise.
+    Numerics numerics = Numerics::kFast;
   };
   // `placement` is by layer, empty for dense layers. `group` has every rank; borrowed for life. RESOURCE_EXHAUSTED: too little
   // shared memory. Weights and state are uninitialised until InitializeOwned or a load, then GatherWeights.

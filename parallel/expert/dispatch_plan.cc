@@ -46,7 +46,7 @@ DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement&
       std::copy_n(rows.begin() + static_cast<ptrdiff_t>((rank * pieces + piece) * experts), experts,
                   of_piece.begin() + static_cast<ptrdiff_t>(rank * experts));
     }
-    const auto shares = SplitTokens(options.rule, topology, placement, of_piece);
+    std::vector<std::vector<DispatchShare>> shares = SplitTokens(options.rule, topology, placement, of_piece);
     for (size_t source = 0; source < ranks; ++source) {
       for (DispatchShare share : shares[source]) {
         plan.all_stay_ = plan.all_stay_ && share.rank == static_cast<int>(source);
@@ -63,6 +63,7 @@ DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement&
         from.shares.push_back(share);
       }
     }
+    if (pieces == 1 && IsWhole(options.rule)) plan.shares_ = std::move(shares);
   }
   const std::vector<int> peers = PeerOrder(topology, options.rank);
   const int pieces_of_chunk = plan.pieces_ / options.forward_chunks;
@@ -180,6 +181,21 @@ std::vector<kernels::Segment> DispatchPlan::Segments(Direction direction, int ch
       at += share.rows;
     }
   });
+  return segments;
+}
+
+std::vector<kernels::Segment> DispatchPlan::SegmentsFrom(int source) const {
+  std::vector<kernels::Segment> segments;
+  for (const Piece& piece : receives_) {
+    if (piece.peer != source) continue;
+    int64_t at = piece.begin;
+    for (const DispatchShare& share : piece.shares) {
+      segments.push_back({share.expert, at, share.rows});
+      at += share.rows;
+    }
+  }
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const kernels::Segment& a, const kernels::Segment& b) { return a.expert < b.expert; });
   return segments;
 }
 

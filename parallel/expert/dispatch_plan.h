@@ -58,6 +58,10 @@ class DispatchPlan {
   std::vector<Run> Rows(Direction direction, int chunk, bool sends) const;
   // Of the R rows, one segment per source, piece and expert with rows.
   std::vector<kernels::Segment> Segments(Direction direction, int chunk) const;
+  // Those of one source, ascending by expert and piece.
+  std::vector<kernels::Segment> SegmentsFrom(int source) const;
+  // What every source sends where, as SplitTokens says. Known with one piece and a rule that IsWhole; else empty.
+  const std::vector<std::vector<DispatchShare>>& shares() const { return shares_; }
 
  private:
   struct Piece {             // One peer's rows in one piece.
@@ -76,6 +80,7 @@ class DispatchPlan {
   int64_t sent_ = 0, arrived_ = 0;
   bool all_stay_ = true;
   std::vector<Piece> sends_, receives_;  // In the order of rows.
+  std::vector<std::vector<DispatchShare>> shares_;
 };
 
 }  // namespace shoal

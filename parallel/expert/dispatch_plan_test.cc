@@ -94,6 +94,36 @@ TEST(DispatchPlan, EveryPairHasOneSlotWithItsToken) {
   });
 }
 
+TEST(DispatchPlan, SegmentsOfSourcesAreAllSegmentsAndSharesSayWhoHasThem) {
+  int64_t known = 0;
+  ForEachWorld(96, [&](const World& world) {
+    for (int rank = 0; rank < world.routing.ranks(); ++rank) {
+      const DispatchPlan& plan = world.plans[static_cast<size_t>(rank)];
+      std::map<int64_t, std::pair<int, int64_t>> all, of_sources;
+      for (int chunk = 0; chunk < plan.backward_chunks(); ++chunk) {
+        for (const kernels::Segment& s : plan.Segments(Direction::kBackward, chunk)) all[s.begin] = {s.expert, s.count};
+      }
+      for (int source = 0; source < world.routing.ranks(); ++source) {
+        const std::vector<kernels::Segment> segments = plan.SegmentsFrom(source);
+        for (size_t i = 0; i < segments.size(); ++i) {
+          EXPECT_TRUE(i == 0 || segments[i - 1].expert <= segments[i].expert);
+          of_sources[segments[i].begin] = {segments[i].expert, segments[i].count};
+        }
+        if (plan.shares().empty()) continue;
+        std::vector<int64_t> want, got;
+        for (const DispatchShare& share : plan.shares()[static_cast<size_t>(source)]) {
+          if (share.rank == rank) want.push_back(share.rows);
+        }
+        for (const kernels::Segment& segment : segments) got.push_back(segment.count);
+        EXPECT_EQ(got, want) << "of rank " << source;
+        known += static_cast<int64_t>(got.size());
+      }
+      EXPECT_EQ(of_sources, all);
+    }
+  });
+  EXPECT_GT(known, 0);
+}
+
 // Carries every row of a direction to its rank: what a sends b, in order, into what b receives from a, in order.
 std::vector<std::vector<Pair>> Carry(const World& world, Direction direction) {
   const int ranks = world.routing.ranks();

@@ -82,7 +82,7 @@ inline Routing RandomRouting(const Topology& topology, int forward_chunks, int b
   routing.placement = RandomPlacement(experts, ranks, random);
   routing.options = {.forward_chunks = forward_chunks,
                      .backward_chunks = backward_chunks,
-                     .rule = Draw(random, 0, 1) == 0 ? DispatchRule::kNearest : DispatchRule::kWaterFill};
+                     .rule = static_cast<DispatchRule>(Draw(random, 0, 3))};
   const int pieces = PiecesFor(forward_chunks, backward_chunks);
   routing.rows.assign(static_cast<size_t>(ranks * pieces * experts), 0);
   for (int rank = 0; rank < ranks; ++rank) {

@@ -46,6 +46,7 @@ struct Case {
   bool apart = false;  // Waves in different layers.
   std::string owners = "hecate";
   int overlap = 2;  // -1: copies by cost.
+  bool pinned = false;
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -54,7 +55,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.experts == "sparse" ? "_sparse" : "") << (c.chunks > 0 ? absl::StrCat("_chunks", c.chunks) : "")
              << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
-             << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "")
+             << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "") << (c.pinned ? "_pinned" : "")
              << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "") << (c.apart ? "_apart" : "")
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
@@ -108,6 +109,7 @@ Config ConfigOf(const Case& c, const json& log) {
   config.mutable_train()->set_seq_length(log["run"]["seq"]);
   config.mutable_train()->set_gradient_accumulation_steps(c.accumulation);
   config.mutable_train()->set_recompute(c.recompute);
+  config.mutable_train()->set_numerics(c.pinned ? "pinned" : "fast");
   config.mutable_train()->set_loss_chunk(50);
   config.mutable_parallel()->set_expert(c.expert);
   config.mutable_parallel()->set_dense(c.dense);
@@ -278,6 +280,7 @@ std::vector<Case> RouterCases() {
     cases.push_back({folder, "batches", 1, 1, 1, true});
     cases.push_back({.folder = folder, .ranks = 2, .expert = 2, .recompute = true, .chunks = 3});
     cases.push_back({.folder = folder, .ranks = 3, .dense = "sharded", .experts = "sparse"});
+    cases.push_back({.folder = folder, .ranks = 3, .expert = 3, .chunks = 1, .pinned = true});
   }
   return cases;
 }
@@ -304,6 +307,10 @@ std::vector<Case> PlacementCases() {
     cases.push_back({.folder = folder, .ranks = 3, .experts = "sparse", .rematerialise = true, .owners = "tuned"});
     cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .ranks_per_host = 1, .owners = "eplb", .overlap = -1});
     cases.push_back({.folder = folder, .ranks = 2, .experts = "sparse", .owners = "tuned", .overlap = -1});
+    cases.push_back({.folder = folder, .ranks = 1, .chunks = 1, .pinned = true});
+    cases.push_back({.folder = folder, .ranks = 4, .expert = 4, .chunks = 1, .pinned = true});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .chunks = 1, .ranks_per_host = 2, .pinned = true});
+    cases.push_back({.folder = folder, .ranks = 2, .accumulation = 2, .experts = "sparse", .chunks = 1, .pinned = true});
   }
   return cases;
 }
