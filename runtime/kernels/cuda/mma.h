@@ -47,7 +47,7 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&to)[4], const 
 // 16 bytes from global to shared memory, both 16-byte aligned, or zeros where not `inside` (then nothing is read). Seen by the thread
 // after it has waited for the group of copies, by its block after a barrier that follows.
 __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, bool inside) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(SharedAddress(shared)), "l"(global), "r"(inside ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(SharedAddress(shared)), "l"(global), "r"(inside ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }

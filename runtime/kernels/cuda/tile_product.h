@@ -162,7 +162,7 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
         tile.Load(shared + (done + kStages - 1) % (kStages + 1) * kStageBytes);
         WaitProducts<1>();
       }
-      WaitProducts<0>();
+      WaitProducts<0>(sums[0]);
       __syncthreads();
       const int m = tile.m(), n = tile.n();
       const TileResult result = tile.result;
