@@ -126,6 +126,13 @@ void StepTuner::PlanProbes(double plausible) {
   const ScheduleChoice choice = Choose();
   AddProbe(choice.schedule, choice.reasons);
   if (!shape_.dispatch) return;  // No rows travel: chunks and waves have nothing to hide.
+  // The best for each number of waves: what messages cost is known least.
+  for (int waves : fixed.waves) {
+    SchedulerOptions given = fixed;
+    given.waves = {waves};
+    ScheduleChoice other = ChooseSchedule(shape_, costs, workload_, topology_, given);
+    if (other.predicted_ns <= choice.predicted_ns * plausible) AddProbe(std::move(other.schedule), std::move(other.reasons));
+  }
   std::vector<std::pair<double, Schedule>> uniform;
   for (int waves : fixed.waves) {
     for (int chunks : fixed.chunks) {
