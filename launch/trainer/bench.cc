@@ -135,8 +135,10 @@ absl::Status BenchRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   const Config& config = loaded.config;
   SetThreads(ThreadsPerRank(config, environment));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment, config)));
+  RankModel::Options emulation{.host = environment.node_rank};
+  if (options.device.has_value()) emulation.pace = PaceOf(*options.device, ModelConfigOf(config), config.train().seq_length());
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
-                         RankModel::Create(config, ModelConfigOf(config), *world, {.host = environment.node_rank}));
+                         RankModel::Create(config, ModelConfigOf(config), *world, emulation));
   SHOAL_RETURN_IF_ERROR(LoadWeights({.seed = config.run().seed()}, *model));
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   // The peak before and after, on all ranks at once: the better one counts.

@@ -1,11 +1,13 @@
 // Measures training steps: `shoal bench train`.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "launch/agent/environment.h"
 #include "launch/config/config.h"
+#include "launch/trainer/emulated_device.h"
 
 namespace shoal {
 
@@ -13,6 +15,7 @@ struct BenchOptions {
   int64_t warmup = 5;
   int64_t steps = 20;
   bool json = false;  // One line of JSON instead of a table.
+  std::optional<EmulatedDevice> device;  // In place of this machine's processors.
 };
 
 // Order statistics of step times. Pure; `seconds` is not empty.

@@ -5,18 +5,26 @@
 //   tests/cluster/emulate run --hosts 4 --rate 200mbit -- shoal launch bench_cluster_train overlap [flags]
 //
 //   overlap  no overlap (one wave, one chunk) against fixed schedules and against the chosen one, with the bound
-//            max(computation, communication).
+//            max(computation, communication). The last line is a row of the table that tests/cluster/sweep makes of many rates.
 //   skew     static expert parallelism against sparse experts, with routers biased so that the logarithms of expert loads have
-//            the standard deviation --sigma; compares the bytes that tasks moved with the formulas of the planner.
+//            the standard deviation --sigma (0: even loads); compares the bytes that tasks moved with the formulas of the planner.
 //   relink   as overlap, step by step: for rates that change while it runs (it says "ready" and goes on for --steps).
+//
+// --lock FILE: rank 0 holds a lock on FILE while steps run, given up for others every minute. For machines that are not ours alone.
+#include <fcntl.h>
+#include <sys/file.h>
+
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -24,6 +32,7 @@
 #include "absl/strings/str_format.h"
 #include "launch/agent/environment.h"
 #include "launch/config/config.h"
+#include "launch/trainer/emulated_device.h"
 #include "launch/trainer/session.h"
 #include "launch/trainer/step.h"
 #include "models/data/batches.h"
@@ -45,6 +54,39 @@ struct BenchOptions {
   int64_t width = 128, inner = 256, experts = 16, layers = 4, rows = 4, seq = 128;
   int64_t warmup = 70, steps = 20;
   int64_t seed = 1;
+  int64_t waves = 1;  // Of skew; 0: schedules are chosen.
+  int64_t grid = 1;   // 0: of fixed schedules only those of one chunk.
+  std::string lock;
+};
+
+// Turns of a machine that is shared with other programs.
+class MachineLock {
+ public:
+  MachineLock(const std::string& path, Communicator& world) : world_(world) {
+    if (!path.empty() && world.index() == 0) file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+  }
+  // Collective, before each round of steps; returns when the machine is ours.
+  absl::Status Renew() {
+    const auto now = std::chrono::steady_clock::now();
+    if (file_ >= 0 && (!held_ || now - since_ > kTurn)) {
+      if (held_) {
+        flock(file_, LOCK_UN);
+        std::this_thread::sleep_for(kPause);
+      }
+      flock(file_, LOCK_EX);
+      held_ = true;
+      since_ = std::chrono::steady_clock::now();
+    }
+    return world_.Barrier({.label = "bench"}).Await();
+  }
+
+ private:
+  static constexpr std::chrono::seconds kTurn{50};
+  static constexpr std::chrono::milliseconds kPause{500};
+  Communicator& world_;
+  int file_ = -1;  // Of rank 0; closed, and so given up, when the program ends.
+  bool held_ = false;
+  std::chrono::steady_clock::time_point since_;
 };
 
 struct Variant {
@@ -52,6 +94,7 @@ struct Variant {
   Config config;
   std::unique_ptr<RankModel> model;
   std::vector<double> seconds;
+  std::vector<double> warmup_seconds;
 };
 
 Config BaseConfig(const BenchOptions& o, int ranks) {
@@ -65,7 +108,7 @@ Config BaseConfig(const BenchOptions& o, int ranks) {
   model.set_num_local_experts(static_cast<int>(o.experts));
   model.set_num_experts_per_tok(2);
   model.set_router("sigmoid_bias");  // Its biases make any skew.
-  model.set_bias_update_rate(o.scenario == "skew" ? 0 : kBalanceRate);
+  model.set_bias_update_rate(o.scenario == "skew" && o.sigma > 0 ? 0 : kBalanceRate);
   config.mutable_data()->set_kind("random");
   config.mutable_train()->set_global_batch_size(o.rows * ranks);
   config.mutable_train()->set_seq_length(o.seq);
@@ -82,38 +125,13 @@ void SetSchedule(Config* config, int waves, int chunks) {
   schedule.set_gradient_slices("plain");
 }
 
-// FLOPs of a unit of a task.
-double FlopsPerUnit(const BenchOptions& o, const Task& task) {
-  const double width = static_cast<double>(o.width), inner = static_cast<double>(o.inner), seq = static_cast<double>(o.seq);
-  const double back = task.phase == Phase::kBackward ? 2 : 1;
-  switch (task.op) {
-    case Op::kAttention:
-      return back * (8 * width * width + 2 * width * seq);
-    case Op::kExperts:  // Backward: by the input alone.
-    case Op::kExpertsWeight:
-      return 6 * width * inner;
-    case Op::kRoute:
-      return back * 2 * width * static_cast<double>(o.experts);
-    case Op::kHead:
-      return task.phase == Phase::kForward ? 6 * width * 64 : 0;
-    default:
-      return 0;
-  }
-}
-
-RankModel::Pace PaceOf(const BenchOptions& o) {
-  return [o](const Task& task, double units) -> int64_t {
-    const double flops = FlopsPerUnit(o, task) * units;
-    return flops == 0 ? 0 : static_cast<int64_t>(o.task_us * 1e3 + flops / o.gflops);
-  };
-}
-
 absl::Status Add(const std::string& name, Config config, const BenchOptions& o, const RankEnvironment& environment, Communicator& world,
                  std::vector<Variant>* variants) {
   ResolveConfig(&config);
   Variant variant{name, config, nullptr, {}};
   SHOAL_ASSIGN_OR_RETURN(variant.model, RankModel::Create(config, ModelConfigOf(config), world,
-                                                          {.host = environment.node_rank, .pace = PaceOf(o)}));
+                                                          {.host = environment.node_rank,
+                                                           .pace = PaceOf(EmulatedDevice{o.gflops, o.task_us}, ModelConfigOf(config), o.seq)}));
   SHOAL_RETURN_IF_ERROR(LoadWeights({.seed = 3}, *variant.model));
   variants->push_back(std::move(variant));
   return absl::OkStatus();
@@ -171,18 +189,24 @@ absl::Status Balance(std::vector<Variant>& variants, const Tensor& rows, Communi
   return absl::OkStatus();
 }
 
-absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world, MachineLock* lock) {
   for (Variant& variant : variants) {
     const bool fixed = variant.config.schedule().waves() > 0 && variant.config.parallel().experts() != "sparse";
-    for (int64_t step = 0; step < (fixed ? 3 : o.warmup); ++step) SHOAL_RETURN_IF_ERROR(Step(variant, rows, world).status());
+    for (int64_t step = 0; step < (fixed ? 3 : o.warmup); ++step) {
+      SHOAL_RETURN_IF_ERROR(lock->Renew());
+      SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
+      variant.warmup_seconds.push_back(seconds);
+    }
   }
   return absl::OkStatus();
 }
 
 absl::Status Measure(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world) {
-  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world));
+  MachineLock lock(o.lock, world);
+  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world, &lock));
   for (int64_t step = 0; step < o.steps; ++step) {
     for (Variant& variant : variants) {
+      SHOAL_RETURN_IF_ERROR(lock.Renew());
       SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
       variant.seconds.push_back(seconds);
     }
@@ -202,14 +226,34 @@ void Print(std::vector<Variant>& variants) {
   }
 }
 
+// The first is without overlap, the last chosen while training.
 absl::Status AddSchedules(const BenchOptions& o, const RankEnvironment& environment, Communicator& world, std::vector<Variant>* variants) {
-  for (auto [waves, chunks] : {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}, {4, 1}}) {
+  for (auto [waves, chunks] : {std::pair{1, 1}, {1, 2}, {1, 4}, {2, 1}, {2, 2}, {2, 4}, {4, 1}, {4, 2}, {4, 4}}) {
+    if (o.grid == 0 && chunks > 1) continue;
     Config config = BaseConfig(o, world.size());
     SetSchedule(&config, waves, chunks);
     SHOAL_RETURN_IF_ERROR(Add(absl::StrFormat("%d wave%s, %d chunk%s", waves, waves > 1 ? "s" : "", chunks, chunks > 1 ? "s" : ""),
                               config, o, environment, world, variants));
   }
   return Add("chosen", BaseConfig(o, world.size()), o, environment, world, variants);
+}
+
+// Computation, communication, no overlap, the best fixed schedule, the chosen one: milliseconds and ratios.
+void PrintRow(const std::vector<Variant>& variants, double compute, double inter) {
+  const Variant& plain = variants.front();
+  const Variant& chosen = variants.back();
+  const Variant& best = *std::min_element(variants.begin(), variants.end() - 1, [](const Variant& a, const Variant& b) {
+    return At(a.seconds, 0.5) < At(b.seconds, 0.5);
+  });
+  const double bound = std::max(compute, inter), own = At(chosen.seconds, 0.5), fixed = At(best.seconds, 0.5);
+  const double probing = std::accumulate(chosen.warmup_seconds.begin(), chosen.warmup_seconds.end(), 0.0) /
+                         static_cast<double>(chosen.warmup_seconds.size());
+  absl::PrintF("computation %.1f ms, communication %.1f ms: bound %.1f ms, of which the chosen schedule reaches %.0f %%; its %d steps "
+               "before those measured took %.1f ms (mean)\n",
+               1e3 * compute, 1e3 * inter, 1e3 * bound, 100 * bound / own, static_cast<int>(chosen.warmup_seconds.size()), 1e3 * probing);
+  absl::PrintF("row | %.0f | %.0f | %.0f | %.0f (%s) | %.0f | %.2fx | %.2fx | %.0f %% | %s |\n", 1e3 * compute, 1e3 * inter,
+               1e3 * At(plain.seconds, 0.5), 1e3 * fixed, best.name, 1e3 * own, At(plain.seconds, 0.5) / own, fixed / own,
+               100 * bound / own, Describe(chosen.model->schedule()));
 }
 
 absl::Status RunOverlap(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
@@ -223,13 +267,7 @@ absl::Status RunOverlap(const BenchOptions& o, const RankEnvironment& environmen
   SHOAL_ASSIGN_OR_RETURN(const double inter, LaneSeconds(plain, Lane::kInter, world));
   if (environment.rank != 0) return absl::OkStatus();
   Print(variants);
-  const double bound = std::max(compute, inter), chosen = At(variants.back().seconds, 0.5);
-  double best = chosen;
-  for (const Variant& variant : variants) best = std::min(best, At(variant.seconds, 0.5));
-  absl::PrintF("computation %.1f ms, communication %.1f ms: bound %.1f ms; chosen reaches %.0f %% of it, %.2fx of no overlap, "
-               "%.2fx of the best fixed schedule\n",
-               1e3 * compute, 1e3 * inter, 1e3 * bound, 100 * bound / chosen, At(variants.front().seconds, 0.5) / chosen,
-               best / chosen);
+  PrintRow(variants, compute, inter);
   return absl::OkStatus();
 }
 
@@ -267,7 +305,7 @@ absl::StatusOr<double> FindScale(Variant& variant, const BenchOptions& o, const 
     SHOAL_RETURN_IF_ERROR(Step(variant, rows, world).status());
     (SigmaOf(*variant.model, variant.model->decoder()) < o.sigma ? low : high) = scale;
   }
-  return o.sigma == 0 ? 0 : (low + high) / 2;
+  return (low + high) / 2;
 }
 
 // Bytes that this rank's tasks moved in the last step, by operation, and by the planner's formulas.
@@ -290,7 +328,7 @@ absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, 
   // One wave and one chunk, as in the paper: then the bytes of a task are those of the formula, and not of pieces, of which each
   // counts what is more, sent or received.
   Config grouped = BaseConfig(o, world.size());
-  SetSchedule(&grouped, 1, 1);
+  if (o.waves > 0) SetSchedule(&grouped, static_cast<int>(o.waves), 1);
   SHOAL_RETURN_IF_ERROR(Add("expert parallel", grouped, o, environment, world, &variants));
   Config sparse = grouped;
   sparse.mutable_parallel()->set_experts("sparse");
@@ -302,8 +340,12 @@ absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, 
   SHOAL_RETURN_IF_ERROR(Add("sparse, copies", copies, o, environment, world, &variants));
   SHOAL_RETURN_IF_ERROR(Add("sparse", sparse, o, environment, world, &variants));
   SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
-  SHOAL_ASSIGN_OR_RETURN(const double scale, FindScale(variants.front(), o, rows, world));
-  for (Variant& variant : variants) SetBiases(*variant.model, scale, o.seed);
+  if (o.sigma == 0) {
+    SHOAL_RETURN_IF_ERROR(Balance(variants, rows, world));
+  } else {
+    SHOAL_ASSIGN_OR_RETURN(const double scale, FindScale(variants.front(), o, rows, world));
+    for (Variant& variant : variants) SetBiases(*variant.model, scale, o.seed);
+  }
   SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world));
   const double sigma = SigmaOf(*variants.front().model, variants.front().model->decoder());
   if (environment.rank == 0) {
@@ -326,10 +368,12 @@ absl::Status RunRelink(const BenchOptions& o, const RankEnvironment& environment
   SHOAL_RETURN_IF_ERROR(AddSchedules(o, environment, world, &variants));
   SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
   SHOAL_RETURN_IF_ERROR(Balance(variants, rows, world));
-  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world));
+  MachineLock lock(o.lock, world);
+  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world, &lock));
   if (environment.rank == 0) absl::PrintF("ready\n");
   std::fflush(stdout);
   for (int64_t step = 0; step < o.steps; ++step) {
+    SHOAL_RETURN_IF_ERROR(lock.Renew());
     std::string line = absl::StrFormat("%3d", step);
     for (Variant& variant : variants) {
       SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
@@ -359,8 +403,13 @@ bool Parse(int argc, char** argv, BenchOptions* o) {
   const std::map<std::string, double*> doubles = {{"--gflops", &o->gflops}, {"--task-us", &o->task_us}, {"--sigma", &o->sigma}};
   const std::map<std::string, int64_t*> integers = {
       {"--width", &o->width}, {"--inner", &o->inner},   {"--experts", &o->experts}, {"--layers", &o->layers}, {"--rows", &o->rows},
-      {"--seq", &o->seq},     {"--warmup", &o->warmup}, {"--steps", &o->steps},     {"--seed", &o->seed}};
+      {"--seq", &o->seq},     {"--warmup", &o->warmup}, {"--steps", &o->steps},     {"--seed", &o->seed},
+      {"--waves", &o->waves}, {"--grid", &o->grid}};
   for (int i = 2; i + 1 < argc; i += 2) {
+    if (std::strcmp(argv[i], "--lock") == 0) {
+      o->lock = argv[i + 1];
+      continue;
+    }
     const auto number = doubles.find(argv[i]);
     const auto integer = integers.find(argv[i]);
     if (number != doubles.end() ? !absl::SimpleAtod(argv[i + 1], number->second)
