@@ -63,12 +63,12 @@ DeviceResult Copy(TensorArg from, TensorArg to, StreamArg stream) {
 }
 
 // As cpu/philox.h.
-struct Words {
+struct RandomWords {
   uint32_t at[4];
 };
-__device__ Words Philox(uint64_t counter, uint64_t key_stream, uint64_t seed) {
+__device__ RandomWords Philox(uint64_t counter, uint64_t key_stream, uint64_t seed) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
-  Words c = {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), static_cast<uint32_t>(key_stream),
+  RandomWords c = {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), static_cast<uint32_t>(key_stream),
               static_cast<uint32_t>(key_stream >> 32)}};
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
@@ -91,7 +91,7 @@ __global__ void Normal(uint64_t seed, uint64_t key_stream, uint64_t first_index,
   const uint64_t first_pair = first_index / 2, end = first_index + static_cast<uint64_t>(n);
   const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
   for (uint64_t pair = first_pair + static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; 2 * pair < end; pair += step) {
-    const Words word = Philox(pair, key_stream, seed);
+    const RandomWords word = Philox(pair, key_stream, seed);
     const double radius = sqrt(-2 * log(Uniform(word.at[0], word.at[1])));
     const double angle = 2 * 3.14159265358979323846 * Uniform(word.at[2], word.at[3]);
     if (2 * pair >= first_index) x[2 * pair - first_index] = static_cast<float>(mean + stddev * (radius * cos(angle)));

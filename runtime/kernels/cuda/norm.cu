@@ -6,6 +6,9 @@ namespace {
 
 constexpr int kPacksMax = 4;  // That a thread holds of a row: with 1024 threads, rows of 16384 elements.
 
+// Of a block whose threads hold so many packs; 0: they read a row twice.
+template <int kPacks> constexpr int kThreadsMax = kPacks == 0 ? 256 : kPacks == kPacksMax ? 1024 : 128 * kPacks;
+
 // Threads for a row of `packs`, which hold `*packs_each` each; 0: none can.
 int ThreadsOfRow(int64_t packs, int* packs_each) {
   for (const int each : {1, 2, kPacksMax}) {
@@ -40,29 +43,58 @@ template <int N, typename Act> __device__ __forceinline__ Floats<N> LoadSum(cons
   return values;
 }
 
+// Where pack p of a thread begins.
+template <int N> __device__ __forceinline__ int ColumnOf(int p) {
+  return (p * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)) * N;
+}
+
+// Makes the sums of what the threads hold of a row, and stores them: all loads come before the first store.
+template <typename Act, int N, int kPacks>
+__device__ __forceinline__ void AddDelta(const Norm<Act>& a, int64_t row, Floats<N> (&held)[kPacks]) {
+  const int width = static_cast<int>(a.width);
+  const Act* from = a.delta + row * a.width;
+  float* sum = a.sum + row * a.width;
+  Floats<N> delta[kPacks];
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = ColumnOf<N>(p);
+    if (column < width) delta[p] = Load<N>(from + column);
+  }
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    const int column = ColumnOf<N>(p);
+    if (column >= width) continue;
+#pragma unroll
+    for (int i = 0; i < N; ++i) held[p].at[i] += delta[p].at[i];
+    Store(sum + column, held[p]);
+  }
+}
+
 // A block per row, which its threads hold: read once.
-template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(1024) NormHeld(Norm<Act> a) {
+template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(kThreadsMax<kPacks>) NormHeld(Norm<Act> a) {
   SHOAL_SHARED(float, scratch, [33]);
+  const int width = static_cast<int>(a.width);
   for (int64_t row = blockIdx.x; row < a.rows; row += gridDim.x) {
     Floats<N> held[kPacks];
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+      const int column = ColumnOf<N>(p);
+      if (column < width) held[p] = Load<N>(a.x + row * a.width + column);
+    }
+    if (a.delta != nullptr) AddDelta<Act, N, kPacks>(a, row, held);
     float squares = 0;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int64_t column = (static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * N;
-      if (column < a.width) held[p] = LoadSum<N>(a, row * a.width + column);
-    }
+      const int column = ColumnOf<N>(p);
 #pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-      const int64_t column = (static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * N;
-#pragma unroll
-      for (int i = 0; i < N; ++i) squares += column < a.width ? held[p].at[i] * held[p].at[i] : 0.0f;
+      for (int i = 0; i < N; ++i) squares += column < width ? held[p].at[i] * held[p].at[i] : 0.0f;
     }
     const float rstd = 1.0f / sqrtf(BlockSum(squares, scratch) / static_cast<float>(a.width) + a.epsilon);
     if (threadIdx.x == 0) a.rstd[row] = rstd;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int64_t column = (static_cast<int64_t>(p) * blockDim.x + threadIdx.x) * N;
-      if (column >= a.width) continue;
+      const int column = ColumnOf<N>(p);
+      if (column >= width) continue;
       const Floats<N> weight = Load<N>(a.weight + column);
 #pragma unroll
       for (int i = 0; i < N; ++i) held[p].at[i] = held[p].at[i] * rstd * weight.at[i];
@@ -72,7 +104,7 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
 }
 
 // Rows of any width: read twice.
-template <typename Act, int N> __global__ void __launch_bounds__(1024) NormRead(Norm<Act> a) {
+template <typename Act, int N> __global__ void __launch_bounds__(kThreadsMax<0>) NormRead(Norm<Act> a) {
   SHOAL_SHARED(float, scratch, [33]);
   const float* normed = a.delta == nullptr ? a.x : a.sum;
   const int64_t step = static_cast<int64_t>(blockDim.x) * N;
@@ -103,7 +135,8 @@ template <typename Act> DeviceResult NormRows(const Norm<Act>& a, bool packed, S
     const LaunchShape shape = {.blocks = std::min<int64_t>(a.rows, MultiProcessors() * 8), .threads = 256};
     return WithWidth<N>(packed, [&](auto width) { return Launch(shape, stream, NormRead<Act, width()>, a); });
   }
-  const LaunchShape shape = {.blocks = std::min<int64_t>(a.rows, int64_t{MultiProcessors()} * std::min(2048 / threads, 32)), .threads = threads};
+  const int64_t at_once = int64_t{MultiProcessors()} * std::min(2048 / threads, 32);
+  const LaunchShape shape = {.blocks = std::min(a.rows, at_once), .threads = threads};
   if (each == 1) return Launch(shape, stream, NormHeld<Act, N, 1>, a);
   if (each == 2) return Launch(shape, stream, NormHeld<Act, N, 2>, a);
   return Launch(shape, stream, NormHeld<Act, N, kPacksMax>, a);
@@ -121,10 +154,11 @@ template <typename Act> struct NormGradient {
 
 // y = w x r with r = (mean(x^2) + eps)^(-1/2): dx = r (w dy) - x r^3 / D * dot(w dy, x). Each block takes neighbouring rows and adds
 // up its share of the weight's gradient in shared memory, each thread at columns of its own. kPacks = 0: rows are read twice.
-template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(1024) NormBackward(NormGradient<Act> a) {
+template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(kThreadsMax<kPacks>) NormBackward(NormGradient<Act> a) {
   SHOAL_SHARED(float, scratch, [33]);
   SHOAL_DYNAMIC_SHARED(float, dweight);
   constexpr int kHeld = kPacks == 0 ? 1 : kPacks;
+  constexpr bool kAhead = kPacks == 1 || kPacks == 2;  // dx is read with the rest, where there are registers for it.
   const int64_t first = threadIdx.x * N, step = static_cast<int64_t>(blockDim.x) * N;
   for (int64_t column = first; column < a.width; column += step) Store(dweight + column, Floats<N>{});
   const int64_t begin = a.rows * blockIdx.x / gridDim.x, end = a.rows * (blockIdx.x + 1) / gridDim.x;
@@ -133,7 +167,8 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
     const float* x = a.x + row * a.width;
     float* dx = a.dx + row * a.width;
     const float rstd = a.rstd[row];
-    Floats<N> by_y[kHeld], by_x[kHeld];  // dy, then w dy; x.
+    Floats<N> by_y[kHeld], by_x[kHeld];     // dy, then w dy; x.
+    Floats<N> before[kAhead ? kPacks : 1];  // dx
     float dot = 0;
     const auto add = [&](int64_t column, Floats<N>& g, const Floats<N>& v) {
       const Floats<N> weight = Load<N>(a.weight + column);
@@ -152,6 +187,7 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
       for (int p = 0; p < kPacks; ++p) {
         const int64_t column = first + p * step;
         if (column < a.width) by_y[p] = Load<N>(dy + column), by_x[p] = Load<N>(x + column);
+        if (kAhead && column < a.width) before[kAhead ? p : 0] = Load<N>(dx + column);
       }
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
@@ -165,8 +201,7 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
       }
     }
     const float along_x = -BlockSum(dot, scratch) * rstd * rstd * rstd / static_cast<float>(a.width);
-    const auto add_dx = [&](int64_t column, const Floats<N>& g, const Floats<N>& v) {
-      Floats<N> sum = Load<N>(dx + column);
+    const auto add_dx = [&](int64_t column, const Floats<N>& g, const Floats<N>& v, Floats<N> sum) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sum.at[i] += g.at[i] * rstd + v.at[i] * along_x;
       Store(dx + column, sum);
@@ -175,7 +210,7 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
 #pragma unroll
       for (int p = 0; p < kPacks; ++p) {
         const int64_t column = first + p * step;
-        if (column < a.width) add_dx(column, by_y[p], by_x[p]);
+        if (column < a.width) add_dx(column, by_y[p], by_x[p], kAhead ? before[kAhead ? p : 0] : Load<N>(dx + column));
       }
     } else {
       for (int64_t column = first; column < a.width; column += step) {
@@ -183,11 +218,12 @@ template <typename Act, int N, int kPacks> __global__ void __launch_bounds__(102
         const Floats<N> weight = Load<N>(a.weight + column);
 #pragma unroll
         for (int i = 0; i < N; ++i) g.at[i] *= weight.at[i];
-        add_dx(column, g, Load<N>(x + column));
+        add_dx(column, g, Load<N>(x + column), Load<N>(dx + column));
       }
     }
   }
-  for (int64_t column = first; column < a.width; column += step) Store(a.partial + blockIdx.x * a.width + column, Load<N>(dweight + column));
+  float* partial = a.partial + blockIdx.x * a.width;
+  for (int64_t column = first; column < a.width; column += step) Store(partial + column, Load<N>(dweight + column));
 }
 
 constexpr int kColumns = 32, kSlices = 8;
@@ -235,7 +271,8 @@ DeviceResult RmsNorm(TensorArg x, TensorArg delta, TensorArg weight, float epsil
   return WithType(y, [&](auto type) {
     using Act = decltype(type);
     const Norm<Act> a = {.x = Data<float>(x), .delta = Data<Act>(delta), .weight = Data<float>(weight), .epsilon = epsilon,
-                         .sum = Data<float>(sum), .y = Data<Act>(y), .rstd = Data<float>(rstd), .rows = x.shape[0], .width = x.shape[1]};
+                         .sum = Data<float>(sum), .y = Data<Act>(y), .rstd = Data<float>(rstd),
+                         .rows = x.shape[0], .width = x.shape[1]};
     return NormRows(a, CanPack(kWidth<float>, a.width, x, delta, weight, sum, y), stream);
   });
 }

@@ -6,6 +6,9 @@
 #include <algorithm>
 
 #include "runtime/kernels/cuda/launch.h"
+#ifndef __CUDACC__
+#include "runtime/base/check.h"
+#endif
 
 namespace shoal::cuda {
 
@@ -17,30 +20,105 @@ template <int N> struct Width {
 // Elements of 16 bytes of the wider type.
 template <typename A, typename B = A> constexpr int kWidth = 16 / static_cast<int>(sizeof(A) > sizeof(B) ? sizeof(A) : sizeof(B));
 
+// Words that are moved at once. Stores go through one number: the compiler takes stores of structures and vectors apart, and does not
+// put all of them together again.
+template <int kWords> struct Words {
+  uint32_t at[kWords];
+};
+#ifdef __CUDACC__
+template <int kWords> __device__ __forceinline__ Words<kWords> LoadWords(const void* from) {
+  if constexpr (kWords == 4) {
+    const uint4 words = *static_cast<const uint4*>(from);
+    return {{words.x, words.y, words.z, words.w}};
+  } else if constexpr (kWords == 2) {
+    const uint2 words = *static_cast<const uint2*>(from);
+    return {{words.x, words.y}};
+  } else {
+    static_assert(kWords == 1);
+    return {{*static_cast<const uint32_t*>(from)}};
+  }
+}
+template <int kWords> __device__ __forceinline__ void StoreWords(void* to, const Words<kWords>& words) {
+  if constexpr (kWords == 4) {
+    const uint64_t low = words.at[0] | static_cast<uint64_t>(words.at[1]) << 32;
+    const uint64_t high = words.at[2] | static_cast<uint64_t>(words.at[3]) << 32;
+    *static_cast<unsigned __int128*>(to) = low | static_cast<unsigned __int128>(high) << 64;
+  } else if constexpr (kWords == 2) {
+    *static_cast<uint64_t*>(to) = words.at[0] | static_cast<uint64_t>(words.at[1]) << 32;
+  } else {
+    static_assert(kWords == 1);
+    *static_cast<uint32_t*>(to) = words.at[0];
+  }
+}
+#else
+template <int kWords> Words<kWords> LoadWords(const void* from) {
+  Words<kWords> words;
+  SHOAL_CHECK(reinterpret_cast<uintptr_t>(from) % sizeof(words) == 0) << kWords << " words at an odd address";
+  std::memcpy(&words, from, sizeof(words));
+  return words;
+}
+template <int kWords> void StoreWords(void* to, const Words<kWords>& words) {
+  SHOAL_CHECK(reinterpret_cast<uintptr_t>(to) % sizeof(words) == 0) << kWords << " words at an odd address";
+  std::memcpy(to, &words, sizeof(words));
+}
+#endif
+
+// Two bf16 in a word, the first in its lower half.
+__device__ __forceinline__ uint32_t Bf16Pair(float low, float high) {
+#ifdef __CUDA_ARCH__
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+#else
+  return FromFloat<Bf16>(low).bits | static_cast<uint32_t>(FromFloat<Bf16>(high).bits) << 16;
+#endif
+}
+
 template <int N> struct Floats {
   float at[N];
 };
 
 template <int N, typename T> __device__ __forceinline__ Floats<N> Load(const T* from) {
-  constexpr int kPart = N < kWidth<T> ? N : kWidth<T>;
+  constexpr int kBytes = N * static_cast<int>(sizeof(T)), kWords = (kBytes < 16 ? kBytes : 16) / 4;
   Floats<N> values;
+  if constexpr (N == 1) {
+    values.at[0] = ToFloat(*from);
+  } else {
 #pragma unroll
-  for (int part = 0; part < N; part += kPart) {
-    const Pack<T, kPart> pack = *reinterpret_cast<const Pack<T, kPart>*>(from + part);
+    for (int part = 0; part < kBytes / 4; part += kWords) {
+      const Words<kWords> words = LoadWords<kWords>(reinterpret_cast<const uint32_t*>(from) + part);
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) values.at[part + i] = ToFloat(pack.at[i]);
+      for (int word = 0; word < kWords; ++word) {
+        if constexpr (sizeof(T) == 4) {
+          values.at[part + word] = __uint_as_float(words.at[word]);
+        } else {
+          values.at[2 * (part + word)] = __uint_as_float(words.at[word] << 16);
+          values.at[2 * (part + word) + 1] = __uint_as_float(words.at[word] & 0xffff0000u);
+        }
+      }
+    }
   }
   return values;
 }
 
 template <int N, typename T> __device__ __forceinline__ void Store(T* to, const Floats<N>& values) {
-  constexpr int kPart = N < kWidth<T> ? N : kWidth<T>;
+  constexpr int kBytes = N * static_cast<int>(sizeof(T)), kWords = (kBytes < 16 ? kBytes : 16) / 4;
+  if constexpr (N == 1) {
+    *to = FromFloat<T>(values.at[0]);
+  } else {
 #pragma unroll
-  for (int part = 0; part < N; part += kPart) {
-    Pack<T, kPart> pack;
+    for (int part = 0; part < kBytes / 4; part += kWords) {
+      Words<kWords> words;
 #pragma unroll
-    for (int i = 0; i < kPart; ++i) pack.at[i] = FromFloat<T>(values.at[part + i]);
-    *reinterpret_cast<Pack<T, kPart>*>(to + part) = pack;
+      for (int word = 0; word < kWords; ++word) {
+        if constexpr (sizeof(T) == 4) {
+          words.at[word] = __float_as_uint(values.at[part + word]);
+        } else {
+          words.at[word] = Bf16Pair(values.at[2 * (part + word)], values.at[2 * (part + word) + 1]);
+        }
+      }
+      StoreWords(reinterpret_cast<uint32_t*>(to) + part, words);
+    }
   }
 }
 
