@@ -22,7 +22,8 @@ TEST(CudaConvert, RoundsToNearestEven) {
   for (const int64_t N : kSizes) {
     const Tensor x = Empty({N}, DType::kF32);
     for (int64_t i = 0; i < N; ++i) {
-      const uint32_t bits = i % 3 == 0 ? special[static_cast<size_t>(i / 3) % std::size(special)] : static_cast<uint32_t>(engine());
+      const uint32_t random = static_cast<uint32_t>(engine());
+      const uint32_t bits = i % 3 == 0 ? special[static_cast<size_t>(i / 3) % std::size(special)] : random;
       x.data<float>()[i] = std::bit_cast<float>(bits);
     }
     for (const bool odd : {false, true}) {

@@ -21,7 +21,7 @@ Routing DeviceRouting(int64_t T, int64_t E, int64_t K, Stream& stream) {
   return {Empty({T, E}, DType::kF32, stream), Empty({T, K}, DType::kI32, stream), Empty({T, K}, DType::kF32, stream),
           Empty({T}, DType::kF32, stream)};
 }
-Routing ToDevice(const Routing& r, Stream& stream) {
+Routing RoutingToDevice(const Routing& r, Stream& stream) {
   return {ToDevice(r.probs, stream), ToDevice(r.chosen, stream), ToDevice(r.weights, stream), ToDevice(r.logz, stream)};
 }
 Tensor OnDevice(const Tensor& host, bool odd, Stream& stream) { return odd ? ToOddAddress(host, stream) : ToDevice(host, stream); }
@@ -95,7 +95,7 @@ void ExpectTopKSoftmaxBackwardMatches(int64_t T, int64_t E, int64_t K, Renormali
   const Tensor dprob = with_dprob ? Random({E}, DType::kF32, 3) : Tensor();
   const Routing r = HostRouting(T, E, K, DType::kF32), on_device = [&] {
     ref::TopKSoftmax(logits, renormalize, r.probs, r.chosen, r.weights, r.logz, cpu);
-    return ToDevice(r, *stream);
+    return RoutingToDevice(r, *stream);
   }();
   const Tensor want = Empty({T, E}, DType::kF64), dlogits = Empty({T, E}, DType::kF32, *stream);
   ref::TopKSoftmaxBackward(r.probs, r.chosen, r.weights, r.logz, renormalize, dweights, dprob, z_scale, want, cpu);
@@ -124,7 +124,8 @@ TEST(CudaSoftmax, MatchesReferenceForwardAndBackward) {
     const Tensor want = Empty({T, E}, DType::kF64), want_logz = Empty({T}, DType::kF64), want_d = Empty({T, E}, DType::kF64);
     ref::Softmax(logits, want, want_logz, cpu);
     ref::SoftmaxBackward(want, want_logz, dprobs, 0.1f, want_d, cpu);
-    const Tensor probs = Empty({T, E}, DType::kF32, *stream), logz = Empty({T}, DType::kF32, *stream), d = Empty({T, E}, DType::kF32, *stream);
+    const Tensor probs = Empty({T, E}, DType::kF32, *stream), logz = Empty({T}, DType::kF32, *stream);
+    const Tensor d = Empty({T, E}, DType::kF32, *stream);
     Softmax(ToDevice(logits, *stream), probs, logz, *stream);
     SoftmaxBackward(probs, logz, ToDevice(dprobs, *stream), 0.1f, d, *stream);
     const double error = 0x1p-24 * (static_cast<double>(E) / 4 + 16);
@@ -152,8 +153,8 @@ void ExpectTopKSigmoidMatches(int64_t Q, int64_t seq, int64_t E, int64_t K, bool
   ref::SumShares(want.probs, want_sums, cpu);
   const Tensor d = Empty({T, E}, DType::kF32, *stream), sums = Empty({Q, E}, DType::kF64, *stream);
   TopKSigmoid(ToDevice(logits, *stream), ToDevice(bias, *stream), scale, got.probs, got.chosen, got.weights, *stream);
-  TopKSigmoidBackward(got.probs, got.chosen, got.weights, scale, ToDevice(dweights, *stream), with_share ? ToDevice(dshare, *stream) : Tensor(),
-                      d, *stream);
+  TopKSigmoidBackward(got.probs, got.chosen, got.weights, scale, ToDevice(dweights, *stream),
+                      with_share ? ToDevice(dshare, *stream) : Tensor(), d, *stream);
   SumShares(got.probs, sums, *stream);
   const double error = 0x1p-24 * 8, k = static_cast<double>(K);
   // Chosen scores are the largest, and 8 / E of a token's scores or more are above 0.1.

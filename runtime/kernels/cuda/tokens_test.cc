@@ -144,7 +144,8 @@ void ExpectCombineBackwardMatches(const Case& c, bool ragged, DType act, bool in
   // Rows of no pair stay as they are.
   const Tensor want_dy = As(y, DType::kF64), want_dweight = Empty({pairs.pairs}, DType::kF64);
   ref::CombineSlotsBackward(dout, y, pairs.offset, pairs.slot, weight, want_dy, want_dweight, cpu);
-  const Tensor input = ToDevice(y, *stream), dy = in_place ? input : ToDevice(y, *stream), dweight = Empty({pairs.pairs}, DType::kF32, *stream);
+  const Tensor input = ToDevice(y, *stream), dy = in_place ? input : ToDevice(y, *stream);
+  const Tensor dweight = Empty({pairs.pairs}, DType::kF32, *stream);
   CombineSlotsBackward(ToDevice(dout, *stream), input, ToDevice(pairs.offset, *stream), ToDevice(pairs.slot, *stream),
                        ToDevice(weight, *stream), dy, dweight, *stream);
   const double size = static_cast<double>(c.D) * MaxAbs(dout) * MaxAbs(y);
@@ -170,7 +171,8 @@ TEST(CudaCombineSlots, MatchesReferenceForwardAndBackward) {
 TEST(CudaCombineSlots, ATokenWithoutPairsKeepsItsResidual) {
   const std::unique_ptr<Stream> stream = TestStream();
   const Tensor offset = ToDevice(Zeros({3}, DType::kI32), *stream), none = Empty({0}, DType::kI32);
-  const Tensor residual = Random({2, 8}, DType::kF32, 1), out = Empty({2, 8}, DType::kF32, *stream), dx = Empty({2, 8}, DType::kF32, *stream);
+  const Tensor residual = Random({2, 8}, DType::kF32, 1), out = Empty({2, 8}, DType::kF32, *stream);
+  const Tensor dx = Empty({2, 8}, DType::kF32, *stream);
   CombineSlots(ToDevice(residual, *stream), Empty({0, 8}, DType::kF32), offset, none, Empty({0}, DType::kF32), out, *stream);
   ExpectSameBits(ToHost(out, *stream), residual, "out");
   SumSlots(Empty({0, 8}, DType::kF32), offset, none, dx, *stream);
@@ -193,8 +195,9 @@ void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour) {
   const auto i32 = [&](int64_t n) { return Empty({n}, DType::kI32, *stream); };
   const Tensor on_device = ToDevice(chosen, *stream), count = i32(E), first = i32(E + 1), slot = i32(T * K), token = i32(T * K);
   TestDevice().Use();
-  const DeviceResult result = TestDevice().kernels().order_by_expert(ToDeviceTensor(on_device), ToDeviceTensor(count), ToDeviceTensor(first),
-                                                                     ToDeviceTensor(slot), ToDeviceTensor(token), stream->handle());
+  const DeviceResult result =
+      TestDevice().kernels().order_by_expert(ToDeviceTensor(on_device), ToDeviceTensor(count), ToDeviceTensor(first),
+                                             ToDeviceTensor(slot), ToDeviceTensor(token), stream->handle());
   ASSERT_EQ(result.code, DeviceResult::Code::kOk) << result.message;
   const auto host = [&](const Tensor& tensor) {
     const Tensor copy = ToHost(tensor, *stream);
