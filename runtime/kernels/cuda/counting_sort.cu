@@ -42,13 +42,16 @@ __device__ __forceinline__ int32_t CountRound(int32_t* counts, int32_t bucket) {
   return counted + __popc(same & before);
 }
 
+// Of [warps, buckets].
+__device__ __forceinline__ int CellOf(unsigned warp, int buckets, int bucket) { return static_cast<int>(warp) * buckets + bucket; }
+
 // counts [warps, buckets] of the block's warps.
 __device__ __forceinline__ void CountTile(const Tile& tile, int32_t* counts, int buckets) {
   const int cells = static_cast<int>(blockDim.x) / 32 * buckets;
   for (int i = static_cast<int>(threadIdx.x); i < cells; i += static_cast<int>(blockDim.x)) counts[i] = 0;
   __syncthreads();
 #pragma unroll
-  for (int round = 0; round < kRounds; ++round) CountRound(counts + threadIdx.x / 32 * static_cast<unsigned>(buckets), tile.bucket[round]);
+  for (int round = 0; round < kRounds; ++round) CountRound(counts + CellOf(threadIdx.x / 32, buckets, 0), tile.bucket[round]);
   __syncthreads();
 }
 
@@ -58,7 +61,7 @@ __global__ void CountBlocks(CountingSort s, int32_t* table) {
   CountTile(LoadTile(s), counts, s.buckets);
   for (int bucket = static_cast<int>(threadIdx.x); bucket < s.buckets; bucket += static_cast<int>(blockDim.x)) {
     int32_t count = 0;
-    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) count += counts[warp * static_cast<unsigned>(s.buckets) + static_cast<unsigned>(bucket)];
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) count += counts[CellOf(warp, s.buckets, bucket)];
     table[static_cast<int64_t>(bucket) * gridDim.x + blockIdx.x] = count;
   }
 }
@@ -121,7 +124,7 @@ __global__ void Place(CountingSort s, const int32_t* table, const int32_t* total
     if (blockIdx.x == 0 && s.first != nullptr) s.first[bucket] = first;
     int32_t place = first + table[static_cast<int64_t>(bucket) * gridDim.x + blockIdx.x];
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
-      int32_t& cell = places[warp * static_cast<unsigned>(s.buckets) + static_cast<unsigned>(bucket)];
+      int32_t& cell = places[CellOf(warp, s.buckets, bucket)];
       const int32_t count = cell;
       cell = place;
       place += count;
@@ -131,7 +134,7 @@ __global__ void Place(CountingSort s, const int32_t* table, const int32_t* total
   __syncthreads();
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int32_t place = CountRound(places + threadIdx.x / 32 * static_cast<unsigned>(s.buckets), tile.bucket[round]);
+    const int32_t place = CountRound(places + CellOf(threadIdx.x / 32, s.buckets, 0), tile.bucket[round]);
     if (tile.item[round] < 0) continue;
     if (s.sorted != nullptr) s.sorted[place] = tile.item[round] / s.items_per_name;
     if (s.place != nullptr) s.place[tile.item[round]] = place;
@@ -146,7 +149,9 @@ int64_t BlocksOf(int64_t n, int buckets) { return std::max<int64_t>(1, Blocks(n,
 int64_t CountingSortBytes(int64_t n, int buckets) { return Blocks((BlocksOf(n, buckets) + 1) * buckets * 4, 256) * 256; }
 
 DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream) {
-  if (sort.buckets < 1 || sort.buckets > kBucketsMax) return {DeviceResult::Code::kFailed, "a counting sort with no or with more than 51200 buckets"};
+  if (sort.buckets < 1 || sort.buckets > kBucketsMax) {
+    return {DeviceResult::Code::kFailed, "a counting sort with no or with more than 51200 buckets"};
+  }
   const int64_t blocks = BlocksOf(sort.n, sort.buckets);
   const int warps = WarpsOf(sort.buckets);
   auto* table = static_cast<int32_t*>(scratch);
@@ -154,7 +159,8 @@ DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream)
   const LaunchShape tiles = {.blocks = blocks, .threads = warps * 32, .shared_bytes = int64_t{4} * warps * sort.buckets};
   DeviceResult launched = Launch(tiles, stream, CountBlocks, sort, table);
   if (launched.code != DeviceResult::Code::kOk) return launched;
-  launched = Launch({.blocks = Blocks(sort.buckets, 4), .threads = 128}, stream, SumBlocks, table, blocks, total, sort.count, sort.buckets);
+  launched = Launch({.blocks = Blocks(sort.buckets, 4), .threads = 128}, stream, SumBlocks, table, blocks, total, sort.count,
+                    sort.buckets);
   if (launched.code != DeviceResult::Code::kOk) return launched;
   return Launch(tiles, stream, Place, sort, static_cast<const int32_t*>(table), static_cast<const int32_t*>(total));
 }

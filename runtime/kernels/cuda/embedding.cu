@@ -28,8 +28,8 @@ constexpr int kTokensAtOnce = 8;
 // order: tokens by id, those of an id ascending. The warp at an id's first place adds its tokens' rows, one after the other, at 32 packs
 // of columns (blockIdx.y).
 template <int N>
-__global__ void __launch_bounds__(kThreads) AddRows(const float* dout, const int32_t* ids, const int32_t* order, float* dtable, int64_t tokens,
-                                                    int64_t width) {
+__global__ void __launch_bounds__(kThreads) AddRows(const float* dout, const int32_t* ids, const int32_t* order, float* dtable,
+                                                    int64_t tokens, int64_t width) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * 32 + lane) * N;
   const int64_t step = static_cast<int64_t>(gridDim.x) * (kThreads / 32);
@@ -109,7 +109,8 @@ DeviceResult EmbeddingBackward(TensorArg dout, TensorArg ids, TensorArg dtable, 
   if (dout.elements == 0) return {};
   const int64_t tokens = ids.elements, columns = dtable.shape[1];
   const int32_t* order = nullptr;
-  if (const DeviceResult ordered = OrderByRow(ids, dtable.shape[0], &order, stream); ordered.code != DeviceResult::Code::kOk) return ordered;
+  const DeviceResult ordered = OrderByRow(ids, dtable.shape[0], &order, stream);
+  if (ordered.code != DeviceResult::Code::kOk) return ordered;
   constexpr int N = kWidth<float>;
   return WithWidth<N>(CanPack(N, columns, dout, dtable), [&](auto width) {
     const LaunchShape shape = {.blocks = std::min<int64_t>(Blocks(tokens, kThreads / 32), 65536),

@@ -20,7 +20,8 @@ __device__ __forceinline__ double SumSlices(double own, double (*slices)[kColumn
 
 // partial [gridDim.x, width]: sums of the columns of values, whose rows are `partials` shares of each of a number of sequences;
 // blockIdx.y has the columns. row_sum: null, or what to divide each row by.
-__global__ void ColumnPartials(const float* values, const double* row_sum, double* partial, int64_t partials, int64_t seq, int64_t width) {
+__global__ void ColumnPartials(const float* values, const double* row_sum, double* partial, int64_t partials, int64_t seq,
+                               int64_t width) {
   SHOAL_SHARED(double, slices, [kSlices][kColumns]);
   const int slice = static_cast<int>(threadIdx.x) / kColumns;
   const int64_t column = static_cast<int64_t>(blockIdx.y) * kColumns + threadIdx.x % kColumns;
@@ -98,8 +99,8 @@ __device__ __forceinline__ uint64_t KeyOf(float score, int64_t token) {
 
 // A block per expert selects the key of rank `capacity`, digit by digit from the highest: of the keys that begin with the digits found
 // so far it counts those with each next digit.
-__global__ void __launch_bounds__(kSelectThreads) Select(const float* scores, int64_t tokens, int64_t experts, int64_t capacity, float* score,
-                                                         int64_t* token) {
+__global__ void __launch_bounds__(kSelectThreads) Select(const float* scores, int64_t tokens, int64_t experts, int64_t capacity,
+                                                         float* score, int64_t* token) {
   SHOAL_SHARED(uint32_t, counts, [kDigits]);
   SHOAL_SHARED(uint64_t, found, [1]);
   const float* column = scores + blockIdx.x;
@@ -160,7 +161,8 @@ template <int N> __global__ void Normalize(const float* x, float* y, float* norm
   }
 }
 
-template <int N> __global__ void NormalizeBackward(const float* dy, const float* y, const float* norm, float* dx, int64_t rows, int64_t width) {
+template <int N>
+__global__ void NormalizeBackward(const float* dy, const float* y, const float* norm, float* dx, int64_t rows, int64_t width) {
   SHOAL_SHARED(float, scratch, [33]);
   const int64_t first = threadIdx.x * N, step = static_cast<int64_t>(blockDim.x) * N;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -201,7 +203,8 @@ DeviceResult SumOverTokens(TensorArg values, TensorArg sums, StreamArg stream) {
 DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, TensorArg token, StreamArg stream) {
   const int64_t tokens = scores.shape[0], experts = scores.shape[1];
   if (capacity == 0) {
-    return Launch({.blocks = Blocks(experts, kThreads), .threads = kThreads}, stream, FillNone, experts, Data<float>(score), Data<int64_t>(token));
+    return Launch({.blocks = Blocks(experts, kThreads), .threads = kThreads}, stream, FillNone, experts, Data<float>(score),
+                  Data<int64_t>(token));
   }
   return Launch({.blocks = experts, .threads = kSelectThreads}, stream, Select, Data<float>(scores), tokens, experts, capacity,
                 Data<float>(score), Data<int64_t>(token));
@@ -210,15 +213,16 @@ DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, Tens
 DeviceResult NormalizeRows(TensorArg x, TensorArg y, TensorArg norm, StreamArg stream) {
   const int64_t rows = x.shape[0], columns = x.shape[1];
   return WithWidth<kWidth<float>>(CanPack(kWidth<float>, columns, x, y), [&](auto width) {
-    return Launch(RowsShape(rows, columns / width()), stream, Normalize<width()>, Data<float>(x), Data<float>(y), Data<float>(norm), rows, columns);
+    return Launch(RowsShape(rows, columns / width()), stream, Normalize<width()>, Data<float>(x), Data<float>(y), Data<float>(norm),
+                  rows, columns);
   });
 }
 
 DeviceResult NormalizeRowsBackward(TensorArg dy, TensorArg y, TensorArg norm, TensorArg dx, StreamArg stream) {
   const int64_t rows = y.shape[0], columns = y.shape[1];
   return WithWidth<kWidth<float>>(CanPack(kWidth<float>, columns, dy, y, dx), [&](auto width) {
-    return Launch(RowsShape(rows, columns / width()), stream, NormalizeBackward<width()>, Data<float>(dy), Data<float>(y), Data<float>(norm),
-                  Data<float>(dx), rows, columns);
+    return Launch(RowsShape(rows, columns / width()), stream, NormalizeBackward<width()>, Data<float>(dy), Data<float>(y),
+                  Data<float>(norm), Data<float>(dx), rows, columns);
   });
 }
 
