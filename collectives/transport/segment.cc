@@ -108,8 +108,10 @@ absl::StatusOr<MappedFile> NewFile(int64_t bytes, unsigned int flags) {
 
 }  // namespace
 
+int64_t AvailableMemoryBytes() { return AvailableBytes(); }
+
 absl::Status CheckMemoryAvailable(int64_t bytes) {
-  const int64_t available = AvailableBytes();
+  const int64_t available = AvailableMemoryBytes();
   if (bytes <= available) return absl::OkStatus();
   return absl::ResourceExhaustedError(
       absl::StrCat("memory: wanted ", bytes, " bytes, ", available, " are available"));

@@ -12,6 +12,9 @@
 
 namespace shoal {
 
+// What the machine, and this process's control group, can still give.
+int64_t AvailableMemoryBytes();
+
 // RESOURCE_EXHAUSTED: the machine or this process's control group has less; the message says how much was
 // wanted.
 absl::Status CheckMemoryAvailable(int64_t bytes);

@@ -52,6 +52,13 @@ void Apply(const StepLayout& layout, Config* config) {
   parallel.set_experts(layout.sparse ? "sparse" : "grouped");
   parallel.set_dense(layout.dense == DensePolicy::kSharded ? "sharded" : "replicated");
   parallel.set_rematerialise(layout.experts == ExpertPolicy::kRematerialise);
+  if (!layout.sparse) {  // What goes with sparse experts alone.
+    parallel.clear_expert_copies();
+    parallel.clear_expert_overlap();
+    parallel.clear_reshard_interval();
+    parallel.clear_owners();
+    parallel.clear_calibrate();
+  }
   config->mutable_train()->set_recompute(layout.recompute);
   config->mutable_train()->set_gradient_accumulation_steps(layout.parts);
 }

@@ -159,11 +159,14 @@ class Checker {
       CheckSparseExperts(parallel);
       return;
     }
-    NeedForExperts(parallel.expert_copies() == -1, "parallel.expert_copies", parallel.expert_copies(), "-1");
-    NeedForExperts(parallel.expert_overlap() == -1, "parallel.expert_overlap", parallel.expert_overlap(), "-1");
+    NeedForExperts(parallel.expert_copies() == -1, "parallel.expert_copies", absl::StrCat(parallel.expert_copies()), "-1");
+    NeedForExperts(parallel.expert_overlap() == -1, "parallel.expert_overlap", absl::StrCat(parallel.expert_overlap()), "-1");
     const int64_t unset = Parallel::default_instance().reshard_interval();
     NeedForExperts(parallel.reshard_interval() == 0 || parallel.reshard_interval() == unset, "parallel.reshard_interval",
-                   parallel.reshard_interval(), "0");
+                   absl::StrCat(parallel.reshard_interval()), "0");
+    NeedForExperts(parallel.owners() == Parallel::default_instance().owners(), "parallel.owners", parallel.owners(),
+                   Parallel::default_instance().owners());
+    NeedForExperts(!parallel.calibrate(), "parallel.calibrate", "true", "false");
   }
 
   void CheckSchedule() {
@@ -242,9 +245,9 @@ class Checker {
   }
 
   // Fails on a key that parallel.experts does not have unless it has the value that would fit.
-  void NeedForExperts(bool fits, std::string_view key, int64_t value, std::string_view fitting) {
+  void NeedForExperts(bool fits, std::string_view key, std::string_view value, std::string_view fitting) {
     if (fits) return;
-    Fail(key, absl::StrCat(value, " does not go with ", Mention("parallel.experts", config_.parallel().experts()), "; ",
+    Fail(key, absl::StrCat(AbslSv(value), " does not go with ", Mention("parallel.experts", config_.parallel().experts()), "; ",
                            AbslSv(fitting), ", or parallel.experts = sparse, would fit"));
   }
 
@@ -266,6 +269,9 @@ class Checker {
     if (parallel.expert_overlap() > 0) {
       Fail("parallel.expert_overlap", absl::StrCat(parallel.expert_overlap(), " experts have no room with ", no_copies,
                                                    "; 0 would fit"));
+    }
+    if (parallel.calibrate()) {
+      Fail("parallel.calibrate", absl::StrCat("true has no room for copies with ", no_copies, "; false would fit"));
     }
     if (parallel.rematerialise()) {
       Fail("parallel.rematerialise", absl::StrCat("true has nothing to gather again with ", no_copies, "; false would fit"));

@@ -242,6 +242,17 @@ TEST_F(LoadConfigTest, RefusesWhatThePlacementOfExpertsDoesNotHave) {
               HasSubstr("a.yaml:2:12: parallel.expert_overlap: 0 does not go with parallel.experts = grouped (a.yaml:2:31)"));
   EXPECT_THAT(error("parallel: {reshard_interval: 7}"), HasSubstr("parallel.reshard_interval: 7 does not go with"));
   EXPECT_EQ(error("parallel: {reshard_interval: 0}"), "");
+  EXPECT_EQ(error("parallel: {owners: eplb}"),
+            "a.yaml:2:12: parallel.owners: eplb does not go with parallel.experts = grouped (default); "
+            "hecate, or parallel.experts = sparse, would fit");
+  EXPECT_EQ(error("parallel: {owners: hecate, calibrate: false}"), "");
+  EXPECT_EQ(error("parallel: {experts: sparse, owners: eplb, calibrate: true}"), "");
+  EXPECT_EQ(error("parallel: {calibrate: true}"),
+            "a.yaml:2:12: parallel.calibrate: true does not go with parallel.experts = grouped (default); "
+            "false, or parallel.experts = sparse, would fit");
+  EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 0, calibrate: true}"),
+            "a.yaml:2:47: parallel.calibrate: true has no room for copies with parallel.expert_copies = 0 (a.yaml:2:29); "
+            "false would fit");
   EXPECT_EQ(error("parallel: {experts: sparse, expert_copies: 9}"),
             "a.yaml:2:29: parallel.expert_copies: 9 is more than model.num_local_experts = 8 (default); at most 8 would fit");
   EXPECT_THAT(error("parallel: {experts: sparse, expert_overlap: 9}"), HasSubstr("parallel.expert_overlap: 9 is more than"));

@@ -58,12 +58,6 @@ bool HasSparseExperts(const Config& config, const ModelConfig& model, int ranks)
   return config.parallel().experts() == "sparse" && NumMoeLayers(model) > 0 && ranks > 1;
 }
 
-int CopiesFor(const Config& config, const ModelConfig& model, int ranks) {
-  if (!HasSparseExperts(config, model, ranks)) return -1;
-  const int wanted = config.parallel().expert_copies();
-  return std::min(wanted < 0 ? std::max(1, model.num_local_experts / 4) : wanted, model.num_local_experts);
-}
-
 absl::StatusOr<std::vector<ExpertPlacement>> InitialPlacement(const Config& config, const ModelConfig& model, int ranks) {
   std::vector<ExpertPlacement> moe;
   if (HasSparseExperts(config, model, ranks)) {

@@ -20,8 +20,6 @@ ModelConfig ModelConfigOf(const Config& config);
 Layout LayoutFor(const Config& config, const ModelConfig& model, int ranks);
 // Experts sharded over all ranks, with copies that change from step to step.
 bool HasSparseExperts(const Config& config, const ModelConfig& model, int ranks);
-// Room for copies of a layer's experts on each rank; -1: as many as the initial placement has.
-int CopiesFor(const Config& config, const ModelConfig& model, int ranks);
 // By layer, empty for dense layers. INVALID_ARGUMENT: parallel.expert does not fit.
 absl::StatusOr<std::vector<ExpertPlacement>> InitialPlacement(const Config& config, const ModelConfig& model, int ranks);
 

@@ -14,6 +14,7 @@
 #include "absl/strings/strip.h"
 #include "google/protobuf/util/message_differencer.h"
 #include "models/convert/huggingface.h"
+#include "runtime/base/log.h"
 #include "runtime/config/loader.h"
 #include "runtime/device/cpu.h"
 #include "runtime/kernels/elementwise.h"
@@ -35,6 +36,28 @@ std::vector<NamedState> RouterStates(RankModel& model) {
     if (!router->state().empty()) states.push_back({router->state_name(), router->state()});
   }
   return states;
+}
+
+// What decides where experts are (ExpertMoves::Save); integers.
+constexpr char kExpertMoves[] = "expert_moves";
+
+// Before owned parts are read: experts go back to the owners that they had. Where that cannot be they begin anew, which changes
+// where they are and not what is computed.
+absl::Status RestoreExperts(const std::string& path, const CheckpointReader& reader, RankModel& model) {
+  if (model.moves() == nullptr) return absl::OkStatus();
+  const auto found = reader.tensors().find(kExpertMoves);
+  absl::Status restored = absl::NotFoundError("it has none");
+  if (found != reader.tensors().end() && found->second.dtype == DType::kI64) {
+    const Tensor saved = Empty(found->second.shape, DType::kI64);
+    SHOAL_RETURN_IF_ERROR(reader.Read(kExpertMoves, 0, saved));
+    restored = model.moves()->Restore(saved.span<int64_t>());
+  }
+  if (!absl::IsNotFound(restored) && !absl::IsFailedPrecondition(restored)) return restored;
+  if (model.rank() == 0) {
+    SHOAL_LOG(kWarning) << path << ": owners and loads of experts are not those of this checkpoint but begin anew: "
+                        << restored.message();
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
@@ -61,6 +84,7 @@ absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
   for (const NamedState& state : states) wanted[state.name] = {state.value.shape(), DType::kF32};
   SHOAL_RETURN_IF_ERROR(reader->Check(wanted));
   for (const NamedState& state : states) SHOAL_RETURN_IF_ERROR(reader->Read(state.name, 0, state.value));
+  SHOAL_RETURN_IF_ERROR(RestoreExperts(path, *reader, model), path, ": where experts were");
   for (const OwnedPart& part : model.store().owned()) {
     SHOAL_RETURN_IF_ERROR(reader->Read(part.name, part.row_begin, part.master));
     if (!model.store().training()) continue;
@@ -125,6 +149,23 @@ absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
     model.store().InitializeOwned(source.seed, model.model().initializer_range, model.stream());
   }
   return model.store().GatherWeights(model.stream());
+}
+
+std::vector<Shard> CheckpointShards(RankModel& model) {
+  std::vector<Shard> shards;
+  for (const OwnedPart& part : model.store().owned()) {
+    shards.push_back({part.name, part.full_shape, part.row_begin, part.master});
+    shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, part.exp_avg});
+    shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, part.exp_avg_sq});
+  }
+  if (model.rank() != 0) return shards;
+  for (const NamedState& state : RouterStates(model)) shards.push_back({state.name, state.value.shape(), 0, state.value});
+  if (model.moves() == nullptr) return shards;
+  const std::vector<int64_t> moves = model.moves()->Save();
+  const Tensor saved = Empty({static_cast<int64_t>(moves.size())}, DType::kI64);
+  std::copy(moves.begin(), moves.end(), saved.data<int64_t>());
+  shards.push_back({kExpertMoves, saved.shape(), 0, saved});
+  return shards;
 }
 
 absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader) {

@@ -27,9 +27,13 @@ struct WeightsSource {
   uint64_t seed = 0;       // Else random.
 };
 
-// Collective. Fills the model's weights (and, when training, optimizer state from a checkpoint; otherwise zero moments).
+// Collective. Fills the model's weights (and, when training, optimizer state from a checkpoint; otherwise zero moments). Experts that
+// move are where they were when the checkpoint was written, if it is of as many ranks.
 // Errors name the tensors that are missing, extra or misshapen, or the damaged file.
 absl::Status LoadWeights(const WeightsSource& source, RankModel& model);
+
+// What this rank has to save: what it owns; on rank 0 also the state of routers and of experts that move.
+std::vector<Shard> CheckpointShards(RankModel& model);
 
 // The resolved configuration of the run that wrote a checkpoint.
 absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader);

@@ -10,8 +10,6 @@
 #include "absl/strings/str_join.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
-#include "parallel/expert/copy_costs.h"
-#include "parallel/placement/reshard.h"
 #include "runtime/device/cpu.h"
 
 namespace shoal {
@@ -60,7 +58,9 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   rank_model->pace_ = options.pace;
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
   SHOAL_RETURN_IF_ERROR(rank_model->Connect(options.host), "communicators");
-  const StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
+  const bool sparse = HasSparseExperts(config, model, world.size());
+  StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
+  shape.calibrate = sparse && (config.parallel().calibrate() || options.calibrate != nullptr);
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   SHOAL_ASSIGN_OR_RETURN(rank_model->store_,
                          ParameterStore::Create(ParameterSpecs(model), std::move(placement), *rank_model->bulk_,
@@ -70,7 +70,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .experts = shape.experts,
                                                  .prefetch = config.schedule().prefetch(),
                                                  .waves_max = WavesToChooseFrom(config, model, shape).back(),
-                                                 .copies = CopiesFor(config, model, world.size()),
+                                                 .copies = sparse ? ExpertMoves::FirstRoom(config) : -1,
                                                  .topology = rank_model->topology_,
                                                  .numerics = NumericsFor(config)}));
   const bool several = rank_model->topology_.hosts() > 1;
@@ -89,6 +89,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                                     .loss_chunk = config.train().loss_chunk()},
                                                    *rank_model->store_, rank_model->experts_);
   SHOAL_RETURN_IF_ERROR(rank_model->SetUpSchedules(shape, options.training));
+  if (sparse && options.training) rank_model->SetUpMoves(options);
   return rank_model;
 }
 
@@ -129,21 +130,20 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
   forward_.schedule.turns.clear();
   forward_.graph = EmitStep(forward_.shape, forward_.schedule);
   if (!training) return absl::OkStatus();
-  if (HasSparseExperts(config_, model_, world_->size())) {
-    OwnerMap owners;
-    for (const ExpertPlacement& layer : store_->experts().placement()) {
-      if (!layer.empty()) owners.push_back(OwnersOf({layer}).front());
-    }
-    mover_ = std::make_unique<ExpertMover>(topology_, std::move(owners),
-                                           ExpertMover::Options{.copies = store_->experts().copies(),
-                                                                .overlap = config_.parallel().expert_overlap(),
-                                                                .rule = DispatchRuleFor(config_),
-                                                                .owners = OwnerPolicyFor(config_),
-                                                                .reshard_interval = config_.parallel().reshard_interval()});
-  }
   tuner_ = std::move(tuner);
   train_.shape = shape;
   return SetSchedule(tuner_->schedule());
+}
+
+void RankModel::SetUpMoves(const Options& options) {
+  moves_ = std::make_unique<ExpertMoves>(config_, topology_, *control_, store_->experts());
+  if (options.calibrate != nullptr) {
+    experts_.calibrate = options.calibrate;
+  } else if (config_.parallel().calibrate()) {
+    experts_.calibrate = [this](const ExpertPlacement& planned, absl::Span<const int64_t> rows) {
+      return moves_->Calibrate(planned, rows, train_.schedule.waves * train_.shape.parts);
+    };
+  }
 }
 
 absl::Status RankModel::SetSchedule(const Schedule& schedule) {
@@ -186,15 +186,7 @@ Workload RankModel::WorkloadOf(const StepShape& shape) const {
 }
 
 std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
-  std::vector<ExpertWork> experts;
-  for (const ExpertPlacement& placement : store_->experts().placement()) {
-    if (placement.empty()) continue;
-    ExpertWork work{placement, {}};
-    if (decoder_->rows_by_rank().size() > experts.size()) work.rows = decoder_->rows_by_rank()[experts.size()];
-    for (int64_t& rows : work.rows) rows /= config_.train().gradient_accumulation_steps();
-    experts.push_back(std::move(work));
-  }
-  return experts;
+  return ExpertWorkOf(store_->experts(), decoder_->rows_by_rank(), config_.train().gradient_accumulation_steps());
 }
 
 // ---- Between steps.
@@ -202,8 +194,10 @@ std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
 absl::Status RankModel::AfterStep(StepResult* result) {
   result->experts = Summarise(*result);
   SHOAL_ASSIGN_OR_RETURN(reschedule_, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
-  if (mover_ == nullptr) return absl::OkStatus();
-  SHOAL_ASSIGN_OR_RETURN(result->experts->owner_moves, MoveExperts());
+  if (moves_ == nullptr) return absl::OkStatus();
+  SHOAL_ASSIGN_OR_RETURN(
+      result->experts->owner_moves,
+      moves_->AfterStep(decoder_->rows_by_rank(), tuner_->profiler().table(), train_.shape, WorkloadOf(train_.shape)));
   return absl::OkStatus();
 }
 
@@ -215,33 +209,6 @@ std::optional<ExpertSummary> RankModel::Summarise(const StepResult& result) cons
   for (const std::vector<int64_t>& layer : result.dropped) dropped = std::accumulate(layer.begin(), layer.end(), dropped);
   if (choices > 0) summary.dropped = static_cast<double>(dropped) / static_cast<double>(choices);
   return summary;
-}
-
-absl::StatusOr<int64_t> RankModel::MoveExperts() {
-  int64_t moves = 0;
-  ExpertStore& experts = store_->experts();
-  mover_->Observe(decoder_->rows_by_rank());
-  const Workload workload = WorkloadOf(train_.shape);
-  if (const auto costs = MeasuredCopyCosts(tuner_->profiler().table(), train_.shape, workload, topology_); costs.has_value()) {
-    // What moves beside the weights is in fp32: they, and two moments.
-    mover_->SetCosts(*costs, static_cast<int>(100 * 3 * workload.expert_elements * 4 / workload.expert_weight_bytes));
-  }
-  // Of all layers, with those without experts.
-  const auto spread = [&](const auto& moe) {
-    std::vector<typename std::decay_t<decltype(moe)>::value_type> layers(experts.placement().size());
-    size_t next = 0;
-    for (size_t layer = 0; layer < layers.size(); ++layer) {
-      if (!experts.placement()[layer].empty()) layers[layer] = moe[next++];
-    }
-    return layers;
-  };
-  if (const std::optional<OwnerMap> owners = mover_->Reshard(); owners.has_value()) {
-    const OwnerMap after = spread(*owners);
-    moves = static_cast<int64_t>(MovesBetween(OwnersOf(experts.placement()), after).size());
-    SHOAL_RETURN_IF_ERROR(experts.SetOwners(after), "moving experts to new owners");
-  }
-  experts.SetHolders(spread(mover_->Placement()));
-  return moves;
 }
 
 // ---- Running.
@@ -335,6 +302,10 @@ absl::StatusOr<double> RankModel::RunStoreTask(const Task& task) {
     }
     case Op::kMaterialise: {
       SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, store_->experts().Materialise(task.layer));
+      return static_cast<double>(bytes);
+    }
+    case Op::kCalibrate: {
+      SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, store_->experts().MaterialiseAdded(task.layer));
       return static_cast<double>(bytes);
     }
     case Op::kReduceExperts: {

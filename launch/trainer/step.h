@@ -9,12 +9,11 @@
 
 #include "collectives/communicator.h"
 #include "launch/config/config.pb.h"
+#include "launch/trainer/expert_moves.h"
 #include "launch/trainer/layout.h"
 #include "launch/trainer/step_tuner.h"
 #include "models/routers/balance.h"
 #include "models/zoo/decoder.h"
-#include "parallel/expert/expert_mover.h"
-#include "parallel/expert/expert_summary.h"
 #include "parallel/schedule/executor.h"
 
 namespace shoal {
@@ -40,10 +39,12 @@ class RankModel {
  public:
   // Nanoseconds that a task of the compute lane takes at least, by its units: an emulated device. The thread sleeps the rest.
   using Pace = std::function<int64_t(const Task& task, double units)>;
+  using Calibrate = std::function<ExpertPlacement(const ExpertPlacement& planned, absl::Span<const int64_t> rows)>;
   struct Options {
     bool training = true;
     int64_t host = 0;  // Equal on ranks of one host.
     Pace pace;         // For experiments with clusters on one machine; null: none.
+    Calibrate calibrate;  // For tests of sparse experts: as ExpertContext::calibrate, instead of copies that pay; null: none.
   };
   // Collective. Borrows `world` for life. `precision` fp32 or bf16 is the configuration's. Parameters are uninitialised.
   // INVALID_ARGUMENT: the parallel layout does not fit; RESOURCE_EXHAUSTED: too little shared memory.
@@ -74,6 +75,8 @@ class RankModel {
   int rank() const { return world_->index(); }
   // What the tasks of the last step had to do.
   Workload workload() const { return WorkloadOf(train_.shape); }
+  // Null where experts stay where they are.
+  ExpertMoves* moves() { return moves_.get(); }
   // Null without training.
   StepTuner* tuner() { return tuner_.get(); }
 
@@ -100,12 +103,12 @@ class RankModel {
       : config_(config), model_(model), world_(&world) {}
   absl::Status Connect(int64_t host);
   absl::Status SetUpSchedules(const StepShape& shape, bool training);
+  void SetUpMoves(const Options& options);
   Workload WorkloadOf(const StepShape& shape) const;
   std::vector<ExpertWork> ExpertWorkOfStep() const;
   // Collective. FAILED_PRECONDITION names the ranks that have another graph than rank 0.
   absl::Status SetSchedule(const Schedule& schedule);
   absl::Status AfterStep(StepResult* result);
-  absl::StatusOr<int64_t> MoveExperts();  // Experts with new owners.
   std::optional<ExpertSummary> Summarise(const StepResult& result) const;
   absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
@@ -138,7 +141,7 @@ class RankModel {
   Executor executor_;
   std::unique_ptr<StepTuner> tuner_;
   bool reschedule_ = false;             // The next step has another schedule.
-  std::unique_ptr<ExpertMover> mover_;  // Of sparse experts.
+  std::unique_ptr<ExpertMoves> moves_;  // Of sparse experts.
   Program train_, forward_;
   StepRecord record_;
   Stream stream_, copy_stream_;  // Of the compute lane and of the copy lane.

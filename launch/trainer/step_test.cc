@@ -5,6 +5,7 @@
 #include "absl/strings/match.h"
 #include "gtest/gtest.h"
 #include "launch/trainer/session.h"
+#include "parallel/expert/testing.h"
 #include "tests/harness/ranks.h"
 
 namespace shoal {
@@ -94,6 +95,7 @@ struct Case {
   bool dense_only = false, tied = false;
   bool sharded = false, sparse = false, rematerialise = false, recompute = false;
   int waves = 1, parts = 1;
+  bool calibrate = false;  // Copies that no step expected, wherever there is room.
   bool apart = false;
 };
 
@@ -118,7 +120,14 @@ std::vector<double> Losses(const Case& c) {
     config.mutable_parallel()->set_rematerialise(c.rematerialise);
     config.mutable_schedule()->set_waves(c.waves);
     config.mutable_schedule()->set_wave_order(c.apart ? "apart" : "together");
-    const auto model = RankModel::Create(config, ModelConfigOf(config), world, {.host = world.index() / 2});
+    RankModel::Options options{.host = world.index() / 2};
+    if (c.calibrate) {
+      config.mutable_parallel()->set_expert_copies(c.experts);
+      options.calibrate = [&](const ExpertPlacement& planned, absl::Span<const int64_t> rows) {
+        return expert_testing::AddCopies(planned, rows, c.ranks, c.experts);
+      };
+    }
+    const auto model = RankModel::Create(config, ModelConfigOf(config), world, options);
     ASSERT_TRUE(model.ok()) << model.status();
     ASSERT_TRUE(LoadWeights({.seed = 4}, **model).ok());
     for (int step = 1; step <= 3; ++step) {
@@ -135,7 +144,7 @@ class Corner : public testing::TestWithParam<Case> {};
 TEST_P(Corner, LossesAreThoseOfOneRank) {
   Case alone = GetParam();
   alone.ranks = alone.waves = alone.parts = 1;
-  alone.sharded = alone.sparse = alone.rematerialise = alone.recompute = false;
+  alone.sharded = alone.sparse = alone.rematerialise = alone.recompute = alone.calibrate = false;
   const std::vector<double> want = Losses(alone), got = Losses(GetParam());
   ASSERT_EQ(want.size(), 3u);
   ASSERT_EQ(got.size(), want.size());
@@ -156,7 +165,10 @@ INSTANTIATE_TEST_SUITE_P(
                     Case{.name = "WavesApartInParts", .ranks = 2, .experts = 4, .tied = true, .sparse = true, .recompute = true,
                          .waves = 2, .parts = 2, .apart = true},
                     Case{.name = "RanksWithoutRowsRematerialised", .ranks = 4, .experts = 3, .sparse = true, .rematerialise = true,
-                         .recompute = true, .parts = 2}),
+                         .recompute = true, .parts = 2},
+                    Case{.name = "Calibrated", .ranks = 4, .experts = 5, .sparse = true, .waves = 2, .parts = 2, .calibrate = true},
+                    Case{.name = "CalibratedRematerialised", .ranks = 3, .experts = 4, .sharded = true, .sparse = true,
+                         .rematerialise = true, .recompute = true, .parts = 2, .calibrate = true}),
     [](const testing::TestParamInfo<Case>& info) { return info.param.name; });
 
 }  // namespace

@@ -387,17 +387,7 @@ class TrainingRun {
   absl::Status Save(int64_t step) {
     const Clock::time_point begin = Clock::now();
     metrics_->metrics().SetState(JobState::kSave);
-    std::vector<Shard> shards;
-    for (const OwnedPart& part : model_->store().owned()) {
-      shards.push_back({part.name, part.full_shape, part.row_begin, part.master});
-      shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, part.exp_avg});
-      shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, part.exp_avg_sq});
-    }
-    for (Router* router : model_->decoder().routers()) {
-      const Tensor state = router->state();
-      if (is_rank0() && !state.empty()) shards.push_back({router->state_name(), state.shape(), 0, state});
-    }
-    SHOAL_RETURN_IF_ERROR(checkpointer_->Save(step, nlohmann::json({{"update", updates_}}).dump(), shards));
+    SHOAL_RETURN_IF_ERROR(checkpointer_->Save(step, nlohmann::json({{"update", updates_}}).dump(), CheckpointShards(*model_)));
     const Metrics& metrics = metrics_->metrics();
     if (saved_step_ > 0) CommittedSave();
     saved_step_ = step;

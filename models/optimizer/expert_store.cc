@@ -37,7 +37,7 @@ absl::StatusOr<std::unique_ptr<ExpertStore>> ExpertStore::Create(const std::vect
 }
 
 absl::Status ExpertStore::Allocate() {
-  int owned = 0, total = 0, room = 0, moe_layers = 0;
+  int owned = 0, total = 0, room = 0;
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     SHOAL_CHECK_EQ(placement_[layer].size(), layers_[layer].blocks.size());
     int copies = 0;
@@ -47,7 +47,6 @@ absl::Status ExpertStore::Allocate() {
       copies += !mine && expert.On(group_->index()) ? 1 : 0;
     }
     total += static_cast<int>(placement_[layer].size());
-    moe_layers += placement_[layer].empty() ? 0 : 1;
     room = std::max(room, copies);
   }
   slots_ = std::max(owned, (total + group_->size() - 1) / group_->size());
@@ -68,17 +67,41 @@ absl::Status ExpertStore::Allocate() {
     }
     Arrange(static_cast<int>(layer));
   }
+  return AllocateRooms();
+}
+
+int ExpertStore::RoomCount() const {
+  const int moe_layers =
+      static_cast<int>(std::count_if(layers_.begin(), layers_.end(), [](const Layer& layer) { return !layer.blocks.empty(); }));
+  return options_.policy == ExpertPolicy::kKeep ? moe_layers : std::min(options_.prefetch + 1, moe_layers);
+}
+
+absl::Status ExpertStore::AllocateRooms() {
   if (copies_ == 0) return absl::OkStatus();
-  const int rooms = options_.policy == ExpertPolicy::kKeep ? moe_layers : std::min(options_.prefetch + 1, moe_layers);
-  for (int i = 0; i < rooms; ++i) {
-    Room room_i;
-    SHOAL_ASSIGN_OR_RETURN(room_i.weights, AllocateFor(*group_, {copies_, elements_}, compute));
-    if (options_.training && !partials_.has_value()) {
-      SHOAL_ASSIGN_OR_RETURN(room_i.gradients, AllocateFor(*group_, {copies_, elements_}, DType::kF32));
+  for (int i = 0; i < RoomCount(); ++i) {
+    Room room;
+    SHOAL_ASSIGN_OR_RETURN(room.weights, AllocateFor(*group_, {copies_, elements_}, options_.compute));
+    if (copies_have_gradients()) {
+      SHOAL_ASSIGN_OR_RETURN(room.gradients, AllocateFor(*group_, {copies_, elements_}, DType::kF32));
     }
-    rooms_.push_back(std::move(room_i));
+    rooms_.push_back(std::move(room));
   }
   return absl::OkStatus();
+}
+
+int64_t ExpertStore::copy_bytes() const {
+  return RoomCount() * elements_ * (SizeOf(options_.compute) + (copies_have_gradients() ? SizeOf(DType::kF32) : 0));
+}
+
+absl::Status ExpertStore::MakeRoom(int copies) {
+  if (copies <= copies_) return absl::OkStatus();
+  copies_ = copies;
+  rooms_.clear();
+  for (Layer& layer : layers_) {
+    layer.room = -1;
+    layer.fresh = false;
+  }
+  return AllocateRooms();
 }
 
 int ExpertStore::TakeSlot() {

@@ -47,6 +47,11 @@ class ExpertStore {
 
   const std::vector<ExpertPlacement>& placement() const { return placement_; }
   int copies() const { return copies_; }
+  // What room for one more copy of each layer takes on this rank.
+  int64_t copy_bytes() const;
+  // Local, between steps: room for at least so many copies of each layer. If there was less, copies are gone until they are
+  // materialised again. RESOURCE_EXHAUSTED: too little shared memory.
+  absl::Status MakeRoom(int copies);
   int64_t expert_elements() const { return elements_; }
   // Other holders, the same owners, for the next passes. Copies are empty until materialised. Between steps only.
   void SetHolders(std::vector<ExpertPlacement> placement);
@@ -113,6 +118,9 @@ class ExpertStore {
   const Layer& at(int layer) const { return layers_[static_cast<size_t>(layer)]; }
   Layer& at(int layer) { return layers_[static_cast<size_t>(layer)]; }
   absl::Status Allocate();
+  absl::Status AllocateRooms();
+  int RoomCount() const;
+  bool copies_have_gradients() const { return options_.training && !partials_.has_value(); }
   void Arrange(int layer);  // From placement_: local, copy, moves.
   bool Here(const Layer& layer, int expert) const;
   absl::Status Gather(int layer, absl::Span<const SparseMove> moves);

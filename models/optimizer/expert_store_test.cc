@@ -283,6 +283,25 @@ TEST_P(ExpertStoreRanks, AddedHoldersGetWeightsAndGiveGradientsBack) {
   });
 }
 
+TEST_P(ExpertStoreRanks, MoreRoomIsMadeBetweenSteps) {
+  ForEachSeed([](Fixture& fixture) {
+    ExpertStore& store = *fixture.store;
+    fixture.ForEachLayer([&](int layer) { store.Release(layer); });
+    const ExpertStore::Memory before = store.memory();
+    const int room = store.copies();
+    ASSERT_TRUE(store.MakeRoom(room - 1).ok());
+    EXPECT_EQ(store.copies(), room);
+    ASSERT_TRUE(store.MakeRoom(room + 2).ok());
+    EXPECT_EQ(store.copies(), room + 2);
+    const ExpertStore::Memory after = store.memory();
+    EXPECT_EQ(after.weights_bytes + after.gradients_bytes, before.weights_bytes + before.gradients_bytes + 2 * store.copy_bytes());
+    fixture.ForEachLayer([&](int layer) {
+      fixture.ExpectWeights(layer);
+      store.Release(layer);
+    });
+  });
+}
+
 TEST_P(ExpertStoreRanks, NewOwnersHaveTheSameBits) {
   ForEachSeed([](Fixture& fixture) {
     fixture.ExpectOwned(OwnersOf(fixture.store->placement()));

@@ -21,6 +21,7 @@ ExpertMover::ExpertMover(Topology topology, OwnerMap owners, const Options& opti
       options_(options),
       owners_(std::move(owners)),
       window_(static_cast<int>(owners_.size()), topology_.ranks() * ExpertsOf(owners_), options.window),
+      room_(options.copies),
       placement_(WithoutCopies(owners_)) {}
 
 void ExpertMover::Observe(absl::Span<const std::vector<int64_t>> rows) {
@@ -35,6 +36,13 @@ void ExpertMover::SetCosts(const CopyCosts& costs, int move_percent) {
   move_percent_ = move_percent;
 }
 
+void ExpertMover::SetRoom(int copies) {
+  room_ = copies;
+  for (ExpertPlacement& layer : placement_) {
+    if (CopiesOfRank(layer, topology_.ranks()) > copies) layer = OwnersOnly(OwnersOf({layer}).front());
+  }
+}
+
 std::vector<int64_t> ExpertMover::Expected(int layer) const {
   const absl::Span<const int64_t> sums = window_.Predicted(layer);
   std::vector<int64_t> rows(sums.begin(), sums.end());
@@ -45,7 +53,7 @@ std::vector<int64_t> ExpertMover::Expected(int layer) const {
 
 // Experts of a layer with copies, on average.
 int ExpertMover::Copied() const {
-  if (options_.overlap >= 0) return std::min(options_.overlap, options_.copies);
+  if (options_.overlap >= 0) return std::min(options_.overlap, room_);
   size_t copied = 0;
   for (const ExpertPlacement& layer : placement_) {
     for (const ExpertCopies& copies : layer) copied += copies.holders.empty() ? 0 : 1;
@@ -83,7 +91,7 @@ ExpertPlacement ExpertMover::Place(int layer) const {
     if (!costs_.has_value()) return OwnersOnly(owners);
     return ChooseCopies(owners, rows, topology_, copy_options(), placement_[static_cast<size_t>(layer)]);
   }
-  const MaterialiseBudget budget{options_.overlap, options_.copies};
+  const MaterialiseBudget budget{options_.overlap, room_};
   const int experts = static_cast<int>(owners.size());
   ExpertPlacement alike = Materialise(owners, ColumnSums(rows, experts), topology_, budget);
   if (topology_.hosts() == 1) return alike;
@@ -98,7 +106,7 @@ ExpertPlacement ExpertMover::Place(int layer) const {
 
 ExpertPlacement ExpertMover::Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> rows) const {
   if (!costs_.has_value()) return planned;
-  const MaterialiseBudget budget{.overlap = ExpertsOf(owners_), .memory = options_.copies};
+  const MaterialiseBudget budget{.overlap = ExpertsOf(owners_), .memory = room_};
   return shoal::Calibrate(planned, rows, topology_, {budget, options_.rule, *costs_}).placement;
 }
 

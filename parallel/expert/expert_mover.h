@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "parallel/placement/copies.h"
 #include "parallel/placement/hecate.h"
 #include "parallel/placement/owners.h"
@@ -40,12 +41,25 @@ class ExpertMover {
   std::optional<OwnerMap> Reshard();
   // Of the next step; to be called once a step.
   const std::vector<ExpertPlacement>& Placement();
+  // Another room than Options::copies. Layers of which a rank has more copies now lose them all, until the next Placement().
+  void SetRoom(int copies);
+  int room() const { return room_; }
+  int64_t steps() const { return steps_; }  // Observed.
   // In a step, when the rows of a layer in that step are known: `planned` with the additional copies that pay (hecate.h);
   // `planned` itself until costs are known.
   ExpertPlacement Calibrate(const ExpertPlacement& planned, absl::Span<const int64_t> rows) const;
 
+  // All that later decisions depend on, and back: what it decides then is what the mover that was saved would have decided.
+  // Restore is for movers that have observed nothing. FAILED_PRECONDITION: saved by other numbers of ranks, layers, experts or
+  // steps; DATA_LOSS: no saved state. Both leave the mover as it is.
+  std::vector<int64_t> Save() const;
+  absl::Status Restore(absl::Span<const int64_t> saved);
+  // Where experts are to be now, without deciding anew.
+  const OwnerMap& owners() const { return owners_; }
+  const std::vector<ExpertPlacement>& placement() const { return placement_; }
+
  private:
-  CopyOptions copy_options() const { return {options_.copies, options_.rule, costs_.value_or(CopyCosts{})}; }
+  CopyOptions copy_options() const { return {room_, options_.rule, costs_.value_or(CopyCosts{})}; }
   std::vector<int64_t> Expected(int layer) const;
   int Copied() const;
   ExpertPlacement Place(int layer) const;
@@ -55,7 +69,7 @@ class ExpertMover {
   OwnerMap owners_;
   LoadWindow window_;  // Rows of each rank for each expert, as a layer of ranks * experts "experts".
   std::optional<CopyCosts> costs_;
-  int move_percent_ = 0;
+  int room_ = 0, move_percent_ = 0;
   int64_t steps_ = 0;
   std::vector<ExpertPlacement> placement_;  // Of the last step.
   size_t turn_ = 0;                         // The layer that is looked at next.

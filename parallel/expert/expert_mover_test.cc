@@ -77,6 +77,77 @@ TEST(ExpertMover, CalibrationAddsCopiesOfWhatWasNotExpected) {
   EXPECT_EQ(mover.Calibrate(planned, std::vector<int64_t>(rows.size(), 100)), planned);
 }
 
+// Steps of a mover, and what it wanted in each.
+std::vector<std::pair<OwnerMap, std::vector<ExpertPlacement>>> Drive(ExpertMover* mover, RoutingTrace* trace, int steps) {
+  std::vector<std::pair<OwnerMap, std::vector<ExpertPlacement>>> wanted;
+  for (int step = 0; step < steps; ++step, trace->Advance()) {
+    mover->Observe(RowsOfStep(*trace));
+    mover->Reshard();
+    mover->Placement();
+    wanted.emplace_back(mover->owners(), mover->placement());
+  }
+  return wanted;
+}
+
+TEST(ExpertMover, RestoredDecidesAsTheSavedOneWould) {
+  for (const int overlap : {2, -1}) {
+    const Topology topology{{0, 0, 1, 1}};
+    // Fewer entries than layers have, so that they take turns.
+    const ExpertMover::Options options{.copies = 3, .overlap = overlap, .reshard_interval = 4, .entries_per_step = 40};
+    for (const int before : {0, 1, 3, 7}) {
+      ExpertMover whole(topology, Dealt(), options);
+      RoutingTrace trace = Trace(1.5);
+      whole.SetCosts(kCosts, kMovePercent);
+      Drive(&whole, &trace, before);
+      const std::vector<int64_t> saved = whole.Save();
+      ExpertMover second(topology, Dealt(), options);
+      ASSERT_TRUE(second.Restore(saved).ok()) << second.Restore(saved);
+      EXPECT_EQ(second.Save(), saved);
+      RoutingTrace same = trace;
+      EXPECT_EQ(Drive(&second, &same, 9), Drive(&whole, &trace, 9)) << "after " << before << " steps, overlap " << overlap;
+    }
+  }
+}
+
+TEST(ExpertMover, RestoreTakesNothingFromOtherJobsOrDamage) {
+  const ExpertMover::Options options{.copies = 3, .overlap = 2};
+  ExpertMover mover(Topology::OneHost(kRanks), Dealt(), options);
+  RoutingTrace trace = Trace(1.5);
+  Drive(&mover, &trace, 3);
+  const std::vector<int64_t> saved = mover.Save();
+  OwnerMap two_layers = Dealt();
+  two_layers.pop_back();
+  ExpertMover smaller(Topology::OneHost(kRanks), two_layers, options), other(Topology::OneHost(kRanks + 1), Dealt(), options);
+  const absl::Status layers = smaller.Restore(saved), ranks = other.Restore(saved);
+  EXPECT_TRUE(absl::IsFailedPrecondition(layers)) << layers;
+  EXPECT_EQ(ranks.message(), "it is of 4 ranks, and here are 5");
+  ExpertMover fresh(Topology::OneHost(kRanks), Dealt(), options);
+  const std::vector<int64_t> untouched = fresh.Save();
+  for (size_t length = 0; length < saved.size(); ++length) {
+    EXPECT_TRUE(absl::IsDataLoss(fresh.Restore(absl::MakeConstSpan(saved).first(length)))) << length;
+  }
+  for (size_t i = 19; i < 19 + 8; ++i) {  // Owners, numbers of holders and holders.
+    std::vector<int64_t> damaged = saved;
+    damaged[i] = -1;
+    EXPECT_TRUE(absl::IsDataLoss(fresh.Restore(damaged))) << i;
+  }
+  EXPECT_EQ(fresh.Save(), untouched);
+}
+
+TEST(ExpertMover, LessRoomThanCopiesLeavesNone) {
+  ExpertMover mover(Topology::OneHost(kRanks), Dealt(), {.copies = 3, .overlap = 3});
+  RoutingTrace trace = Trace(1.5);
+  Drive(&mover, &trace, 3);
+  EXPECT_EQ(CopiesOfRank(mover.placement()[0], kRanks), 3);
+  mover.SetRoom(3);
+  EXPECT_EQ(CopiesOfRank(mover.placement()[0], kRanks), 3);
+  mover.SetRoom(2);
+  for (const ExpertPlacement& layer : mover.placement()) EXPECT_EQ(CopiesOfRank(layer, kRanks), 0);
+  EXPECT_EQ(mover.owners(), OwnersOf(mover.placement()));
+  mover.Placement();
+  EXPECT_EQ(CopiesOfRank(mover.placement()[0], kRanks), 2);
+}
+
 TEST(ExpertMover, EvenLoadsGetNoCopies) {
   ExpertMover mover(Topology::OneHost(kRanks), Dealt(), {.copies = 4, .reshard_interval = 2});
   mover.SetCosts(kCosts, kMovePercent);

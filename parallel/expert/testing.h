@@ -114,5 +114,25 @@ inline Routing RandomRouting(const Topology& topology, int forward_chunks, int b
   return routing;
 }
 
+// A calibration (ExpertContext::calibrate) that does not ask whether it pays: copies of experts with rows on ranks that depend on the
+// rows, as many as there is room for.
+inline ExpertPlacement AddCopies(const ExpertPlacement& planned, absl::Span<const int64_t> rows, int ranks, int room) {
+  ExpertPlacement more = planned;
+  std::vector<int> left(static_cast<size_t>(ranks), room);
+  for (const ExpertCopies& expert : planned) {
+    for (int holder : expert.holders) --left[static_cast<size_t>(holder)];
+  }
+  for (size_t e = 0; e < more.size(); ++e) {
+    int64_t load = 0;
+    for (size_t rank = 0; rank < static_cast<size_t>(ranks); ++rank) load += rows[rank * more.size() + e];
+    for (int rank = static_cast<int>(load % 2); load > 0 && rank < ranks; rank += 2) {
+      if (more[e].On(rank) || left[static_cast<size_t>(rank)] <= 0) continue;
+      --left[static_cast<size_t>(rank)];
+      more[e].holders.insert(std::upper_bound(more[e].holders.begin(), more[e].holders.end(), rank), rank);
+    }
+  }
+  return more;
+}
+
 }  // namespace expert_testing
 }  // namespace shoal

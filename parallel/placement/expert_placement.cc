@@ -62,6 +62,14 @@ std::vector<int> LocalExperts(const ExpertPlacement& placement, int rank) {
   return local;
 }
 
+int CopiesOfRank(const ExpertPlacement& placement, int ranks) {
+  std::vector<int> copies(static_cast<size_t>(ranks));
+  for (const ExpertCopies& expert : placement) {
+    for (int holder : expert.holders) ++copies[static_cast<size_t>(holder)];
+  }
+  return *std::max_element(copies.begin(), copies.end());
+}
+
 std::vector<int64_t> MovedExperts(const ExpertPlacement& placement, const Topology& topology) {
   std::vector<int64_t> sent(static_cast<size_t>(topology.ranks())), received = sent;
   for (size_t expert = 0; expert < placement.size(); ++expert) {

@@ -41,6 +41,9 @@ std::vector<ExpertPlacement> GroupedPlacement(int layers, int experts, int ranks
 // Experts that are on a rank, ascending.
 std::vector<int> LocalExperts(const ExpertPlacement& placement, int rank);
 
+// The most copies that one of `ranks` ranks holds.
+int CopiesOfRank(const ExpertPlacement& placement, int ranks);
+
 // Experts that each rank sends or receives, the larger, when the copies of a layer are gathered by two-level trees, as
 // Communicator::SparseAllGather does: an owner sends to one holder of each other host, it and they to the holders of their hosts.
 std::vector<int64_t> MovedExperts(const ExpertPlacement& placement, const Topology& topology);

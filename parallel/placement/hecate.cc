@@ -182,6 +182,12 @@ absl::Span<const int64_t> LoadWindow::Predicted(int layer) const {
   return absl::MakeConstSpan(sum_LE_).subspan(static_cast<size_t>(layer) * experts_, experts_);
 }
 
+std::vector<absl::Span<const int64_t>> LoadWindow::Recent() const {
+  std::vector<absl::Span<const int64_t>> recent;
+  for (size_t i = 0; i < ring_.size(); ++i) recent.push_back(ring_[(next_ + i) % ring_.size()]);
+  return recent;
+}
+
 int OverlapBudget(const Topology& topology, const OverlapInputs& inputs) {
   SHOAL_CHECK_GT(inputs.expert_bytes, 0);
   int64_t entries = 1;

@@ -23,9 +23,11 @@ class LoadWindow {
   void Add(absl::Span<const int64_t> counts_LE);
   // The sum over the last `steps` steps, by expert; zeros before the first Add. A sum instead of a mean stays exact.
   absl::Span<const int64_t> Predicted(int layer) const;
+  // What was added in each of the last `steps` steps, oldest first; zeros before the first Add.
+  std::vector<absl::Span<const int64_t>> Recent() const;
 
  private:
-  const size_t experts_;
+  size_t experts_;
   std::vector<std::vector<int64_t>> ring_;  // [steps][layers * experts]
   size_t next_ = 0;
   std::vector<int64_t> sum_LE_;

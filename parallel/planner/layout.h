@@ -23,7 +23,7 @@ struct StepLayout {
   bool recompute = false;
   int parts = 1;
   int prefetch = 1;
-  int copies = -1;  // Sparse: others' experts that a rank has room for, in each layer; -1: a quarter of them, at least one.
+  int copies = -1;  // Sparse: others' experts that a rank has room for, in each layer; -1: those that there are.
 
   std::string ToString() const;  // "expert 8, dense sharded, recompute, 2 parts"
 };

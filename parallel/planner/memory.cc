@@ -92,9 +92,7 @@ class MemoryCount {
       room = std::max(room, counts.copies);
       ++layers;
     }
-    if (layout_.sparse && layers > 0) {
-      room = std::min(layout_.copies < 0 ? std::max(1, model_.experts / 4) : layout_.copies, model_.experts);
-    }
+    if (layout_.sparse && layout_.copies >= 0 && layers > 0) room = std::min(layout_.copies, model_.experts);
     // Owners are dealt so that over all layers ranks own nearly as many.
     const int64_t slots = std::min(owned, CeilDiv(layers * model_.experts, ranks_) + (layers > 0 ? 1 : 0));
     const int64_t expert = model_.expert_elements();

@@ -8,6 +8,7 @@
 #include "launch/trainer/step.h"
 #include "models/data/batches.h"
 #include "nlohmann/json.hpp"
+#include "parallel/expert/testing.h"
 #include "runtime/files/safetensors.h"
 #include "tests/harness/ranks.h"
 
@@ -46,6 +47,7 @@ struct Case {
   bool apart = false;  // Waves in different layers.
   std::string owners = "hecate";
   int overlap = 2;  // -1: copies by cost.
+  bool calibrate = false;  // Copies that no step expected, wherever there is room.
   bool pinned = false;
 };
 
@@ -56,7 +58,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.chunks_backward >= 0 ? absl::StrCat("_backward", c.chunks_backward) : "")
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
              << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "") << (c.pinned ? "_pinned" : "")
-             << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "") << (c.apart ? "_apart" : "")
+             << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "") << (c.calibrate ? "_calibrated" : "") << (c.apart ? "_apart" : "")
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
 }
 
@@ -203,8 +205,13 @@ void CompareRouting(const StepResult& got, const json& want) {
 void RunCase(const Case& c, Communicator& world) {
   const json log = ReadLog(c.folder);
   const Config config = ConfigOf(c, log);
-  auto model = RankModel::Create(config, ModelConfigOf(config), world,
-                                 {.host = c.ranks_per_host > 0 ? world.index() / c.ranks_per_host : 0});
+  RankModel::Options options{.host = c.ranks_per_host > 0 ? world.index() / c.ranks_per_host : 0};
+  if (c.calibrate) {
+    options.calibrate = [&](const ExpertPlacement& planned, absl::Span<const int64_t> rows) {
+      return expert_testing::AddCopies(planned, rows, c.ranks, config.parallel().expert_copies());
+    };
+  }
+  auto model = RankModel::Create(config, ModelConfigOf(config), world, options);
   ASSERT_TRUE(model.ok()) << model.status();
   ASSERT_TRUE(LoadWeights(Folder(c.folder) + "/init.safetensors", **model).ok());
   const absl::StatusOr<BatchSourcePtr> batches = Batches(c, config);
@@ -307,6 +314,11 @@ std::vector<Case> PlacementCases() {
     cases.push_back({.folder = folder, .ranks = 3, .experts = "sparse", .rematerialise = true, .owners = "tuned"});
     cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .ranks_per_host = 1, .owners = "eplb", .overlap = -1});
     cases.push_back({.folder = folder, .ranks = 2, .experts = "sparse", .owners = "tuned", .overlap = -1});
+    cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .ranks_per_host = 2, .overlap = 0, .calibrate = true});
+    cases.push_back({.folder = folder, .ranks = 3, .accumulation = 2, .recompute = true, .dense = "sharded", .experts = "sparse",
+                     .rematerialise = true, .overlap = 1, .calibrate = true});
+    cases.push_back({.folder = folder, .ranks = 2, .experts = "sparse", .chunks = 2, .waves = 2, .overlap = 1, .calibrate = true});
+    cases.push_back({.folder = folder, .ranks = 2, .experts = "sparse", .rematerialise = true, .waves = 3, .overlap = 0, .calibrate = true});
     cases.push_back({.folder = folder, .ranks = 1, .chunks = 1, .pinned = true});
     cases.push_back({.folder = folder, .ranks = 4, .expert = 4, .chunks = 1, .pinned = true});
     cases.push_back({.folder = folder, .ranks = 4, .experts = "sparse", .chunks = 1, .ranks_per_host = 2, .pinned = true});

@@ -189,6 +189,42 @@ TEST_F(TrainTest, ResumedRunIsBitIdentical) {
   }
 }
 
+TEST_F(TrainTest, ResumedRunWithExpertsThatMoveIsBitIdentical) {
+  // Copies from the first steps on, and other owners before and after the stop.
+  const Words sets = {"parallel.experts=sparse", "parallel.expert_overlap=2", "parallel.expert_copies=2",
+                      "parallel.reshard_interval=2", "schedule.chunks_forward=1", "schedule.chunks_backward=1",
+                      "schedule.waves=1", "schedule.gradient_slices=plain"};
+  const auto with = [&](Words more) {
+    more.insert(more.end(), sets.begin(), sets.end());
+    return more;
+  };
+  ASSERT_TRUE(Run(Train(2, with({"run.name=whole"}))).ok());
+  ASSERT_TRUE(Run(Train(2, with({"run.name=halves", "train.steps=5", "scheduler.decay_steps=12"}))).ok());
+  const ProcessResult rest = Run(Train(2, with({"run.name=halves"}), {"--resume"}));
+  ASSERT_TRUE(rest.ok()) << rest.ToString();
+  EXPECT_EQ(Losses("halves"), Losses("whole"));
+  const json whole = Tensors("whole", "00000012"), halves = Tensors("halves", "00000012");
+  EXPECT_TRUE(whole.contains("expert_moves"));
+  // Costs are measured times.
+  for (const auto& [name, tensor] : whole.items()) {
+    if (name != "expert_moves") {
+      EXPECT_EQ(halves[name], tensor) << name;
+    }
+  }
+  double copies = 0, moves = 0;
+  for (const json& record : Metrics("whole")) {
+    if (!record.contains("experts")) continue;
+    copies += record["experts"]["copies_per_layer"].get<double>();
+    moves += record["experts"]["owner_moves"].get<double>();
+  }
+  EXPECT_GT(copies, 0);
+  EXPECT_GT(moves, 0);
+  // Another number of ranks says that it goes on without.
+  const ProcessResult alone = Run(Train(3, with({"run.name=halves", "train.steps=13"}), {"--resume"}));
+  ASSERT_TRUE(alone.ok()) << alone.ToString();
+  EXPECT_THAT(alone.ToString(), HasSubstr("begin anew: it is of 2 ranks, and here are 3"));
+}
+
 TEST_F(TrainTest, ResumesAtAnyNumberOfRanks) {
   ASSERT_TRUE(Run(Train(1, {"run.name=whole"})).ok());
   ASSERT_TRUE(Run(Train(2, {"run.name=moved", "train.steps=6", "scheduler.decay_steps=12", "parallel.expert=2"})).ok());
