@@ -141,7 +141,7 @@ void BlockTable::HandOver(int from, int to) {
 std::vector<BlockTable::Idle> BlockTable::AllIdle() const {
   std::vector<Idle> idle;
   for (const auto& [id, segment] : segments_) {
-    if (segment.taken == 0) idle.push_back({segment.base, segment.bytes, segment.owner});
+    if (segment.taken == 0 && segment.owner >= kNobody) idle.push_back({segment.base, segment.bytes, segment.owner});
   }
   return idle;
 }
@@ -151,7 +151,8 @@ std::vector<BlockTable::Idle> BlockTable::IdleFor(int64_t bytes, int owner, int6
   std::vector<Idle> fitting;
   for (const auto& [id, segment] : segments_) {
     const bool fits = segment.bytes >= bytes && segment.bytes <= segment_bytes_max && segment.small == IsSmall(bytes);
-    if (segment.taken == 0 && segment.owner != owner && fits) fitting.push_back({segment.base, segment.bytes, segment.owner});
+    const bool idle = segment.taken == 0 && segment.owner >= kNobody;
+    if (idle && segment.owner != owner && fits) fitting.push_back({segment.base, segment.bytes, segment.owner});
   }
   std::stable_sort(fitting.begin(), fitting.end(), [](const Idle& a, const Idle& b) { return a.bytes < b.bytes; });
   return fitting;

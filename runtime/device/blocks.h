@@ -1,6 +1,7 @@
 // Which piece of which segment a device allocation gets: the decisions of DevicePool, without a device. A segment is memory that was
 // asked of the driver at once; it is cut into blocks, and free neighbours are joined again. A segment belongs to one owner (a
-// stream), within whose order of work blocks can be used again at once; an idle one, all free, can be given to another.
+// stream), within whose order of work blocks can be used again at once; an idle one, all free, can be given to another. An owner below
+// 0 is a recorded graph, which uses its memory whenever it is launched: no segment of its own is idle.
 //
 // Deterministic: of blocks that fit the smallest is taken, of equal ones the one in the older segment, then at the lower offset.
 #pragma once

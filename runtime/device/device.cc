@@ -79,7 +79,7 @@ absl::StatusOr<std::unique_ptr<Stream>> Device::NewStream() {
   stream->device_ = this;
   stream->id_ = NewOwner();
   MutexLock lock(&mutex_);
-  streams_[stream->id_] = stream->handle_;
+  streams_[stream->id_] = {.handle = stream->handle_};
   return stream;
 }
 
@@ -125,11 +125,28 @@ absl::Status Device::RecordOn(int stream, Event* event) {
   {
     MutexLock lock(&mutex_);
     const auto found = streams_.find(stream);
-    if (found != streams_.end()) handle = found->second;
+    if (found != streams_.end()) {
+      if (found->second.capture != nullptr && found->second.capture->open) {
+        return absl::FailedPreconditionError("the stream records a graph");
+      }
+      handle = found->second.handle;
+    }
   }
   if (handle != nullptr) return Record(handle, Timing::kNo, event);
   *event = Event();
   return absl::OkStatus();
+}
+
+void Device::SetCapture(int stream, std::shared_ptr<StreamCapture> capture) {
+  MutexLock lock(&mutex_);
+  streams_.at(stream).capture = std::move(capture);
+}
+
+void Device::HandOver(const std::vector<int>& owners, int stream) {
+  for (const int owner : owners) {
+    memory_.HandOver(owner, stream);
+    pinned_.HandOver(owner, stream);
+  }
 }
 
 void Device::Recycle(DeviceEvent* event, Timing timing) {

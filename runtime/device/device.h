@@ -53,6 +53,7 @@ class Device {
   friend class Event;
   friend class CapturedGraph;
   friend class PinnedPool;
+  friend class StreamPoints;
   friend class Stream;
   Device(const DeviceApi& api, int ordinal);
 
@@ -60,8 +61,12 @@ class Device {
   void CountWait() { ++waits_; }
   void CountAllocation() { ++allocations_; }
   absl::Status Record(DeviceStream* stream, Timing timing, Event* event);
-  // A point after the work of the stream with this id so far; one that has passed if it is gone.
+  // A point after the work of the stream with this id so far; one that has passed if it is gone. FAILED_PRECONDITION: it records a
+  // graph; later.
   absl::Status RecordOn(int stream, Event* event);
+  void SetCapture(int stream, std::shared_ptr<StreamCapture> capture);
+  // Memory of a graph that has ended to the stream that launched it.
+  void HandOver(const std::vector<int>& owners, int stream);
   void Recycle(DeviceEvent* event, Timing timing);
   void Remove(Stream* stream);
 
@@ -73,7 +78,11 @@ class Device {
   std::atomic<int64_t> allocations_ = 0;
   std::atomic<int> owners_ = 0;
   Mutex mutex_;
-  std::map<int, DeviceStream*> streams_ ABSL_GUARDED_BY(mutex_);
+  struct Running {
+    DeviceStream* handle;
+    std::shared_ptr<StreamCapture> capture;
+  };
+  std::map<int, Running> streams_ ABSL_GUARDED_BY(mutex_);
   std::vector<DeviceEvent*> spare_events_[2] ABSL_GUARDED_BY(mutex_);  // By Timing.
   DevicePool memory_;
   PinnedPool pinned_;

@@ -32,9 +32,35 @@ bool OutOfMemory(const absl::Status& status) { return absl::IsResourceExhausted(
 
 }  // namespace
 
+void StreamPoints::Record(Device& device) {
+  std::erase_if(unrecorded_, [&](int stream) {
+    Event event;
+    const absl::Status status = device.RecordOn(stream, &event);
+    if (absl::IsFailedPrecondition(status)) return false;
+    if (!status.ok()) SHOAL_LOG(kWarning) << "memory is not used again: " << std::string(status.message());
+    lost_ = lost_ || !status.ok();
+    events_.push_back(std::move(event));
+    return true;
+  });
+}
+
+bool StreamPoints::Passed(Device& device) {
+  Record(device);
+  std::erase_if(events_, [](const Event& event) { return event.Done(); });
+  return empty();
+}
+
+bool StreamPoints::MakeWait(Device& device, Stream& stream) {
+  Record(device);
+  if (lost_ || !unrecorded_.empty()) return false;
+  for (const Event& event : events_) stream.WaitFor(event);
+  return true;
+}
+
 void DevicePool::Close() {
   MutexLock lock(&mutex_);
-  FreePassed();
+  for (const Pending& pending : pending_) table_.Free(pending.block);
+  pending_.clear();
   SHOAL_CHECK_EQ(table_.in_use_bytes(), 0);
   GiveBackIdle();
 }
@@ -94,13 +120,12 @@ void* DevicePool::TakePassed(int64_t bytes, int owner) {
 
 // The same from any segment of any size, after which the stream waits for its owner; and what other streams still use of its own.
 void* DevicePool::TakeWaiting(int64_t bytes, Stream& stream) {
-  for (Pending& pending : pending_) {
-    const BlockTable::Block* block = table_.Find(pending.block);
-    if (table_.OwnerOf(*block) != stream.memory_owner()) continue;
-    for (const Event& use : pending.uses) stream.WaitFor(use);
-    table_.Free(std::exchange(pending.block, nullptr));
-  }
-  std::erase_if(pending_, [](const Pending& pending) { return pending.block == nullptr; });
+  std::erase_if(pending_, [&](Pending& pending) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    const bool own = table_.OwnerOf(*table_.Find(pending.block)) == stream.memory_owner();
+    if (!own || !pending.uses.MakeWait(device_, stream)) return false;
+    table_.Free(pending.block);
+    return true;
+  });
   if (void* block = table_.Take(bytes, stream.memory_owner())) return block;
   for (const BlockTable::Idle& idle : table_.IdleFor(bytes, stream.memory_owner(), std::numeric_limits<int64_t>::max())) {
     Event event;
@@ -122,11 +147,11 @@ absl::StatusOr<void*> DevicePool::TakeNew(int64_t bytes, int owner) {
 }
 
 void DevicePool::FreePassed() {
-  for (Pending& pending : pending_) {
-    const bool passed = std::all_of(pending.uses.begin(), pending.uses.end(), [](const Event& use) { return use.Done(); });
-    if (passed) table_.Free(std::exchange(pending.block, nullptr));
-  }
-  std::erase_if(pending_, [](const Pending& pending) { return pending.block == nullptr; });
+  std::erase_if(pending_, [&](Pending& pending) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    if (!pending.uses.Passed(device_)) return false;
+    table_.Free(pending.block);
+    return true;
+  });
 }
 
 // The driver waits for the device's work before it takes memory back, so nothing uses it any more.
@@ -154,16 +179,10 @@ void DevicePool::Free(void* memory) {
   MutexLock lock(&mutex_);
   const BlockTable::Block* block = table_.Find(memory);
   SHOAL_CHECK(block != nullptr) << "not a block of the pool: " << memory;
-  // From now on the owner's past work includes this block's.
   Pending pending = {.block = memory};
-  for (const int user : block->users) {
-    Event event;
-    const absl::Status status = device_.RecordOn(user, &event);
-    // The device has failed, and with it the streams; nobody counts on its results.
-    if (!status.ok()) SHOAL_LOG(kWarning) << std::string(status.message());
-    pending.uses.push_back(std::move(event));
-  }
-  if (pending.uses.empty()) {
+  for (const int user : block->users) pending.uses.Add(user);
+  // The owner's next work is behind all of its own; the points of others are from now.
+  if (pending.uses.empty() || pending.uses.Passed(device_)) {
     table_.Free(memory);
   } else {
     pending_.push_back(std::move(pending));
@@ -227,29 +246,29 @@ absl::StatusOr<std::shared_ptr<void>> PinnedPool::Allocate(int64_t bytes, Stream
 }
 
 void PinnedPool::Free(Block block, int64_t needed_bytes, int stream, int graph) {
-  Pending pending = {.block = block, .owner = graph};
-  if (graph == 0) {
-    const absl::Status status = device_.RecordOn(stream, &pending.free_after);
-    if (!status.ok()) SHOAL_LOG(kWarning) << std::string(status.message());
-  }
+  Pending pending = {.block = block, .graph = graph};
+  if (graph == 0) pending.uses.Add(stream);
   MutexLock lock(&mutex_);
   stats_.in_use_bytes -= needed_bytes;
-  pending_.push_back(std::move(pending));
+  if (graph == 0 && pending.uses.Passed(device_)) {
+    free_.emplace(block.bytes, block.memory);
+  } else {
+    pending_.push_back(std::move(pending));
+  }
 }
 
 void PinnedPool::HandOver(int graph, int stream) {
   MutexLock lock(&mutex_);
   for (Pending& pending : pending_) {
-    if (pending.owner != graph) continue;
-    pending.owner = 0;
-    const absl::Status status = device_.RecordOn(stream, &pending.free_after);
-    if (!status.ok()) SHOAL_LOG(kWarning) << std::string(status.message());
+    if (pending.graph != graph) continue;
+    pending.graph = 0;
+    pending.uses.Add(stream);
   }
 }
 
 void PinnedPool::FreePassed() {
-  std::erase_if(pending_, [&](const Pending& pending) {
-    if (pending.owner != 0 || !pending.free_after.Done()) return false;
+  std::erase_if(pending_, [&](Pending& pending) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    if (pending.graph != 0 || !pending.uses.Passed(device_)) return false;
     free_.emplace(pending.block.bytes, pending.block.memory);
     return true;
   });

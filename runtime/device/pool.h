@@ -17,6 +17,24 @@ namespace shoal {
 
 class Device;
 
+// Points in the work of streams that must have passed before memory is used again. Of a stream that records a graph the point is
+// taken later; when the device cannot be asked for one, the points never pass.
+class StreamPoints {
+ public:
+  void Add(int stream) { unrecorded_.push_back(stream); }
+  bool Passed(Device& device);
+  // Makes the stream wait for them; false: they cannot be waited for yet.
+  bool MakeWait(Device& device, Stream& stream);
+  bool empty() const { return unrecorded_.empty() && events_.empty() && !lost_; }
+
+ private:
+  void Record(Device& device);
+
+  std::vector<int> unrecorded_;
+  std::vector<Event> events_;
+  bool lost_ = false;
+};
+
 // Device memory in the order of streams, like PyTorch's allocator and cudaMallocAsync: what a stream frees, its later work can have
 // at once, because it runs later; another stream only after an event. Thread-safe.
 class DevicePool {
@@ -39,12 +57,10 @@ class DevicePool {
 
  private:
   friend class Device;
-  friend class CapturedGraph;
-  friend class Stream;
   // A block that is free once these have passed.
   struct Pending {
     void* block;
-    std::vector<Event> uses;
+    StreamPoints uses;
   };
 
   void Close();  // The device ends, and has no streams any more.
@@ -78,16 +94,14 @@ class PinnedPool {
 
  private:
   friend class Device;
-  friend class CapturedGraph;
-  friend class Stream;
   struct Block {
     void* memory;
     int64_t bytes;
   };
   struct Pending {
     Block block;
-    int owner;  // A graph that has it until it ends; 0: nobody.
-    Event free_after;
+    int graph;  // That has it until it ends; 0: none.
+    StreamPoints uses;
   };
 
   void Close();

@@ -12,6 +12,7 @@ Event& Event::operator=(Event&& other) noexcept {
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
   std::swap(timing_, other.timing_);
+  std::swap(capture_, other.capture_);
   std::swap(status_, other.status_);
   return *this;
 }
@@ -47,7 +48,7 @@ absl::StatusOr<double> Event::Milliseconds(const Event& begin, const Event& end)
 CapturedGraph& CapturedGraph::operator=(CapturedGraph&& other) noexcept {
   std::swap(device_, other.device_);
   std::swap(handle_, other.handle_);
-  std::swap(memory_owner_, other.memory_owner_);
+  std::swap(owners_, other.owners_);
   std::swap(stream_, other.stream_);
   return *this;
 }
@@ -57,8 +58,7 @@ CapturedGraph::~CapturedGraph() {
   if (handle_ == nullptr) return;
   device_->Use();
   device_->api().destroy_graph(handle_);
-  device_->memory().HandOver(memory_owner_, stream_);
-  device_->pinned().HandOver(memory_owner_, stream_);
+  device_->HandOver(owners_, stream_);
 }
 
 Stream::~Stream() {
@@ -80,6 +80,7 @@ absl::Status Stream::Wait() {
 Event Stream::Record(Timing timing) {
   Event event;
   if (device_ != nullptr) Fail(device_->Record(handle_, timing, &event));
+  if (capturing()) event.capture_ = capture_;
   event.status_ = status_;
   return event;
 }
@@ -92,7 +93,15 @@ void Stream::WaitFor(const Event& event) {
   } else {
     device_->Use();
     Fail(device_->StatusOf(device_->api().wait_for(handle_, event.handle_), "making a stream wait"));
+    if (status_.ok() && event.capture_ != nullptr && !capturing()) Join(event.capture_);
   }
+}
+
+void Stream::Join(std::shared_ptr<StreamCapture> capture) {
+  capture_ = std::move(capture);
+  capture_owner_ = -device_->NewOwner();
+  capture_->owners.push_back(capture_owner_);
+  device_->SetCapture(id_, capture_);
 }
 
 absl::Status Stream::BeginCapture() {
@@ -100,20 +109,21 @@ absl::Status Stream::BeginCapture() {
   SHOAL_RETURN_IF_ERROR(status_);
   device_->Use();
   SHOAL_RETURN_IF_ERROR(device_->StatusOf(device_->api().begin_capture(handle_), "beginning to record a graph"));
-  capture_owner_ = device_->NewOwner();
+  Join(std::make_shared<StreamCapture>());
   return absl::OkStatus();
 }
 
 absl::StatusOr<CapturedGraph> Stream::EndCapture() {
   SHOAL_CHECK(capturing()) << "recording has not begun";
   CapturedGraph graph;
-  graph.memory_owner_ = std::exchange(capture_owner_, 0);
+  capture_->open = false;
+  graph.owners_ = capture_->owners;
   graph.stream_ = id_;
+  capture_ = nullptr;
   device_->Use();
   const absl::Status status = device_->StatusOf(device_->api().end_capture(handle_, &graph.handle_), "recording a graph");
   if (!status.ok()) {
-    device_->memory().HandOver(graph.memory_owner_, id_);
-    device_->pinned().HandOver(graph.memory_owner_, id_);
+    device_->HandOver(graph.owners_, id_);
     return status;
   }
   graph.device_ = device_;

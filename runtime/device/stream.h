@@ -7,8 +7,11 @@
 // a time; events by any.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -21,6 +24,12 @@ struct DeviceGraph;
 struct DeviceStream;
 
 enum class Timing : uint8_t { kNo, kYes };
+
+// What streams that record one graph share.
+struct StreamCapture {
+  std::atomic<bool> open = true;
+  std::vector<int> owners;  // Of the graph's memory: one for each stream, for each has an order of its own.
+};
 
 // A point in the work of a stream. Move-only; must not outlive its device.
 class Event {
@@ -43,7 +52,8 @@ class Event {
   Device* device_ = nullptr;
   DeviceEvent* handle_ = nullptr;
   Timing timing_ = Timing::kNo;
-  absl::Status status_;  // Of the stream when it was recorded.
+  std::shared_ptr<StreamCapture> capture_;  // Recorded for a graph.
+  absl::Status status_;                     // Of the stream when it was recorded.
 };
 
 // Work of one stream that was recorded once and can be done often by one call. Move-only; ends before its stream's device. Its
@@ -59,7 +69,7 @@ class CapturedGraph {
   friend class Stream;
   Device* device_ = nullptr;
   DeviceGraph* handle_ = nullptr;
-  int memory_owner_ = 0;
+  std::vector<int> owners_;
   int stream_ = 0;
 };
 
@@ -87,22 +97,25 @@ class Stream {
   void WaitFor(Stream& other) { WaitFor(other.Record()); }
 
   // What is put on a device's stream between these is recorded, not done; so is the work of other streams that wait for it
-  // meanwhile, which it must wait for before the end. Neither side may be waited for by the host. Memory allocated on this stream
-  // meanwhile is the graph's; other tensors that the graph uses must outlive it, at the same place.
+  // meanwhile, which it must wait for before the end. All of them are used by one thread meanwhile, and the host waits for none.
+  // Memory allocated on them is the graph's; other tensors that the graph uses must outlive it, at the same place.
   absl::Status BeginCapture();
   absl::StatusOr<CapturedGraph> EndCapture();
   void Launch(const CapturedGraph& graph);  // On the stream that recorded it.
 
   // To whom allocations for this stream belong (pool.h): the stream, or the graph that it records.
-  int memory_owner() const { return capture_owner_ != 0 ? capture_owner_ : id_; }
-  bool capturing() const { return capture_owner_ != 0; }
+  int memory_owner() const { return capturing() ? capture_owner_ : id_; }
+  bool capturing() const { return capture_ != nullptr && capture_->open; }
 
  private:
   friend class Device;
+  void Join(std::shared_ptr<StreamCapture> capture);
+
   Device* device_ = nullptr;
   DeviceStream* handle_ = nullptr;
-  int id_ = 0;             // Of the device's owners of memory, from 1.
-  int capture_owner_ = 0;  // 0: not recording.
+  int id_ = 0;  // Of the device's owners of memory, from 1.
+  std::shared_ptr<StreamCapture> capture_;
+  int capture_owner_ = 0;  // Below 0.
   absl::Status status_;
 };
 

@@ -26,11 +26,10 @@ void CrossEntropy(const Tensor& logits, const Tensor& targets, float scale, cons
   CheckTensor(logits, DType::kF32, {C, V}, "logits");
   CheckTensor(targets, DType::kI32, {C}, "targets");
   CheckTensor(loss, DType::kF32, {C}, "loss");
-  if (!dlogits.empty()) CheckAct(dlogits, {C, V}, "dlogits");
-  if (Offloaded(stream, &DeviceKernels::cross_entropy, logits, targets, scale, loss, dlogits)) return;
-  CheckIds(targets.span<int32_t>(), V, "targets");
   const bool wanted = !dlogits.empty();
   const InnerAct act = wanted ? CheckAct(dlogits, {C, V}, "dlogits") : kInnerF32;
+  if (Offloaded(stream, &DeviceKernels::cross_entropy, logits, targets, scale, loss, dlogits)) return;
+  CheckIds(targets.span<int32_t>(), V, "targets");
   const InnerKernels& inner = Inner();
   ParallelFor(C, GrainOfRows(V), [&](int64_t begin, int64_t end) {
     const int64_t blocks = (V + kCrossEntropyBlock - 1) / kCrossEntropyBlock;
