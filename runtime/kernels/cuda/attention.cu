@@ -12,7 +12,8 @@ template <typename T> __global__ void DeltaKernel(const T* out, const T* dout, i
   const int64_t vector = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (vector >= vectors) return;  // Whole warps.
   float sum = 0;
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < dim; i += 32) sum += ToFloat(out[vector * dim + i]) * ToFloat(dout[vector * dim + i]);
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < dim; i += 32)
+    sum += ToFloat(out[vector * dim + i]) * ToFloat(dout[vector * dim + i]);
   sum = WarpSum(sum);
   if (threadIdx.x % 32 == 0) delta[vector] = sum;
 }
@@ -54,24 +55,30 @@ DeviceResult PlainBackward(const Sequences& s, TensorArg qkv, TensorArg lse, con
 
 DeviceResult MmaBackward(const Sequences& s, TensorArg qkv, TensorArg lse, const float* delta, TensorArg dout, TensorArg dqkv,
                          StreamArg stream) {
-  const bool aligned = Aligned(qkv.data, s) && Aligned(dout.data, s);
+  const BackwardArguments in = {s,
+                                Data<Bf16>(qkv),
+                                Data<float>(lse),
+                                delta,
+                                Data<Bf16>(dout),
+                                Data<Bf16>(dqkv),
+                                Scale(s),
+                                Aligned(qkv.data, s) && Aligned(dout.data, s)};
   return WithDim(s.dim, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     using Tiles = AttentionTiles<kDim>;
     const DeviceResult keys =
-        Launch({.blocks = s.blocks(s.kv_heads, Tiles::kOwn), .threads = 128 * Tiles::kParts, .shared_bytes = Tiles::kBackwardShared}, stream,
-               AttentionKeysKernel<kDim>, s, Data<Bf16>(qkv), Data<float>(lse), delta, Data<Bf16>(dout), Data<Bf16>(dqkv), Scale(s), aligned);
+        Launch({.blocks = s.blocks(s.kv_heads, Tiles::kOwn), .threads = 128 * Tiles::kParts, .shared_bytes = Tiles::kBackwardShared},
+               stream, AttentionKeysKernel<kDim>, in);
     if (keys.code != DeviceResult::Code::kOk) return keys;
     return Launch({.blocks = s.blocks(s.heads, Tiles::kOwn), .threads = 128, .shared_bytes = Tiles::kBackwardShared}, stream,
-                  AttentionQueriesKernel<kDim>, s, Data<Bf16>(qkv), Data<float>(lse), delta, Data<Bf16>(dout), Data<Bf16>(dqkv), Scale(s),
-                  aligned);
+                  AttentionQueriesKernel<kDim>, in);
   });
 }
 
 }  // namespace
 
-DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out, TensorArg lse,
-                       StreamArg stream) {
+DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out,
+                       TensorArg lse, StreamArg stream) {
   const Sequences s = {rows, seq, heads, kv_heads, dim};
   if (!HasTensorCores(s, qkv.dtype)) {
     return WithType(qkv, [&](auto type) { return PlainForward<decltype(type)>(s, qkv, out, lse, stream); });
@@ -80,7 +87,8 @@ DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_head
     constexpr int kDim = decltype(kernel_dim)::value;
     using Tiles = AttentionTiles<kDim>;
     return Launch({.blocks = s.blocks(heads, Tiles::kQueries), .threads = 128, .shared_bytes = Tiles::kForwardShared}, stream,
-                  AttentionKernel<kDim>, s, Data<Bf16>(qkv), Data<Bf16>(out), Data<float>(lse), Scale(s), Aligned(qkv.data, s));
+                  AttentionKernel<kDim>,
+                  ForwardArguments{s, Data<Bf16>(qkv), Data<Bf16>(out), Data<float>(lse), Scale(s), Aligned(qkv.data, s)});
   });
 }
 

@@ -1,7 +1,7 @@
 // Causal attention of bf16 by the tensor cores, forward and backward (Dao, 2023, "FlashAttention-2", arXiv 2307.08691): scores and their
-// gradients stay in registers, where the sums of one product are the left operand of the next; attention_products.h multiplies. No atomic additions: the backward pass
-// has one kernel for the gradients of keys and values and one for those of queries, each of which recomputes the scores, so that every
-// sum has one order.
+// gradients stay in registers, where the sums of one product are the left operand of the next; attention_products.h multiplies. No
+// atomic additions: the backward pass has one kernel for the gradients of keys and values and one for those of queries, each of which
+// recomputes the scores, so that every sum has one order.
 #pragma once
 
 #include "runtime/kernels/cuda/attention_products.h"
@@ -14,11 +14,11 @@ constexpr float kLog2E = 1.44269504088896340736f;
 // For heads of up to kDim (64, 128 or 256), a multiple of 16 or not: shared memory has zeros beside.
 template <int kDim> struct AttentionTiles {
   static constexpr bool kWide = kDim > 128;
-  static constexpr int kOther = kWide ? 32 : 64;   // Rows of the operands that a kernel walks over.
-  static constexpr int kRowTiles = kWide ? 1 : 2;  // Forward: 16 queries each, per warp.
-  static constexpr int kQueries = 64 * kRowTiles;  // Forward, of a block of 4 warps.
-  static constexpr int kOwn = 64;                  // Backward: rows of a block's own, 16 of a warp.
-  static constexpr int kParts = kWide ? 2 : 1;     // Of the columns of dK and dV: registers of one warp hold 128 of both.
+  static constexpr int kOther = kWide ? 32 : 64;               // Rows of the operands that a kernel walks over.
+  static constexpr int kRowTiles = kWide ? 1 : 2;              // Forward: 16 queries each, per warp.
+  static constexpr int kQueries = 64 * kRowTiles;              // Forward, of a block of 4 warps.
+  static constexpr int kOwn = 64;                              // Backward: rows of a block's own, 16 of a warp.
+  static constexpr int kParts = kWide ? 2 : 1;                 // Of the columns of dK and dV: registers of one warp hold 128 of both.
   static constexpr int kRowBytes = Padded<kDim>::kStride * 2;  // At most.
   static constexpr int kForwardShared = (kQueries + 4 * kOther) * kRowBytes;
   static constexpr int kBackwardShared = (2 * kOwn + 4 * kOther) * kRowBytes + 4 * kOther * 4;
@@ -57,8 +57,8 @@ __device__ __forceinline__ float QuadSum(float value) {
 
 // Columns [first_column ...) of rows g and g + 8 of c, times factors[0] and [1], to rows of `to` that are `stride` apart.
 template <int kTiles>
-__device__ __forceinline__ void StoreRows(const float (&sums)[kTiles][4], const float (&factors)[2], int rows, int first_column, int dim, Bf16* to,
-                                          int64_t stride) {
+__device__ __forceinline__ void StoreRows(const float (&sums)[kTiles][4], const float (&factors)[2], int rows, int first_column, int dim,
+                                          Bf16* to, int64_t stride) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const bool pairs = dim % 2 == 0 && reinterpret_cast<uintptr_t>(to) % 4 == 0 && stride % 2 == 0;
 #pragma unroll
@@ -120,27 +120,49 @@ template <int kDim> struct OnlineSoftmax {
   }
 };
 
-template <typename Products, int kDim>
-__device__ __forceinline__ void AttentionForward(const Sequences& s, const Bf16* qkv, Bf16* out, float* lse, float scale, bool aligned,
-                                                 Bf16* shared) {
+// Arguments of the kernels. `aligned`: rows of all heads may be copied by 16 bytes; scale: 1 / sqrt(dim).
+struct ForwardArguments {
+  Sequences s;
+  const Bf16* qkv;
+  Bf16* out;
+  float* lse;
+  float scale;
+  bool aligned;
+};
+struct BackwardArguments {
+  Sequences s;
+  const Bf16* qkv;
+  const float* lse;
+  const float* delta;  // [token, head]: sum of dout * out.
+  const Bf16* dout;
+  Bf16* dqkv;
+  float scale;
+  bool aligned;
+};
+
+// Of a tile of kRows rows that begins with so many left.
+template <int kRows> __device__ __forceinline__ int RowsOf(int64_t left) { return static_cast<int>(left < kRows ? left : kRows); }
+
+template <typename Products, int kDim> __device__ __forceinline__ void AttentionForward(const ForwardArguments& in, Bf16* shared) {
+  const Sequences& s = in.s;
   using Tiles = AttentionTiles<kDim>;
   constexpr int kRowTiles = Tiles::kRowTiles, kOther = Tiles::kOther, kOtherElements = kOther * Products::kRowElements;
   using OtherLayout = typename Products::template Layout<kOther>;
   Bf16* const stages = shared + Tiles::kQueries * Products::kRowElements;
   const Place place = LongestFirst(s, s.heads, Tiles::kQueries);
   const int64_t width = s.qkv_width();
-  const Bf16* const first = qkv + place.first_token * width;
+  const Bf16* const first = in.qkv + place.first_token * width;
   const Bf16* const k = first + s.key_column(s.kv_head(place.head));
   const auto load = [&](int64_t begin, int stage) {
-    const int rows = static_cast<int>(s.seq - begin < kOther ? s.seq - begin : kOther);
+    const int rows = RowsOf<kOther>(s.seq - begin);
     Bf16* const to = stages + stage * 2 * kOtherElements;
-    LoadTile<OtherLayout, kOther, kDim, 128>(to, k + begin * width, width, rows, s.dim, aligned);
-    LoadTile<OtherLayout, kOther, kDim, 128>(to + kOtherElements, k + s.kv_width() + begin * width, width, rows, s.dim, aligned);
+    LoadTile<OtherLayout, kOther, kDim, 128>(to, k + begin * width, width, rows, s.dim, in.aligned);
+    LoadTile<OtherLayout, kOther, kDim, 128>(to + kOtherElements, k + s.kv_width() + begin * width, width, rows, s.dim, in.aligned);
     CommitCopies();
   };
-  const int queries = static_cast<int>(s.seq - place.begin < Tiles::kQueries ? s.seq - place.begin : Tiles::kQueries);
+  const int queries = RowsOf<Tiles::kQueries>(s.seq - place.begin);
   LoadTile<typename Products::template Layout<Tiles::kQueries>, Tiles::kQueries, kDim, 128>(
-      shared, first + place.begin * width + place.head * s.dim, width, queries, s.dim, aligned);
+      shared, first + place.begin * width + place.head * s.dim, width, queries, s.dim, in.aligned);
   load(0, 0);
   const int row = static_cast<int>(threadIdx.x) / 32 * 16, lane = static_cast<int>(threadIdx.x) % 32;
   OnlineSoftmax<kDim> softmax[kRowTiles];
@@ -159,7 +181,7 @@ __device__ __forceinline__ void AttentionForward(const Sequences& s, const Bf16*
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       Products::template Wait<kRowTiles - 1>(scores[r]);
-      softmax[r].Take(scores[r], place.begin + 64 * r + row - begin, scale * kLog2E, p[r]);
+      softmax[r].Take(scores[r], place.begin + 64 * r + row - begin, in.scale * kLog2E, p[r]);
       Products::MultiplyBy(p[r], now + kOtherElements, 0, s.dim, softmax[r].out);
     }
 #pragma unroll
@@ -175,24 +197,23 @@ __device__ __forceinline__ void AttentionForward(const Sequences& s, const Bf16*
       const float sum = QuadSum(softmax[r].sum[half]);
       inverse[half] = 1.0f / sum;
       const int own = lane / 4 + 8 * half;
-      if (lane % 4 == 0 && first_row + own < queries) lse[(token + own) * s.heads + place.head] = softmax[r].largest[half] * scale + logf(sum);
+      if (lane % 4 == 0 && first_row + own < queries)
+        in.lse[(token + own) * s.heads + place.head] = softmax[r].largest[half] * in.scale + logf(sum);
     }
-    StoreRows(softmax[r].out, inverse, queries - first_row, 0, s.dim, out + token * s.q_width() + place.head * s.dim, s.q_width());
+    StoreRows(softmax[r].out, inverse, queries - first_row, 0, s.dim, in.out + token * s.q_width() + place.head * s.dim, s.q_width());
   }
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(128, 2)
-    AttentionKernel(Sequences s, const Bf16* qkv, Bf16* out, float* lse, float scale, bool aligned) {
+template <int kDim> __global__ void __launch_bounds__(128, 2) AttentionKernel(ForwardArguments in) {
   SHOAL_DYNAMIC_SHARED(Bf16, shared);
-  WithProducts<kDim>([&](auto products) { AttentionForward<decltype(products), kDim>(s, qkv, out, lse, scale, aligned, shared); });
+  WithProducts<kDim>([&](auto products) { AttentionForward<decltype(products), kDim>(in, shared); });
 }
 
 // From scores to p = exp(score - lse), rounded fragments of it, and in `scores` ds = p (dp - delta). `sees(j, i)`: whether element i of
 // tile j counts; `lse` (times log2 e) and `delta` of it likewise.
 template <int kTiles, typename Sees, typename Lse, typename Delta>
-__device__ __forceinline__ void ScoreGradient(float (&scores)[kTiles][4], const float (&dp)[kTiles][4], float scale_log2, const Sees& sees,
-                                              const Lse& lse, const Delta& delta, uint32_t (*p)[4]) {
+__device__ __forceinline__ void ScoreGradient(float (&scores)[kTiles][4], const float (&dp)[kTiles][4], float scale_log2,
+                                              const Sees& sees, const Lse& lse, const Delta& delta, uint32_t (*p)[4]) {
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
     float exact[4];
@@ -210,9 +231,8 @@ __device__ __forceinline__ void ScoreGradient(float (&scores)[kTiles][4], const 
 
 // dK and dV of a block of keys: over the query heads that read it, in their order, and the queries from the keys on. Works on the
 // transpose: scores of 16 keys per warp.
-template <typename Products, int kDim>
-__device__ __forceinline__ void AttentionKeys(const Sequences& s, const Bf16* qkv, const float* lse, const float* delta, const Bf16* dout, Bf16* dqkv,
-                                              float scale, bool aligned, Bf16* shared) {
+template <typename Products, int kDim> __device__ __forceinline__ void AttentionKeys(const BackwardArguments& in, Bf16* shared) {
+  const Sequences& s = in.s;
   using Tiles = AttentionTiles<kDim>;
   constexpr int kThreads = 128 * Tiles::kParts, kColumns = kDim / Tiles::kParts, kOther = Tiles::kOther, kTiles = kOther / 8;
   constexpr int kOtherElements = kOther * Products::kRowElements;
@@ -224,27 +244,28 @@ __device__ __forceinline__ void AttentionKeys(const Sequences& s, const Bf16* qk
   const Place place = ShortestLast(s, s.kv_heads, Tiles::kOwn);
   const int64_t width = s.qkv_width();
   const int64_t column = s.key_column(place.head), first_row = place.first_token + place.begin;
-  const int keys = static_cast<int>(s.seq - place.begin < Tiles::kOwn ? s.seq - place.begin : Tiles::kOwn);
+  const int keys = RowsOf<Tiles::kOwn>(s.seq - place.begin);
   const int group = s.heads / s.kv_heads;
   const int64_t per_head = Blocks(s.seq - place.begin, kOther), steps = per_head * group;
   const auto load = [&](int64_t step, int stage) {
     const int head = place.head * group + static_cast<int>(step / per_head);
     const int64_t begin = place.begin + step % per_head * kOther, token = place.first_token + begin;
-    const int rows = static_cast<int>(s.seq - begin < kOther ? s.seq - begin : kOther);
+    const int rows = RowsOf<kOther>(s.seq - begin);
     Bf16* const to = stages + stage * 2 * kOtherElements;
-    LoadTile<OtherLayout, kOther, kDim, kThreads>(to, qkv + token * width + head * s.dim, width, rows, s.dim, aligned);
-    LoadTile<OtherLayout, kOther, kDim, kThreads>(to + kOtherElements, dout + token * s.q_width() + head * s.dim, s.q_width(), rows, s.dim,
-                                                  aligned);
+    LoadTile<OtherLayout, kOther, kDim, kThreads>(to, in.qkv + token * width + head * s.dim, width, rows, s.dim, in.aligned);
+    LoadTile<OtherLayout, kOther, kDim, kThreads>(to + kOtherElements, in.dout + token * s.q_width() + head * s.dim, s.q_width(), rows,
+                                                  s.dim, in.aligned);
     CommitCopies();
     const int own = static_cast<int>(threadIdx.x);
     if (own < kOther) {
       const int64_t at = (token + own) * s.heads + head;
-      statistics[stage * 2 * kOther + own] = own < rows ? lse[at] * kLog2E : 0.0f;
-      statistics[(stage * 2 + 1) * kOther + own] = own < rows ? delta[at] : 0.0f;
+      statistics[stage * 2 * kOther + own] = own < rows ? in.lse[at] * kLog2E : 0.0f;
+      statistics[(stage * 2 + 1) * kOther + own] = own < rows ? in.delta[at] : 0.0f;
     }
   };
-  LoadTile<OwnLayout, Tiles::kOwn, kDim, kThreads>(shared, qkv + first_row * width + column, width, keys, s.dim, aligned);
-  LoadTile<OwnLayout, Tiles::kOwn, kDim, kThreads>(shared_v, qkv + first_row * width + column + s.kv_width(), width, keys, s.dim, aligned);
+  LoadTile<OwnLayout, Tiles::kOwn, kDim, kThreads>(shared, in.qkv + first_row * width + column, width, keys, s.dim, in.aligned);
+  LoadTile<OwnLayout, Tiles::kOwn, kDim, kThreads>(shared_v, in.qkv + first_row * width + column + s.kv_width(), width, keys, s.dim,
+                                                   in.aligned);
   load(0, 0);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   const int row = warp % 4 * 16, first_column = warp / 4 * kColumns;
@@ -267,30 +288,29 @@ __device__ __forceinline__ void AttentionKeys(const Sequences& s, const Bf16* qk
     const int key = g - static_cast<int>(ahead < 16 ? ahead : 16);
     uint32_t p[kTiles / 2][4], ds[kTiles / 2][4];
     ScoreGradient(
-        scores, dp, scale * kLog2E, [&](int j, int i) { return key + i / 2 * 8 <= 8 * j + 2 * t + i % 2; },
-        [&](int j, int i) { return query_lse[8 * j + 2 * t + i % 2]; }, [&](int j, int i) { return query_lse[kOther + 8 * j + 2 * t + i % 2]; }, p);
+        scores, dp, in.scale * kLog2E, [&](int j, int i) { return key + i / 2 * 8 <= 8 * j + 2 * t + i % 2; },
+        [&](int j, int i) { return query_lse[8 * j + 2 * t + i % 2]; },
+        [&](int j, int i) { return query_lse[kOther + 8 * j + 2 * t + i % 2]; }, p);
     RoundToFragments(scores, ds);
     Products::MultiplyBy(p, o, first_column, s.dim, dv);
     Products::MultiplyBy(ds, q, first_column, s.dim, dk);
     Products::template Wait<0>(dv, dk);
   }
-  Bf16* const to = dqkv + (first_row + row) * width + column;
-  StoreRows(dk, {scale, scale}, keys - row, first_column, s.dim, to, width);
+  Bf16* const to = in.dqkv + (first_row + row) * width + column;
+  StoreRows(dk, {in.scale, in.scale}, keys - row, first_column, s.dim, to, width);
   StoreRows(dv, {1.0f, 1.0f}, keys - row, first_column, s.dim, to + s.kv_width(), width);
 }
 
 template <int kDim>
 __global__ void __launch_bounds__(128 * AttentionTiles<kDim>::kParts, AttentionTiles<kDim>::kWide ? 1 : 2)
-    AttentionKeysKernel(Sequences s, const Bf16* qkv, const float* lse, const float* delta, const Bf16* dout, Bf16* dqkv, float scale, bool aligned) {
+    AttentionKeysKernel(BackwardArguments in) {
   SHOAL_DYNAMIC_SHARED(Bf16, shared);
-  WithProducts<kDim>(
-      [&](auto products) { AttentionKeys<decltype(products), kDim>(s, qkv, lse, delta, dout, dqkv, scale, aligned, shared); });
+  WithProducts<kDim>([&](auto products) { AttentionKeys<decltype(products), kDim>(in, shared); });
 }
 
 // dQ of a block of queries of one head, over the keys up to them.
-template <typename Products, int kDim>
-__device__ __forceinline__ void AttentionQueries(const Sequences& s, const Bf16* qkv, const float* lse, const float* delta, const Bf16* dout,
-                                                 Bf16* dqkv, float scale, bool aligned, Bf16* shared) {
+template <typename Products, int kDim> __device__ __forceinline__ void AttentionQueries(const BackwardArguments& in, Bf16* shared) {
+  const Sequences& s = in.s;
   using Tiles = AttentionTiles<kDim>;
   constexpr int kOther = Tiles::kOther, kTiles = kOther / 8, kOtherElements = kOther * Products::kRowElements;
   using OwnLayout = typename Products::template Layout<Tiles::kOwn>;
@@ -299,18 +319,19 @@ __device__ __forceinline__ void AttentionQueries(const Sequences& s, const Bf16*
   Bf16* const stages = shared_dout + Tiles::kOwn * Products::kRowElements;
   const Place place = LongestFirst(s, s.heads, Tiles::kOwn);
   const int64_t width = s.qkv_width();
-  const Bf16* const k = qkv + place.first_token * width + s.key_column(s.kv_head(place.head));
+  const Bf16* const k = in.qkv + place.first_token * width + s.key_column(s.kv_head(place.head));
   const int64_t first_row = place.first_token + place.begin;
-  const int queries = static_cast<int>(s.seq - place.begin < Tiles::kOwn ? s.seq - place.begin : Tiles::kOwn);
+  const int queries = RowsOf<Tiles::kOwn>(s.seq - place.begin);
   const auto load = [&](int64_t begin, int stage) {
-    const int rows = static_cast<int>(s.seq - begin < kOther ? s.seq - begin : kOther);
+    const int rows = RowsOf<kOther>(s.seq - begin);
     Bf16* const to = stages + stage * 2 * kOtherElements;
-    LoadTile<OtherLayout, kOther, kDim, 128>(to, k + begin * width, width, rows, s.dim, aligned);
-    LoadTile<OtherLayout, kOther, kDim, 128>(to + kOtherElements, k + s.kv_width() + begin * width, width, rows, s.dim, aligned);
+    LoadTile<OtherLayout, kOther, kDim, 128>(to, k + begin * width, width, rows, s.dim, in.aligned);
+    LoadTile<OtherLayout, kOther, kDim, 128>(to + kOtherElements, k + s.kv_width() + begin * width, width, rows, s.dim, in.aligned);
     CommitCopies();
   };
-  LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared, qkv + first_row * width + place.head * s.dim, width, queries, s.dim, aligned);
-  LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared_dout, dout + first_row * s.q_width() + place.head * s.dim, s.q_width(), queries, s.dim, aligned);
+  LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared, in.qkv + first_row * width + place.head * s.dim, width, queries, s.dim, in.aligned);
+  LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared_dout, in.dout + first_row * s.q_width() + place.head * s.dim, s.q_width(), queries,
+                                              s.dim, in.aligned);
   load(0, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4, row = static_cast<int>(threadIdx.x) / 32 * 16;
   float own_lse[2] = {}, own_delta[2] = {};
@@ -318,8 +339,8 @@ __device__ __forceinline__ void AttentionQueries(const Sequences& s, const Bf16*
   for (int half = 0; half < 2; ++half) {
     const int own = row + g + 8 * half;
     if (own < queries) {
-      own_lse[half] = lse[(first_row + own) * s.heads + place.head] * kLog2E;
-      own_delta[half] = delta[(first_row + own) * s.heads + place.head];
+      own_lse[half] = in.lse[(first_row + own) * s.heads + place.head] * kLog2E;
+      own_delta[half] = in.delta[(first_row + own) * s.heads + place.head];
     }
   }
   float dq[kDim / 8][4] = {};
@@ -337,23 +358,20 @@ __device__ __forceinline__ void AttentionQueries(const Sequences& s, const Bf16*
     Products::template Wait<0>(scores, dp);
     const int query = static_cast<int>(ahead < kOther ? ahead : kOther) + g;
     ScoreGradient(
-        scores, dp, scale * kLog2E, [&](int j, int i) { return 8 * j + 2 * t + i % 2 <= query + i / 2 * 8; },
+        scores, dp, in.scale * kLog2E, [&](int j, int i) { return 8 * j + 2 * t + i % 2 <= query + i / 2 * 8; },
         [&](int, int i) { return own_lse[i / 2]; }, [&](int, int i) { return own_delta[i / 2]; }, nullptr);
     uint32_t ds[kTiles / 2][4];
     RoundToFragments(scores, ds);
     Products::MultiplyBy(ds, keys, 0, s.dim, dq);
     Products::template Wait<0>(dq);
   }
-  StoreRows(dq, {scale, scale}, queries - row, 0, s.dim, dqkv + (first_row + row) * width + place.head * s.dim, width);
+  StoreRows(dq, {in.scale, in.scale}, queries - row, 0, s.dim, in.dqkv + (first_row + row) * width + place.head * s.dim, width);
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(128, AttentionTiles<kDim>::kWide ? 1 : 2)
-    AttentionQueriesKernel(Sequences s, const Bf16* qkv, const float* lse, const float* delta, const Bf16* dout, Bf16* dqkv, float scale,
-                           bool aligned) {
+__global__ void __launch_bounds__(128, AttentionTiles<kDim>::kWide ? 1 : 2) AttentionQueriesKernel(BackwardArguments in) {
   SHOAL_DYNAMIC_SHARED(Bf16, shared);
-  WithProducts<kDim>(
-      [&](auto products) { AttentionQueries<decltype(products), kDim>(s, qkv, lse, delta, dout, dqkv, scale, aligned, shared); });
+  WithProducts<kDim>([&](auto products) { AttentionQueries<decltype(products), kDim>(in, shared); });
 }
 
 }  // namespace shoal::cuda

@@ -20,8 +20,7 @@ inline int PlainTile(int32_t dim, int vectors, int scores) {
   return tile;
 }
 
-template <typename T>
-__device__ __forceinline__ void LoadPlain(float* to, const T* from, int64_t stride, int tile, int rows, int dim) {
+template <typename T> __device__ __forceinline__ void LoadPlain(float* to, const T* from, int64_t stride, int tile, int rows, int dim) {
   for (int i = static_cast<int>(threadIdx.x); i < tile * dim; i += kPlainThreads) {
     const int row = i / dim, column = i % dim;
     to[row * (dim + 1) + column] = row < rows ? ToFloat(from[row * stride + column]) : 0.0f;
@@ -45,7 +44,8 @@ __device__ __forceinline__ float DotPlain(const float* a, const float* b, int di
 }
 
 // to[i][d] += sum over j < count of weights[i * i_step + j * j_step] from[j][d].
-__device__ __forceinline__ void AddPlain(float* to, const float* weights, int i_step, int j_step, const float* from, int tile, int count, int dim) {
+__device__ __forceinline__ void AddPlain(float* to, const float* weights, int i_step, int j_step, const float* from, int tile, int count,
+                                         int dim) {
   for (int item = static_cast<int>(threadIdx.x); item < tile * dim; item += kPlainThreads) {
     const int i = item / dim, d = item % dim;
     float sum = to[i * (dim + 1) + d];
@@ -55,7 +55,8 @@ __device__ __forceinline__ void AddPlain(float* to, const float* weights, int i_
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPlainThreads) PlainAttentionKernel(Sequences s, int tile, const T* qkv, T* out, float* lse, float scale) {
+__global__ void __launch_bounds__(kPlainThreads)
+    PlainAttentionKernel(Sequences s, int tile, const T* qkv, T* out, float* lse, float scale) {
   SHOAL_DYNAMIC_SHARED(float, q);
   const int vectors = tile * (s.dim + 1), pitch = tile + 1;
   float *const k = q + vectors, *const v = k + vectors, *const sums = v + vectors, *const scores = sums + vectors;
@@ -112,8 +113,8 @@ struct PlainTileOfScores {
   const float *q, *dout, *k, *v;
   float *p, *ds;
 };
-__device__ __forceinline__ void PlainScores(const Sequences& s, const PlainTileOfScores& at, int tile, int64_t query_begin, int64_t key_begin,
-                                            int queries, const float* lse, const float* delta, float scale) {
+__device__ __forceinline__ void PlainScores(const Sequences& s, const PlainTileOfScores& at, int tile, int64_t query_begin,
+                                            int64_t key_begin, int queries, const float* lse, const float* delta, float scale) {
   for (int item = static_cast<int>(threadIdx.x); item < tile * tile; item += kPlainThreads) {
     const int i = item / tile, j = item % tile;
     float p = 0, ds = 0;
@@ -128,8 +129,8 @@ __device__ __forceinline__ void PlainScores(const Sequences& s, const PlainTileO
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPlainThreads)
-    PlainAttentionKeysKernel(Sequences s, int tile, const T* qkv, const float* lse, const float* delta, const T* dout, T* dqkv, float scale) {
+__global__ void __launch_bounds__(kPlainThreads) PlainAttentionKeysKernel(Sequences s, int tile, const T* qkv, const float* lse,
+                                                                          const float* delta, const T* dout, T* dqkv, float scale) {
   SHOAL_DYNAMIC_SHARED(float, k);
   const int vectors = tile * (s.dim + 1), pitch = tile + 1;
   float *const v = k + vectors, *const dk = v + vectors, *const dv = dk + vectors, *const q = dv + vectors, *const o = q + vectors;
@@ -149,7 +150,8 @@ __global__ void __launch_bounds__(kPlainThreads)
       LoadPlain(q, qkv + token * width + head * s.dim, width, tile, rows, s.dim);
       LoadPlain(o, dout + token * s.q_width() + head * s.dim, s.q_width(), tile, rows, s.dim);
       __syncthreads();
-      PlainScores(s, {q, o, k, v, p, ds}, tile, begin, place.begin, rows, lse + token * s.heads + head, delta + token * s.heads + head, scale);
+      PlainScores(s, {q, o, k, v, p, ds}, tile, begin, place.begin, rows, lse + token * s.heads + head, delta + token * s.heads + head,
+                  scale);
       __syncthreads();
       AddPlain(dv, p, 1, pitch, o, tile, tile, s.dim);
       AddPlain(dk, ds, 1, pitch, q, tile, tile, s.dim);
@@ -161,8 +163,8 @@ __global__ void __launch_bounds__(kPlainThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kPlainThreads)
-    PlainAttentionQueriesKernel(Sequences s, int tile, const T* qkv, const float* lse, const float* delta, const T* dout, T* dqkv, float scale) {
+__global__ void __launch_bounds__(kPlainThreads) PlainAttentionQueriesKernel(Sequences s, int tile, const T* qkv, const float* lse,
+                                                                             const float* delta, const T* dout, T* dqkv, float scale) {
   SHOAL_DYNAMIC_SHARED(float, q);
   const int vectors = tile * (s.dim + 1), pitch = tile + 1;
   float *const o = q + vectors, *const dq = o + vectors, *const k = dq + vectors, *const v = k + vectors;

@@ -60,8 +60,8 @@ template <int kDim> struct WarpProducts {
 };
 
 #if SHOAL_HAS_WARP_GROUPS
-// The same by warp groups, for kDim 64 and 128, b of 64 rows. Each call is a group of products, over zeros too where a head is narrower: a
-// branch among the products would make them wait for each other.
+// The same by warp groups, for kDim 64 and 128, b of 64 rows. Each call is a group of products, over zeros too where a head is narrower:
+// a branch among the products would make them wait for each other.
 template <int kDim> struct GroupProducts {
   template <int kRows> using Layout = Swizzled<kRows>;
   static constexpr int kRowElements = kDim;

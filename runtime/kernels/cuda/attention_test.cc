@@ -58,8 +58,8 @@ void ExpectClose(const char* what, const Tensor& got, const Tensor& want, double
   const double largest = MaxAbs(want);
   for (int64_t i = 0; i < got.elements(); ++i) {
     ASSERT_TRUE(std::abs(Get(got, i) - Get(want, i)) <= tolerance * largest)  // NaN fails.
-        << what << " row " << i / got.dim(1) << " column " << i % got.dim(1) << ": " << Get(got, i) << ", want " << Get(want, i) << " within "
-        << tolerance * largest;
+        << what << " row " << i / got.dim(1) << " column " << i % got.dim(1) << ": " << Get(got, i) << ", want " << Get(want, i)
+        << " within " << tolerance * largest;
   }
 }
 
@@ -82,7 +82,7 @@ void ExpectLikeReference(const AttentionShape& shape, DType dtype, Tensors& got,
 // {rows, seq, heads, kv_heads, dim}: one token, both sides of the tiles of 64 and 128 tokens, groups of 1, 2 and 4 heads, heads that fill
 // an instance, are narrower, not a multiple of 16 or 8, and wider than the tensor cores' kernels take.
 const AttentionShape kShapes[] = {
-    {1, 1, 1, 1, 64},  {2, 17, 4, 1, 64}, {1, 130, 2, 2, 64}, {1, 64, 4, 2, 32},  {1, 65, 2, 1, 80},  {1, 130, 4, 1, 128},
+    {1, 1, 1, 1, 64},   {2, 17, 4, 1, 64}, {1, 130, 2, 2, 64}, {1, 64, 4, 2, 32},  {1, 65, 2, 1, 80},  {1, 130, 4, 1, 128},
     {1, 129, 1, 1, 16}, {3, 33, 2, 1, 20}, {2, 5, 3, 1, 3},    {1, 70, 1, 1, 256}, {1, 40, 2, 1, 144}, {1, 9, 1, 1, 300},
 };
 

@@ -73,9 +73,9 @@ class TileWalk {
   SegmentWindow window_;
   int tile_rows_;
   int64_t tiles_per_row_;
-  int64_t before_ = 0;     // Tiles of earlier windows.
+  int64_t before_ = 0;  // Tiles of earlier windows.
   int64_t in_window_ = 0;
-  int64_t through_ = 0;    // Tiles of the window up to this lane's segment, its own among them.
+  int64_t through_ = 0;  // Tiles of the window up to this lane's segment, its own among them.
 };
 
 // The steps of a product whose k lies along rows of both operands, or across those of b.
@@ -99,7 +99,8 @@ template <typename T> struct AlongSteps {
 template <typename T> class SegmentSteps {
  public:
   SegmentSteps() = default;
-  __device__ SegmentSteps(const int32_t* segments, int32_t count, int32_t expert, const T* a, int64_t a_stride, const T* b, int64_t b_stride)
+  __device__ SegmentSteps(const int32_t* segments, int32_t count, int32_t expert, const T* a, int64_t a_stride, const T* b,
+                          int64_t b_stride)
       : window_{segments, count}, expert_(expert), a_(a), b_(b), a_stride_(a_stride), b_stride_(b_stride) {}
 
   __device__ bool Next(int step_k, Step<T>& step) {
@@ -161,11 +162,17 @@ template <typename T, bool kAcross> struct RowsWork {
 
 template <typename T, bool kAcross>
 __global__ void __launch_bounds__(TileProduct<T, false, kAcross>::kThreads, TileProduct<T, false, kAcross>::kBlocks)
-    RowsKernel(const T* x, const int64_t* weights, const int32_t* segments, int32_t segment_count, int64_t k, int64_t n, void* y, bool f32) {
+    RowsKernel(const T* x, const int64_t* weights, const int32_t* segments, int32_t segment_count, int64_t k, int64_t n, void* y,
+               bool f32) {
   using Product = TileProduct<T, false, kAcross>;
   SHOAL_DYNAMIC_SHARED(unsigned char, shared);
-  RowsWork<T, kAcross> work = {
-      x, weights, k, n, static_cast<unsigned char*>(y), f32, TileWalk(segments, segment_count, Product::kRows, Blocks(n, Product::kColumns))};
+  RowsWork<T, kAcross> work = {x,
+                               weights,
+                               k,
+                               n,
+                               static_cast<unsigned char*>(y),
+                               f32,
+                               TileWalk(segments, segment_count, Product::kRows, Blocks(n, Product::kColumns))};
   Product::Run(work, shared);
 }
 
@@ -211,15 +218,15 @@ template <typename Product> int64_t SharedBytes() {
   return SharedMemoryOfBlock() >= Product::kSharedBytesMost ? Product::kSharedBytesMost : Product::kSharedBytes;
 }
 
-template <typename T, bool kAcross>
-DeviceResult Rows(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
+template <typename T, bool kAcross> DeviceResult Rows(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
   using Product = TileProduct<T, false, kAcross>;
   const int64_t n = y.shape[1], segment_count = segments.shape[0];
   const int64_t tiles_most = (y.shape[0] / Product::kRows + segment_count) * Blocks(n, Product::kColumns);
   const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
-  return Launch({.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()},
-                stream, RowsKernel<T, kAcross>, Data<T>(x), Data<int64_t>(weights), Data<int32_t>(segments), segment_count, x.shape[1], n,
-                y.data, y.dtype == DType::kF32);
+  return Launch(
+      {.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()},
+      stream, RowsKernel<T, kAcross>, Data<T>(x), Data<int64_t>(weights), Data<int32_t>(segments), segment_count, x.shape[1], n, y.data,
+      y.dtype == DType::kF32);
 }
 
 }  // namespace
@@ -239,8 +246,8 @@ DeviceResult GroupedMatMulGradWeight(TensorArg dy, TensorArg x, TensorArg segmen
     const int64_t n = dy.shape[1], k = x.shape[1], experts = weight_grads.elements;
     const int64_t tiles = experts * Blocks(n, Product::kRows) * Blocks(k, Product::kColumns);
     const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
-    return Launch({.blocks = tiles < resident ? tiles : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()}, stream,
-                  WeightKernel<T>, Data<T>(dy), Data<T>(x), Data<int32_t>(segments), segments.shape[0], n, k, experts, add,
+    return Launch({.blocks = tiles < resident ? tiles : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()},
+                  stream, WeightKernel<T>, Data<T>(dy), Data<T>(x), Data<int32_t>(segments), segments.shape[0], n, k, experts, add,
                   Data<int64_t>(weight_grads));
   });
 }

@@ -41,7 +41,9 @@ Tensor Copy(const Tensor& from) {
   return to;
 }
 
-bool SameBits(const Tensor& a, const Tensor& b) { return a.bytes() == 0 || std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())) == 0; }
+bool SameBits(const Tensor& a, const Tensor& b) {
+  return a.bytes() == 0 || std::memcmp(a.raw(), b.raw(), static_cast<size_t>(a.bytes())) == 0;
+}
 
 // Products of two bf16 are exact in f32; the k sums round each once, by at most 2^-23 (the tensor cores truncate) of a partial sum, which
 // for random terms stays below 4 sqrt(k); errors of random sign add up as sqrt(k). On top one rounding to the result's type, of both.
@@ -51,12 +53,13 @@ void ExpectClose(const Tensor& got, const Tensor& want, int64_t k) {
   for (int64_t i = 0; i < got.elements(); ++i) {
     const double tolerance = size * 4 * std::sqrt(static_cast<double>(k) + 1) * 0x1p-23 + relative * std::abs(Get(want, i));
     ASSERT_TRUE(std::abs(Get(got, i) - Get(want, i)) <= tolerance) << "row " << i / got.dim(1) << " column " << i % got.dim(1) << ": "
-                                                                 << Get(got, i) << ", want " << Get(want, i) << " within " << tolerance;
+                                                                   << Get(got, i) << ", want " << Get(want, i) << " within " << tolerance;
   }
 }
 
 // No rows, one row, several segments of one expert, gaps between segments, more rows than a tile; expert 6 has none.
-const std::vector<Segment> kSegments = {{0, 0, 33}, {2, 33, 1}, {3, 40, 290}, {1, 330, 0}, {0, 331, 70}, {5, 401, 129}, {4, 531, 64}, {0, 595, 2}};
+const std::vector<Segment> kSegments = {{0, 0, 33},   {2, 33, 1},    {3, 40, 290}, {1, 330, 0},
+                                        {0, 331, 70}, {5, 401, 129}, {4, 531, 64}, {0, 595, 2}};
 constexpr int64_t kRows = 600;
 constexpr int kExperts = 7;
 
@@ -110,7 +113,8 @@ TEST(GroupedMatMul, ForwardAndInputGradientMatchTheReferenceAndLeaveOtherRowsAlo
     for (const Types& types : kTypes) {
       const std::vector<Tensor> weights = Weights(n, k, types.in, 10);
       for (const bool forward : {true, false}) {
-        SCOPED_TRACE(testing::Message() << n << "x" << k << " " << Name(types.in) << " to " << Name(types.out) << (forward ? " y" : " dx"));
+        SCOPED_TRACE(testing::Message() << n << "x" << k << " " << Name(types.in) << " to " << Name(types.out)
+                                        << (forward ? " y" : " dx"));
         const Tensor in = Random(kRows, forward ? k : n, types.in, 1), out = Random(kRows, forward ? n : k, types.out, 2);
         const Tensor expected = Copy(out);
         for (const Segment& s : kSegments) {
@@ -198,7 +202,8 @@ TEST(GroupedMatMul, ManySegments) {
       const auto e = static_cast<size_t>(s.expert);
       kernels::ref::MatMul(x.Rows(s.begin, s.count), Transpose::kNo, weights[e], Transpose::kYes, Accumulate::kOverwrite,
                            y_expected.Rows(s.begin, s.count), host);
-      kernels::ref::MatMul(dy.Rows(s.begin, s.count), Transpose::kYes, x.Rows(s.begin, s.count), Transpose::kNo, Accumulate::kAdd, expected[e], host);
+      kernels::ref::MatMul(dy.Rows(s.begin, s.count), Transpose::kYes, x.Rows(s.begin, s.count), Transpose::kNo, Accumulate::kAdd,
+                           expected[e], host);
     }
     ExpectClose(Forward(x, weights, segments, y), y_expected, kK);
     const std::vector<Tensor> got = GradWeight(dy, x, segments, Accumulate::kOverwrite, grads);
@@ -212,7 +217,8 @@ TEST(GroupedMatMul, OddAddresses) {
   for (const DType in : {DType::kF32, DType::kBF16}) {
     const Tensor x = Random(40, 72, in, 1), w = Random(24, 72, in, 2), y = Zeros({40, 24}, in), dw = Zeros({24, 72}, DType::kF32);
     const Tensor there_x = kernels::testing::ToOddAddress(x, *stream), there_y = kernels::testing::ToOddAddress(y, *stream);
-    const std::vector<Tensor> weights = {kernels::testing::ToOddAddress(w, *stream)}, grads = {kernels::testing::ToOddAddress(dw, *stream)};
+    const std::vector<Tensor> weights = {kernels::testing::ToOddAddress(w, *stream)},
+                              grads = {kernels::testing::ToOddAddress(dw, *stream)};
     kernels::GroupedMatMul(there_x, weights, std::vector<Segment>{{0, 0, 40}}, there_y, *stream);
     kernels::ref::MatMul(x, Transpose::kNo, w, Transpose::kYes, Accumulate::kOverwrite, y, host);
     ExpectClose(ToHost(there_y, *stream), y, 72);

@@ -1,16 +1,15 @@
-#include "runtime/kernels/cuda/mma.h"
-
 #include <gtest/gtest.h>
 
 #include <random>
 #include <vector>
 
+#include "runtime/kernels/cuda/warp_group.h"
+
 namespace shoal::cuda {
 namespace {
 
 // c[16 rows_of_warps, 16] = a[16, 32] b[32, 16] by one warp, from shared matrices that lie in either way.
-template <bool kTransposeA, bool kTransposeB, typename Layout>
-__global__ void Product(const Bf16* a, const Bf16* b, float* c) {
+template <bool kTransposeA, bool kTransposeB, typename Layout> __global__ void Product(const Bf16* a, const Bf16* b, float* c) {
   SHOAL_DYNAMIC_SHARED(Bf16, shared);
   Bf16* const shared_b = shared + 64 * 64;
   // a is [16, 32] or [32, 16], b [16, 32] or [32, 16]: rows of 64, of which the rest is zeros.
@@ -50,7 +49,8 @@ template <bool kTransposeA, bool kTransposeB, typename Layout> void Check() {
   }
   std::vector<float> c(256, -1);
   ASSERT_EQ(Launch({.threads = 32, .shared_bytes = 96 * 72 * 2}, nullptr, Product<kTransposeA, kTransposeB, Layout>, a.data(), b.data(),
-                   c.data()).code,
+                   c.data())
+                .code,
             DeviceResult::Code::kOk);
   for (size_t m = 0; m < 16; ++m) {
     for (size_t n = 0; n < 16; ++n) {
@@ -89,8 +89,8 @@ __global__ void Chain(const Bf16* a, const Bf16* b, float* c) {
   float first[2][4] = {}, second[2][4] = {};
   Mma(first[0], fa, fb[0], fb[1]);
   Mma(first[1], fa, fb[2], fb[3]);
-  const uint32_t next[4] = {PackBf16(first[0][0], first[0][1]), PackBf16(first[0][2], first[0][3]),
-                            PackBf16(first[1][0], first[1][1]), PackBf16(first[1][2], first[1][3])};
+  const uint32_t next[4] = {PackBf16(first[0][0], first[0][1]), PackBf16(first[0][2], first[0][3]), PackBf16(first[1][0], first[1][1]),
+                            PackBf16(first[1][2], first[1][3])};
   Mma(second[0], next, fb[0], fb[1]);
   Mma(second[1], next, fb[2], fb[3]);
   const int g = static_cast<int>(threadIdx.x) / 4, t = static_cast<int>(threadIdx.x) % 4;
@@ -119,6 +119,72 @@ TEST(Mma, SumsAreTheLeftOperandOfTheNextProduct) {
       ASSERT_EQ(c[m * 16 + n], want) << m << ", " << n;
     }
   }
+}
+
+// c[64, kN] = a[64, 64] b[64, kN] by a warp group, from shared matrices that lie in either way, or with a from registers.
+template <int kN, bool kAAcross, bool kBAcross, bool kRegisters> __global__ void GroupProduct(const Bf16* a, const Bf16* b, float* c) {
+  SHOAL_DYNAMIC_SHARED(Bf16, shared);
+  Bf16* const shared_b = shared + 64 * 64;
+  LoadTile<Swizzled<64>, 64, 64, 128>(shared, a, 64, 64, 64, true);
+  if (kBAcross) {
+    LoadTile<Swizzled<64>, 64, kN, 128>(shared_b, b, kN, 64, kN, true);
+  } else {
+    LoadTile<Swizzled<kN>, kN, 64, 128>(shared_b, b, 64, kN, 64, true);
+  }
+  CommitCopies();
+  WaitCopies<0>();
+  PublishShared();
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  float sums[kN / 8][4];
+  StartProducts();
+  if constexpr (kRegisters) {
+    for (auto& row : sums) row[0] = row[1] = row[2] = row[3] = 0;
+    for (int k = 0; k < 64; k += 16) {
+      uint32_t fragment[4];
+      LoadA<Swizzled<64>>(fragment, shared, 16 * warp, k);
+      MultiplyWarpGroup(sums, fragment, shared_b, k);
+    }
+  } else {
+    MultiplyWarpGroup<kAAcross, kBAcross, true>(sums, shared, shared_b, 0);
+    for (int k = 16; k < 64; k += 16) MultiplyWarpGroup<kAAcross, kBAcross>(sums, shared, shared_b, k);
+  }
+  CommitProducts();
+  WaitProducts<0>(sums);
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  for (int j = 0; j < kN / 8; ++j) {
+    for (int i = 0; i < 4; ++i) c[(16 * warp + g + i / 2 * 8) * kN + 8 * j + 2 * t + i % 2] = sums[j][i];
+  }
+}
+
+template <int kN, bool kAAcross, bool kBAcross, bool kRegisters> void CheckGroup() {
+  std::mt19937 random(7);
+  std::vector<Bf16> a(64 * 64), b(64 * kN);
+  for (std::vector<Bf16>* x : {&a, &b}) {
+    for (Bf16& value : *x) value = FromFloat<Bf16>(static_cast<float>(random() % 17) - 8);
+  }
+  std::vector<float> c(64 * kN, -1);
+  ASSERT_EQ(Launch({.threads = 128, .shared_bytes = (64 + kN) * 128}, nullptr, GroupProduct<kN, kAAcross, kBAcross, kRegisters>, a.data(),
+                   b.data(), c.data())
+                .code,
+            DeviceResult::Code::kOk);
+  for (size_t m = 0; m < 64; ++m) {
+    for (size_t n = 0; n < kN; ++n) {
+      float want = 0;
+      for (size_t k = 0; k < 64; ++k)
+        want += ToFloat(kAAcross ? a[k * 64 + m] : a[m * 64 + k]) * ToFloat(kBAcross ? b[k * kN + n] : b[n * 64 + k]);
+      ASSERT_EQ(c[m * kN + n], want) << m << ", " << n << " of " << kN << " across " << kAAcross << kBAcross;
+    }
+  }
+}
+
+TEST(WarpGroup, OperandsOfEveryLayoutMultiply) {
+  CheckGroup<64, false, false, false>();
+  CheckGroup<256, false, false, false>();
+  CheckGroup<256, false, true, false>();
+  CheckGroup<256, true, true, false>();
+  CheckGroup<64, false, true, true>();
+  CheckGroup<128, false, true, true>();
 }
 
 __global__ void LoadOdd(const Bf16* from, int rows, int columns, bool aligned, Bf16* to) {

@@ -23,15 +23,16 @@ namespace shoal::cuda {
 
 #if SHOAL_HAS_WARP_GROUPS
 
-// c += a b (kOverwrite: c = a b, whatever c holds), a being 64 x 16 and b 16 x n (n of c: 64 or 256), for the rows [16 w, 16 w + 16) of c in warp w as fragments of mma.h, 8 columns each.
-// `a` is the Swizzled part of shared memory whose first row (kAAcross: whose block of 64 columns) is the group's; `b` likewise holds the
-// columns of all. k: the first of the 16, a multiple of 16 below 64. kAAcross: a lies as [k][row], of 64 k, else as [row][k]; b likewise.
-// Or `a` comes from registers as fragments of mma.h of each warp's 16 rows, and b (n 64 or 128) lies as [k][column].
+// c += a b (kOverwrite: c = a b, whatever c holds), a being 64 x 16 and b 16 x n (n of c: 64 or 256), for the rows [16 w, 16 w + 16) of c
+// in warp w as fragments of mma.h, 8 columns each. `a` is the Swizzled part of shared memory whose first row (kAAcross: whose block of 64
+// columns) is the group's; `b` likewise holds the columns of all. k: the first of the 16, a multiple of 16 below 64. kAAcross: a lies as
+// [k][row], of 64 k, else as [row][k]; b likewise. Or `a` comes from registers as fragments of mma.h of each warp's 16 rows, and b (n 64
+// or 128) lies as [k][column].
 //
 //   StartProducts(); MultiplyWarpGroup(...) ...; CommitProducts(); ... WaitProducts<0>(c);
 //
-// c and a of registers may not be touched, nor a and b written, before WaitProducts. What threads wrote to shared memory (asynchronous copies among it) must
-// be published by PublishShared and a barrier before it is multiplied.
+// c and a of registers may not be touched, nor a and b written, before WaitProducts. What threads wrote to shared memory (asynchronous
+// copies among it) must be published by PublishShared and a barrier before it is multiplied.
 __device__ __forceinline__ uint64_t SwizzledDescriptor(const Bf16* matrix) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kBlock = 64 * 128 / 16;  // From 64 columns to the next of a matrix that lies across: 64 rows of 128 bytes.
@@ -44,35 +45,42 @@ template <bool kAcross> constexpr int kElementsPerK = kAcross ? 64 : 1;
 
 #ifdef __CUDACC__
 #define SHOAL_SUMS(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define SHOAL_SUMS8(j) \
-  SHOAL_SUMS(j), SHOAL_SUMS(j + 1), SHOAL_SUMS(j + 2), SHOAL_SUMS(j + 3), SHOAL_SUMS(j + 4), SHOAL_SUMS(j + 5), SHOAL_SUMS(j + 6), SHOAL_SUMS(j + 7)
+#define SHOAL_SUMS8(j)                                                                                                             \
+  SHOAL_SUMS(j), SHOAL_SUMS(j + 1), SHOAL_SUMS(j + 2), SHOAL_SUMS(j + 3), SHOAL_SUMS(j + 4), SHOAL_SUMS(j + 5), SHOAL_SUMS(j + 6), \
+      SHOAL_SUMS(j + 7)
 template <bool kAAcross, bool kBAcross, bool kOverwrite = false>
 __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[8][4], const Bf16* a, const Bf16* b, int k) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+      "%27, %28, %29, %30, %31}, "
       "%32, %33, %36, 1, 1, %34, %35;\n"
       : SHOAL_SUMS8(0)
-      : "l"(SwizzledDescriptor(a + kElementsPerK<kAAcross> * k)), "l"(SwizzledDescriptor(b + kElementsPerK<kBAcross> * k)), "n"(kAAcross ? 1 : 0),
-        "n"(kBAcross ? 1 : 0), "n"(kOverwrite ? 0 : 1));
+      : "l"(SwizzledDescriptor(a + kElementsPerK<kAAcross> * k)), "l"(SwizzledDescriptor(b + kElementsPerK<kBAcross> * k)),
+        "n"(kAAcross ? 1 : 0), "n"(kBAcross ? 1 : 0), "n"(kOverwrite ? 0 : 1));
 }
 template <bool kAAcross, bool kBAcross, bool kOverwrite = false>
 __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[32][4], const Bf16* a, const Bf16* b, int k) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "
-      " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+      "%27, %28, %29, %30, %31, "
+      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
+      "%57, %58, %59, %60, %61, %62, %63, "
+      " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, "
+      "%89, %90, %91, %92, %93, %94, %95, "
+      " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, "
+      "%118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, "
       "%128, %129, %132, 1, 1, %130, %131;\n"
       : SHOAL_SUMS8(0), SHOAL_SUMS8(8), SHOAL_SUMS8(16), SHOAL_SUMS8(24)
-      : "l"(SwizzledDescriptor(a + kElementsPerK<kAAcross> * k)), "l"(SwizzledDescriptor(b + kElementsPerK<kBAcross> * k)), "n"(kAAcross ? 1 : 0),
-        "n"(kBAcross ? 1 : 0), "n"(kOverwrite ? 0 : 1));
+      : "l"(SwizzledDescriptor(a + kElementsPerK<kAAcross> * k)), "l"(SwizzledDescriptor(b + kElementsPerK<kBAcross> * k)),
+        "n"(kAAcross ? 1 : 0), "n"(kBAcross ? 1 : 0), "n"(kOverwrite ? 0 : 1));
 }
 __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[8][4], const uint32_t (&a)[4], const Bf16* b, int k) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+      "%27, %28, %29, %30, %31}, "
       "{%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"
       : SHOAL_SUMS8(0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(SwizzledDescriptor(b + kElementsPerK<true> * k)));
@@ -80,8 +88,10 @@ __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[8][4], const uint32
 __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[16][4], const uint32_t (&a)[4], const Bf16* b, int k) {
   asm volatile(
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+      "%27, %28, %29, %30, %31, "
+      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
+      "%57, %58, %59, %60, %61, %62, %63}, "
       "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
       : SHOAL_SUMS8(0), SHOAL_SUMS8(8)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(SwizzledDescriptor(b + kElementsPerK<true> * k)));
@@ -107,9 +117,9 @@ template <int kNewest, typename... Sums> __device__ __forceinline__ void WaitPro
 #else
 namespace emulator {
 using Product = std::function<void()>;
-inline std::array<std::deque<std::vector<Product>>, 1024> g_products;  // By thread; the last group is open.
-inline std::deque<std::vector<Product>>& Products() {
-  std::deque<std::vector<Product>>& groups = g_products[threadIdx.x];
+inline std::array<std::deque<std::vector<Product> >, 1024> g_products;  // By thread; the last group is open.
+inline std::deque<std::vector<Product> >& Products() {
+  std::deque<std::vector<Product> >& groups = g_products[threadIdx.x];
   if (groups.empty()) groups.emplace_back();
   return groups;
 }
@@ -118,8 +128,8 @@ inline std::deque<std::vector<Product>>& Products() {
 inline uint32_t ElementAddress(uint64_t descriptor, bool across, int line, int k) {
   const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3fff) << 4; };
   const auto l = static_cast<uint32_t>(line), of_k = static_cast<uint32_t>(k), blocks = field(16), eights = field(32);
-  const uint32_t address = field(0) + (across ? l / 64 * blocks + of_k / 8 * eights + of_k % 8 * 128 + l % 64 * 2
-                                              : l / 8 * eights + l % 8 * 128 + of_k * 2);
+  const uint32_t address =
+      field(0) + (across ? l / 64 * blocks + of_k / 8 * eights + of_k % 8 * 128 + l % 64 * 2 : l / 8 * eights + l % 8 * 128 + of_k * 2);
   return address ^ (address >> 7 & 7) << 4;
 }
 
@@ -135,7 +145,8 @@ inline float Element(const unsigned char* shared, uint64_t descriptor, bool acro
 }
 
 // This lane's part of c from its two rows of a, at 16 k.
-template <int kTiles> void MultiplyRowsOfLane(float (&c)[kTiles][4], const float (&left)[2][16], const unsigned char* shared, uint64_t b, bool across, int t) {
+template <int kTiles>
+void MultiplyRowsOfLane(float (&c)[kTiles][4], const float (&left)[2][16], const unsigned char* shared, uint64_t b, bool across, int t) {
   for (int column = 2 * t; column < 8 * kTiles; column += column % 2 == 0 ? 1 : 7) {
     for (int i = 0; i < 16; ++i) {
       const float right = Element(shared, b, across, column, i);
@@ -145,7 +156,8 @@ template <int kTiles> void MultiplyRowsOfLane(float (&c)[kTiles][4], const float
 }
 }  // namespace emulator
 
-template <bool kAAcross, bool kBAcross, bool kOverwrite = false, int kTiles> void MultiplyWarpGroup(float (&c)[kTiles][4], const Bf16* a, const Bf16* b, int k) {
+template <bool kAAcross, bool kBAcross, bool kOverwrite = false, int kTiles>
+void MultiplyWarpGroup(float (&c)[kTiles][4], const Bf16* a, const Bf16* b, int k) {
   const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + emulator::Lane() / 4, t = emulator::Lane() % 4;
   const uint64_t of_a = SwizzledDescriptor(a + kElementsPerK<kAAcross> * k), of_b = SwizzledDescriptor(b + kElementsPerK<kBAcross> * k);
   emulator::MultiplyNowOrLater([&c, of_a, of_b, row, t, shared = emulator::t_dynamic_shared] {
@@ -165,17 +177,18 @@ template <int kTiles> void MultiplyWarpGroup(float (&c)[kTiles][4], const uint32
     const int of_k = i % 16;
     left[static_cast<size_t>(i)] = emulator::Half(all[4 * g + of_k % 8 / 2][i / 16 + of_k / 8 * 2], of_k % 2);
   }
-  emulator::MultiplyNowOrLater([&c, left, of_b = SwizzledDescriptor(b + kElementsPerK<true> * k), t, shared = emulator::t_dynamic_shared] {
-    float rows[2][16];
-    std::memcpy(rows, left.data(), sizeof(rows));
-    emulator::MultiplyRowsOfLane(c, rows, shared, of_b, true, t);
-  });
+  emulator::MultiplyNowOrLater(
+      [&c, left, of_b = SwizzledDescriptor(b + kElementsPerK<true> * k), t, shared = emulator::t_dynamic_shared] {
+        float rows[2][16];
+        std::memcpy(rows, left.data(), sizeof(rows));
+        emulator::MultiplyRowsOfLane(c, rows, shared, of_b, true, t);
+      });
 }
 inline void PublishShared() {}
 inline void StartProducts() {}
 inline void CommitProducts() { emulator::Products().emplace_back(); }
 template <int kNewest, typename... Sums> void WaitProducts(Sums&...) {
-  std::deque<std::vector<emulator::Product>>& groups = emulator::Products();
+  std::deque<std::vector<emulator::Product> >& groups = emulator::Products();
   while (groups.size() > kNewest + 1) {
     for (const emulator::Product& product : groups.front()) product();
     groups.pop_front();
