@@ -33,16 +33,16 @@ Tensor AttentionLayer::Forward(const Tensor& x, int64_t rows, Saved* saved, Stre
   const Tensor norm = store_->Weight(norm_, {width_}), qkv = store_->Weight(qkv_, {shape_.qkv_width(), width_});
   const Tensor out = store_->Weight(out_, {width_, shape_.q_width()});
   const DType act = qkv.dtype();
-  saved->normed = Empty(x.shape(), act);
-  saved->rstd = Empty({tokens}, DType::kF32);
+  saved->normed = Empty(x.shape(), act, stream);
+  saved->rstd = Empty({tokens}, DType::kF32, stream);
   kernels::RmsNorm(x, Tensor(), norm, epsilon_, Tensor(), saved->normed, saved->rstd, stream);
-  saved->qkv = Empty({tokens, shape_.qkv_width()}, act);
+  saved->qkv = Empty({tokens, shape_.qkv_width()}, act, stream);
   MatMul(saved->normed, Transpose::kNo, qkv, Transpose::kYes, Accumulate::kOverwrite, saved->qkv, stream);
   kernels::Rope(saved->qkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kForward, stream);
-  saved->out = Empty({tokens, shape_.q_width()}, act);
-  saved->lse = Empty({tokens, shape_.heads}, DType::kF32);
+  saved->out = Empty({tokens, shape_.q_width()}, act, stream);
+  saved->lse = Empty({tokens, shape_.heads}, DType::kF32, stream);
   kernels::Attention(ShapeFor(rows, tokens), saved->qkv, saved->out, saved->lse, stream);
-  const Tensor delta = Empty(x.shape(), act);
+  const Tensor delta = Empty(x.shape(), act, stream);
   MatMul(saved->out, Transpose::kNo, out, Transpose::kYes, Accumulate::kOverwrite, delta, stream);
   return delta;
 }
@@ -55,17 +55,17 @@ void AttentionLayer::Backward(const Tensor& x, int64_t rows, const Saved& saved,
   const DType act = qkv.dtype();
   Tensor ddelta = gradient;
   if (act != DType::kF32) {
-    ddelta = Empty(gradient.shape(), act);
+    ddelta = Empty(gradient.shape(), act, stream);
     kernels::Convert(gradient, ddelta, stream);
   }
-  const Tensor dout = Empty(saved.out.shape(), act);
+  const Tensor dout = Empty(saved.out.shape(), act, stream);
   MatMul(ddelta, Transpose::kNo, out, Transpose::kNo, Accumulate::kOverwrite, dout, stream);
   MatMul(ddelta, Transpose::kYes, saved.out, Transpose::kNo, accumulate, store_->Gradient(out_, out_shape),
          stream);
-  const Tensor dqkv = Empty(saved.qkv.shape(), act);
+  const Tensor dqkv = Empty(saved.qkv.shape(), act, stream);
   kernels::AttentionBackward(ShapeFor(rows, x.dim(0)), saved.qkv, saved.out, saved.lse, dout, dqkv, stream);
   kernels::Rope(dqkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kBackward, stream);
-  const Tensor dnormed = Empty(x.shape(), act);
+  const Tensor dnormed = Empty(x.shape(), act, stream);
   MatMul(dqkv, Transpose::kNo, qkv, Transpose::kNo, Accumulate::kOverwrite, dnormed, stream);
   MatMul(dqkv, Transpose::kYes, saved.normed, Transpose::kNo, accumulate, store_->Gradient(qkv_, qkv_shape),
          stream);

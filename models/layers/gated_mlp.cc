@@ -14,9 +14,9 @@ GatedMlp::GatedMlp(const std::string& prefix, int64_t width, int64_t inner, cons
 void GatedMlp::Forward(const Tensor& normed, Tensor* gate_up, const Tensor& out, Stream& stream) const {
   const int64_t tokens = normed.dim(0);
   const Tensor weights = store_->Weight(gate_up_, {2 * inner_, width_});
-  *gate_up = Empty({tokens, 2 * inner_}, weights.dtype());
+  *gate_up = Empty({tokens, 2 * inner_}, weights.dtype(), stream);
   MatMul(normed, Transpose::kNo, weights, Transpose::kYes, Accumulate::kOverwrite, *gate_up, stream);
-  const Tensor h = Empty({tokens, inner_}, weights.dtype());
+  const Tensor h = Empty({tokens, inner_}, weights.dtype(), stream);
   kernels::SwiGlu(*gate_up, h, stream);
   MatMul(h, Transpose::kNo, store_->Weight(down_, {width_, inner_}), Transpose::kYes, Accumulate::kAdd, out, stream);
 }
@@ -24,7 +24,7 @@ void GatedMlp::Forward(const Tensor& normed, Tensor* gate_up, const Tensor& out,
 void GatedMlp::Backward(const Tensor& dy, const Tensor& normed, const Tensor& gate_up, Accumulate accumulate,
                         Stream& stream) const {
   const Shape down_shape = {width_, inner_};
-  const Tensor dh = Empty({dy.dim(0), inner_}, dy.dtype());
+  const Tensor dh = Empty({dy.dim(0), inner_}, dy.dtype(), stream);
   MatMul(dy, Transpose::kNo, store_->Weight(down_, down_shape), Transpose::kNo, Accumulate::kOverwrite, dh, stream);
   kernels::SwiGluBackward(dh, gate_up, gate_up, dh, stream);
   MatMul(dy, Transpose::kYes, dh, Transpose::kNo, accumulate, store_->Gradient(down_, down_shape), stream);

@@ -40,6 +40,13 @@ Tensor CountChoices(const Tensor& chosen, int experts) {
   return counts;
 }
 
+double SumOfSquaredLogz(const Tensor& logz, Stream& stream) {
+  const Tensor values = ToHost(logz, stream);
+  double sum = 0;
+  for (float value : values.span<float>()) sum += static_cast<double>(value) * static_cast<double>(value);
+  return sum;
+}
+
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries) {
   const int64_t T = chosen.dim(0), K = chosen.dim(1);
   RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32),

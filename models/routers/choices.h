@@ -1,5 +1,5 @@
 // From choices to the list of pairs that stay, for the routers of this folder. Pure, in integers: every rank computes the same
-// from the counts of all.
+// from the counts of all. Tensors are in host memory.
 //
 // A rank's summary is its counts of choices, [pieces, E] or, where the choices' order decides who finds room, [pieces, K, E] (i32).
 #pragma once
@@ -17,8 +17,10 @@ void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& s
 void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
 // [E] i64: the choices of all tokens.
 Tensor CountChoices(const Tensor& chosen, int experts);
+// The sum of the squares of logz_T (f32, where the stream computes), in order. Waits for a device's stream.
+double SumOfSquaredLogz(const Tensor& logz, Stream& stream);
 
-// The list in which every choice stays. `summaries` by CountByPiece.
+// The list in which every choice stays. `summaries` by CountByPiece; `weights` may be anywhere.
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
 
 // Tokens that an expert takes of a whole part of the batch: ceil(factor * tokens / experts), at most all.

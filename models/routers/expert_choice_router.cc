@@ -12,6 +12,7 @@ namespace {
 
 struct ExpertChoiceSaved : Router::Saved {
   Tensor normed, probs, logz;
+  Tensor seen;            // `probs` in host memory.
   Tensor offset, expert;  // The list that was chosen.
   std::unique_ptr<RouterLogits::Saved> logits;
 };
@@ -40,13 +41,13 @@ class ExpertChoiceRouter : public Router {
     auto kept = std::make_unique<ExpertChoiceSaved>();
     kept->normed = normed;
     const Tensor logits = logits_->Forward(normed, &kept->logits, stream);
-    kept->probs = Empty(logits.shape(), DType::kF32);
-    kept->logz = Empty({normed.dim(0)}, DType::kF32);
+    kept->probs = Empty(logits.shape(), DType::kF32, stream);
+    kept->logz = Empty({normed.dim(0)}, DType::kF32, stream);
     kernels::Softmax(logits, kept->probs, kept->logz, stream);
     SHOAL_CHECK_EQ(summary.elements(), kept->probs.elements());
-    if (!summary.empty()) std::memcpy(summary.data<float>(), kept->probs.raw(), static_cast<size_t>(kept->probs.bytes()));
-    if (sums == nullptr) return kept;
-    for (float logz : kept->logz.span<float>()) sums->z_sum += static_cast<double>(logz) * static_cast<double>(logz);
+    kept->seen = ToHost(kept->probs, stream);
+    if (!summary.empty()) std::memcpy(summary.data<float>(), kept->seen.raw(), static_cast<size_t>(kept->seen.bytes()));
+    if (sums != nullptr) sums->z_sum = SumOfSquaredLogz(kept->logz, stream);
     return kept;
   }
 
@@ -54,10 +55,13 @@ class ExpertChoiceRouter : public Router {
     ExpertChoiceSaved& kept = static_cast<ExpertChoiceSaved&>(saved);
     int64_t tokens = 0;
     for (int64_t count : batch.tokens_of_rank) tokens += count;
-    const Cutoffs cutoffs{Empty({experts()}, DType::kF32), Empty({experts()}, DType::kI64)};
+    Cutoffs cutoffs{Empty({experts()}, DType::kF32, stream), Empty({experts()}, DType::kI64, stream)};
     const Tensor probs = summaries.Reshape({tokens, experts()});
-    kernels::TopTokens(probs, ExpertCapacity(config_.capacity_factor, tokens, experts()), cutoffs.prob, cutoffs.token, stream);
-    RoutedTokens routed = ListOf(kept.probs, FirstTokenOf(batch, batch.rank), cutoffs);
+    kernels::TopTokens(ToDevice(probs, stream), ExpertCapacity(config_.capacity_factor, tokens, experts()), cutoffs.prob, cutoffs.token,
+                       stream);
+    cutoffs = {ToHost(cutoffs.prob, stream), ToHost(cutoffs.token, stream)};
+    RoutedTokens routed = ListOf(kept.seen, FirstTokenOf(batch, batch.rank), cutoffs);
+    routed.weight = ToDevice(routed.weight, stream);
     routed.rows = RowsOf(probs, batch, cutoffs);
     kept.offset = routed.offset;
     kept.expert = routed.expert;
@@ -72,14 +76,15 @@ class ExpertChoiceRouter : public Router {
                 const Tensor& dnormed, Stream& stream) override {
     const ExpertChoiceSaved& kept = static_cast<const ExpertChoiceSaved&>(saved);
     SHOAL_CHECK(routing.dprob.empty()) << "expert choice has no auxiliary loss";
-    const Tensor dprobs = Zeros(kept.probs.shape(), DType::kF32), dlogits = Empty(kept.probs.shape(), DType::kF32);
+    const Tensor dprobs = Zeros(kept.probs.shape(), DType::kF32), by_pair = ToHost(dweight, stream);
     const int32_t* offset = kept.offset.data<int32_t>();
     for (int64_t t = 0; t < kept.probs.dim(0); ++t) {
       for (int32_t pair = offset[t]; pair < offset[t + 1]; ++pair) {
-        dprobs.data<float>()[t * experts() + kept.expert.data<int32_t>()[pair]] = dweight.data<float>()[pair];
+        dprobs.data<float>()[t * experts() + kept.expert.data<int32_t>()[pair]] = by_pair.data<float>()[pair];
       }
     }
-    kernels::SoftmaxBackward(kept.probs, kept.logz, dprobs, routing.z_scale, dlogits, stream);
+    const Tensor dlogits = Empty(kept.probs.shape(), DType::kF32, stream);
+    kernels::SoftmaxBackward(kept.probs, kept.logz, ToDevice(dprobs, stream), routing.z_scale, dlogits, stream);
     logits_->Backward(kept.logits.get(), kept.normed, dlogits, accumulate, dnormed, stream);
   }
 

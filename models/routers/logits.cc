@@ -15,7 +15,7 @@ using kernels::Transpose;
 
 Tensor AsType(const Tensor& x, DType dtype, Stream& stream) {
   if (x.dtype() == dtype) return x;
-  const Tensor converted = Empty(x.shape(), dtype);
+  const Tensor converted = Empty(x.shape(), dtype, stream);
   kernels::Convert(x, converted, stream);
   return converted;
 }
@@ -29,7 +29,7 @@ class LinearLogits : public RouterLogits {
         shape_({config.num_local_experts, config.hidden_size}) {}
 
   Tensor Forward(const Tensor& normed, std::unique_ptr<Saved>*, Stream& stream) const override {
-    const Tensor logits = Empty({normed.dim(0), shape_[0]}, DType::kF32);
+    const Tensor logits = Empty({normed.dim(0), shape_[0]}, DType::kF32, stream);
     MatMul(normed, Transpose::kNo, parameters_.weight(gate_, shape_), Transpose::kYes, Accumulate::kOverwrite, logits, stream);
     return logits;
   }
@@ -66,18 +66,18 @@ class CosineLogits : public RouterLogits {
   Tensor Forward(const Tensor& normed, std::unique_ptr<Saved>* saved, Stream& stream) const override {
     auto kept = std::make_unique<CosineSaved>();
     const int64_t T = normed.dim(0), E = gate_shape_[0], P = gate_shape_[1];
-    kept->temperature = parameters_.weight(prefix_ + "router_temperature", {1}).data<float>()[0];
+    kept->temperature = ToHost(parameters_.weight(prefix_ + "router_temperature", {1}), stream).data<float>()[0];
     const Tensor gate = AsType(parameters_.weight(prefix_ + "gate.weight", gate_shape_), DType::kF32, stream);
-    kept->token_units = Empty({T, P}, DType::kF32);
-    kept->token_norms = Empty({T}, DType::kF32);
+    kept->token_units = Empty({T, P}, DType::kF32, stream);
+    kept->token_norms = Empty({T}, DType::kF32, stream);
     MatMul(AsType(normed, DType::kF32, stream), Transpose::kNo, Projection(stream), Transpose::kYes, Accumulate::kOverwrite,
            kept->token_units, stream);
     kernels::NormalizeRows(kept->token_units, kept->token_units, kept->token_norms, stream);
-    kept->expert_units = Empty({E, P}, DType::kF32);
-    kept->expert_norms = Empty({E}, DType::kF32);
+    kept->expert_units = Empty({E, P}, DType::kF32, stream);
+    kept->expert_norms = Empty({E}, DType::kF32, stream);
     kernels::NormalizeRows(gate, kept->expert_units, kept->expert_norms, stream);
-    kept->directions = OverTemperature(kept->expert_units, kept->temperature);
-    const Tensor logits = Empty({T, E}, DType::kF32);
+    kept->directions = OverTemperature(kept->expert_units, kept->temperature, stream);
+    const Tensor logits = Empty({T, E}, DType::kF32, stream);
     MatMul(kept->token_units, Transpose::kNo, kept->directions, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
     *saved = std::move(kept);
     return logits;
@@ -86,18 +86,20 @@ class CosineLogits : public RouterLogits {
   void Backward(const Saved* saved, const Tensor& normed, const Tensor& dlogits, Accumulate accumulate, const Tensor& dnormed,
                 Stream& stream) const override {
     const CosineSaved& kept = static_cast<const CosineSaved&>(*saved);
-    const Tensor dtokens = Empty(kept.token_units.shape(), DType::kF32);
+    const Tensor dtokens = Empty(kept.token_units.shape(), DType::kF32, stream);
     MatMul(dlogits, Transpose::kNo, kept.directions, Transpose::kNo, Accumulate::kOverwrite, dtokens, stream);
     kernels::NormalizeRowsBackward(dtokens, kept.token_units, kept.token_norms, dtokens, stream);
     MatMul(dtokens, Transpose::kNo, Projection(stream), Transpose::kNo, Accumulate::kAdd, dnormed, stream);
     MatMul(dtokens, Transpose::kYes, AsType(normed, DType::kF32, stream), Transpose::kNo, accumulate,
            parameters_.gradient(prefix_ + "router_proj.weight", projection_shape_), stream);
 
-    const Tensor ddirections = Empty(gate_shape_, DType::kF32);
+    const Tensor ddirections = Empty(gate_shape_, DType::kF32, stream);
     MatMul(dlogits, Transpose::kYes, kept.token_units, Transpose::kNo, Accumulate::kOverwrite, ddirections, stream);
     // Gradients of vectors are always added to: they are zeroed together.
-    parameters_.gradient(prefix_ + "router_temperature", {1}).data<float>()[0] -= AlongDirections(ddirections, kept);
-    const Tensor dgate = OverTemperature(ddirections, kept.temperature);
+    const Tensor less = Empty({1}, DType::kF32);
+    less.data<float>()[0] = -AlongDirections(ddirections, kept, stream);
+    kernels::AddTo(ToDevice(less, stream), parameters_.gradient(prefix_ + "router_temperature", {1}), stream);
+    const Tensor dgate = OverTemperature(ddirections, kept.temperature, stream);
     kernels::NormalizeRowsBackward(dgate, kept.expert_units, kept.expert_norms, dgate, stream);
     const Tensor gradient = parameters_.gradient(prefix_ + "gate.weight", gate_shape_);
     if (accumulate == Accumulate::kOverwrite) {
@@ -113,17 +115,18 @@ class CosineLogits : public RouterLogits {
     return AsType(parameters_.weight(prefix_ + "router_proj.weight", projection_shape_), DType::kF32, stream);
   }
 
-  static Tensor OverTemperature(const Tensor& x, float temperature) {
-    const Tensor scaled = Empty(x.shape(), DType::kF32);
-    for (int64_t i = 0; i < x.elements(); ++i) scaled.data<float>()[i] = x.data<float>()[i] / temperature;
-    return scaled;
+  static Tensor OverTemperature(const Tensor& x, float temperature, Stream& stream) {
+    const Tensor from = ToHost(x, stream), scaled = Empty(x.shape(), DType::kF32);
+    for (int64_t i = 0; i < x.elements(); ++i) scaled.data<float>()[i] = from.data<float>()[i] / temperature;
+    return ToDevice(scaled, stream);
   }
 
   // What the temperature's growth takes off the loss: it divides every direction.
-  static float AlongDirections(const Tensor& ddirections, const CosineSaved& kept) {
+  static float AlongDirections(const Tensor& ddirections, const CosineSaved& kept, Stream& stream) {
+    const Tensor gradient = ToHost(ddirections, stream), directions = ToHost(kept.directions, stream);
     double sum = 0;
-    for (int64_t i = 0; i < ddirections.elements(); ++i) {
-      sum += static_cast<double>(ddirections.data<float>()[i]) * static_cast<double>(kept.directions.data<float>()[i]);
+    for (int64_t i = 0; i < gradient.elements(); ++i) {
+      sum += static_cast<double>(gradient.data<float>()[i]) * static_cast<double>(directions.data<float>()[i]);
     }
     return static_cast<float>(sum / static_cast<double>(kept.temperature));
   }

@@ -23,7 +23,7 @@
 
 namespace shoal {
 
-// What a router did with the tokens of this rank; sums over ranks make auxiliary losses (balance.h).
+// What a router did with the tokens of this rank, in host memory; sums over ranks make auxiliary losses (balance.h).
 struct RoutingSums {
   Tensor counts;           // [E] i64: choices of each expert, before dropping.
   Tensor prob_sums;        // [E] f64: router probability summed over tokens; empty where no loss reads it.
@@ -35,12 +35,13 @@ struct RoutingSums {
 
 // How auxiliary losses enter the backward pass of one layer.
 struct RoutingGradient {
-  Tensor dprob;             // [E] f32: d loss / d probability, the same for every token; empty: none.
+  Tensor dprob;             // [E] f32, on the host: d loss / d probability, the same for every token; empty: none.
   float z_scale = 0;        // Coefficient of a token's logsumexp^2.
   float seq_aux_scale = 0;  // Coefficient of a sequence's balance loss.
 };
 
-// The ragged list, by token, and within a token by the order of its choices.
+// The ragged list, by token, and within a token by the order of its choices. Lists are in host memory, weights where the stream
+// computes.
 struct RoutedTokens {
   Tensor offset;  // [T + 1] i32: the pairs of token t are [offset[t], offset[t + 1]).
   Tensor expert;  // [S] i32
@@ -68,7 +69,8 @@ class Router {
   virtual int64_t SummaryElements(int64_t tokens, int pieces) const = 0;
   virtual DType SummaryType() const = 0;
 
-  // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`.
+  // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`, a
+  // host tensor: on a device's stream it waits.
   // Fills `sums` unless null.
   virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
                                        Stream& stream) = 0;
@@ -82,7 +84,7 @@ class Router {
                         kernels::Accumulate accumulate, const Tensor& dnormed, Stream& stream) = 0;
 
   // State that is no parameter (DeepSeek-V3's bias): empty for most. [E] f32, the same on every rank, in checkpoints under
-  // `state_name`. EndStep moves it, from the choices of the whole step: counts_E over all ranks and parts.
+  // `state_name`; in host memory. EndStep moves it, from the choices of the whole step: counts_E over all ranks and parts.
   virtual Tensor state() const { return Tensor(); }
   virtual std::string state_name() const { return ""; }
   virtual void EndStep(absl::Span<const int64_t> counts) { (void)counts; }

@@ -11,7 +11,8 @@ namespace {
 
 struct SigmoidSaved : Router::Saved {
   Tensor normed, scores, chosen, weights;
-  Tensor load;  // [sequences, E] f32: choices of an expert in a sequence over its fair share; empty without the loss.
+  Tensor choices;  // `chosen` in host memory.
+  Tensor load;  // [sequences, E] f32, in host memory: choices of an expert in a sequence over its fair share; empty without the loss.
   std::unique_ptr<RouterLogits::Saved> logits;
 };
 
@@ -33,21 +34,22 @@ class SigmoidRouter : public Router {
     const int64_t tokens = normed.dim(0);
     kept->normed = normed;
     const Tensor logits = logits_->Forward(normed, &kept->logits, stream);
-    kept->scores = Empty({tokens, experts()}, DType::kF32);
-    kept->chosen = Empty({tokens, choices()}, DType::kI32);
-    kept->weights = Empty({tokens, choices()}, DType::kF32);
-    kernels::TopKSigmoid(logits, bias_, scale_, kept->scores, kept->chosen, kept->weights, stream);
-    CountByPiece(kept->chosen, batch.pieces, experts(), summary);
-    if (config_.seq_aux_loss_coef > 0) kept->load = LoadOfSequences(kept->chosen, batch.seq);
+    kept->scores = Empty({tokens, experts()}, DType::kF32, stream);
+    kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
+    kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
+    kernels::TopKSigmoid(logits, ToDevice(bias_, stream), scale_, kept->scores, kept->chosen, kept->weights, stream);
+    kept->choices = ToHost(kept->chosen, stream);
+    CountByPiece(kept->choices, batch.pieces, experts(), summary);
+    if (config_.seq_aux_loss_coef > 0) kept->load = LoadOfSequences(kept->choices, batch.seq);
     if (sums == nullptr) return kept;
-    sums->counts = CountChoices(kept->chosen, experts());
+    sums->counts = CountChoices(kept->choices, experts());
     if (!kept->load.empty()) sums->seq_aux_sum = SequenceLoss(*kept, batch.seq, stream);
     return kept;
   }
 
   RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, RoutingSums*, Stream&) override {
     const SigmoidSaved& kept = static_cast<const SigmoidSaved&>(saved);
-    return KeepEveryChoice(kept.chosen, kept.weights, summaries);
+    return KeepEveryChoice(kept.choices, kept.weights, summaries);
   }
 
   void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing, kernels::Accumulate accumulate,
@@ -58,8 +60,9 @@ class SigmoidRouter : public Router {
       dshare = Empty(kept.load.shape(), DType::kF32);
       const float by_token = routing.seq_aux_scale * static_cast<float>(kept.load.dim(0)) / static_cast<float>(kept.scores.dim(0));
       for (int64_t i = 0; i < dshare.elements(); ++i) dshare.data<float>()[i] = by_token * kept.load.data<float>()[i];
+      dshare = ToDevice(dshare, stream);
     }
-    const Tensor dlogits = Empty(kept.scores.shape(), DType::kF32);
+    const Tensor dlogits = Empty(kept.scores.shape(), DType::kF32, stream);
     kernels::TopKSigmoidBackward(kept.scores, kept.chosen, kept.weights, scale_, dweight.Reshape(kept.chosen.shape()), dshare,
                                  dlogits, stream);
     logits_->Backward(kept.logits.get(), kept.normed, dlogits, accumulate, dnormed, stream);
@@ -95,8 +98,9 @@ class SigmoidRouter : public Router {
 
   // Summed over sequences: sum over experts of load times mean share.
   double SequenceLoss(const SigmoidSaved& kept, int64_t seq, Stream& stream) const {
-    const Tensor shares = Empty(kept.load.shape(), DType::kF64);
-    kernels::SumShares(kept.scores, shares, stream);
+    const Tensor summed = Empty(kept.load.shape(), DType::kF64, stream);
+    kernels::SumShares(kept.scores, summed, stream);
+    const Tensor shares = ToHost(summed, stream);
     double sum = 0;
     for (int64_t i = 0; i < shares.elements(); ++i) {
       sum += static_cast<double>(kept.load.data<float>()[i]) * shares.data<double>()[i];

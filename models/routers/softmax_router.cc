@@ -12,7 +12,8 @@ using kernels::Renormalize;
 
 struct SoftmaxSaved : Router::Saved {
   Tensor normed, probs, chosen, weights, logz;
-  Tensor pair;  // [T, K] i32: where a choice stands in the list, -1 for refused ones. Empty: at its own place.
+  Tensor choices;  // `chosen` in host memory.
+  Tensor pair;     // [T, K] i32, in host memory: where a choice stands in the list, -1 for refused ones. Empty: at its own place.
   std::unique_ptr<RouterLogits::Saved> logits;
 };
 
@@ -32,32 +33,35 @@ class SoftmaxRouter : public Router {
     const int64_t tokens = normed.dim(0);
     kept->normed = normed;
     const Tensor logits = logits_->Forward(normed, &kept->logits, stream);
-    kept->probs = Empty({tokens, experts()}, DType::kF32);
-    kept->chosen = Empty({tokens, choices()}, DType::kI32);
-    kept->weights = Empty({tokens, choices()}, DType::kF32);
-    kept->logz = Empty({tokens}, DType::kF32);
+    kept->probs = Empty({tokens, experts()}, DType::kF32, stream);
+    kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
+    kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
+    kept->logz = Empty({tokens}, DType::kF32, stream);
     kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream);
     const auto count = config_.has_capacity() ? CountByPieceAndChoice : CountByPiece;
-    count(kept->chosen, batch.pieces, experts(), summary);
+    kept->choices = ToHost(kept->chosen, stream);
+    count(kept->choices, batch.pieces, experts(), summary);
     if (sums == nullptr) return kept;
-    sums->counts = CountChoices(kept->chosen, experts());
+    sums->counts = CountChoices(kept->choices, experts());
     if (config_.aux_loss != AuxLoss::kNone) {
-      sums->prob_sums = Empty({experts()}, DType::kF64);
-      kernels::SumOverTokens(kept->probs, sums->prob_sums, stream);
+      const Tensor prob_sums = Empty({experts()}, DType::kF64, stream);
+      kernels::SumOverTokens(kept->probs, prob_sums, stream);
+      sums->prob_sums = ToHost(prob_sums, stream);
     }
-    for (float logz : kept->logz.span<float>()) sums->z_sum += static_cast<double>(logz) * static_cast<double>(logz);
+    sums->z_sum = SumOfSquaredLogz(kept->logz, stream);
     return kept;
   }
 
-  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream&) override {
+  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) override {
     SoftmaxSaved& kept = static_cast<SoftmaxSaved&>(saved);
-    if (!config_.has_capacity()) return KeepEveryChoice(kept.chosen, kept.weights, summaries);
+    if (!config_.has_capacity()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
     int64_t tokens = 0;
     for (int64_t count : batch.tokens_of_rank) tokens += count;
     const int64_t capacity = ExpertCapacity(config_.capacity_factor, tokens, experts());
-    kept.pair = Empty(kept.chosen.shape(), DType::kI32);
+    kept.pair = Empty(kept.choices.shape(), DType::kI32);
     Admission admission = Admit(summaries.span<int32_t>(), choices(), experts(), capacity, batch);
-    RoutedTokens routed = KeepAdmitted(kept.chosen, kept.weights, std::move(admission), experts(), kept.pair);
+    RoutedTokens routed = KeepAdmitted(kept.choices, ToHost(kept.weights, stream), std::move(admission), experts(), kept.pair);
+    routed.weight = ToDevice(routed.weight, stream);
     if (sums != nullptr) CountRefused(kept, routed, sums);
     return routed;
   }
@@ -65,9 +69,9 @@ class SoftmaxRouter : public Router {
   void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing, kernels::Accumulate accumulate,
                 const Tensor& dnormed, Stream& stream) override {
     const SoftmaxSaved& kept = static_cast<const SoftmaxSaved&>(saved);
-    const Tensor dlogits = Empty(kept.probs.shape(), DType::kF32);
-    kernels::TopKSoftmaxBackward(kept.probs, kept.chosen, kept.weights, kept.logz, renormalize(), ByChoice(kept, dweight),
-                                 routing.dprob, routing.z_scale, dlogits, stream);
+    const Tensor dlogits = Empty(kept.probs.shape(), DType::kF32, stream);
+    kernels::TopKSoftmaxBackward(kept.probs, kept.chosen, kept.weights, kept.logz, renormalize(), ByChoice(kept, dweight, stream),
+                                 ToDevice(routing.dprob, stream), routing.z_scale, dlogits, stream);
     logits_->Backward(kept.logits.get(), kept.normed, dlogits, accumulate, dnormed, stream);
   }
 
@@ -82,21 +86,21 @@ class SoftmaxRouter : public Router {
   void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, RoutingSums* sums) const {
     sums->dropped = Zeros({experts()}, DType::kI64);
     for (int64_t i = 0; i < kept.pair.elements(); ++i) {
-      if (kept.pair.data<int32_t>()[i] < 0) ++sums->dropped.data<int64_t>()[kept.chosen.data<int32_t>()[i]];
+      if (kept.pair.data<int32_t>()[i] < 0) ++sums->dropped.data<int64_t>()[kept.choices.data<int32_t>()[i]];
     }
     const int32_t* offset = routed.offset.data<int32_t>();
     for (int64_t t = 0; t < kept.chosen.dim(0); ++t) sums->unrouted += offset[t] == offset[t + 1] ? 1 : 0;
   }
 
   // [T, K]: gradients by the choices' weights, 0 for those that were refused.
-  static Tensor ByChoice(const SoftmaxSaved& kept, const Tensor& dweight) {
+  static Tensor ByChoice(const SoftmaxSaved& kept, const Tensor& dweight, Stream& stream) {
     if (kept.pair.empty()) return dweight.Reshape(kept.chosen.shape());
-    const Tensor by_choice = Empty(kept.chosen.shape(), DType::kF32);
+    const Tensor by_choice = Empty(kept.chosen.shape(), DType::kF32), by_pair = ToHost(dweight, stream);
     for (int64_t i = 0; i < by_choice.elements(); ++i) {
       const int32_t pair = kept.pair.data<int32_t>()[i];
-      by_choice.data<float>()[i] = pair < 0 ? 0.0f : dweight.data<float>()[pair];
+      by_choice.data<float>()[i] = pair < 0 ? 0.0f : by_pair.data<float>()[pair];
     }
-    return by_choice;
+    return ToDevice(by_choice, stream);
   }
 
   ModelConfig config_;

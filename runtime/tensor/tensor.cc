@@ -140,4 +140,14 @@ absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream) {
   return host;
 }
 
+Tensor ToDevice(const Tensor& host, Stream& stream) {
+  return stream.device() == nullptr || host.empty() ? host : Upload(host, stream);
+}
+
+Tensor ToHost(const Tensor& tensor, Stream& stream) {
+  if (stream.device() == nullptr || tensor.empty()) return tensor;
+  absl::StatusOr<Tensor> host = Download(tensor, stream);
+  return host.ok() ? *std::move(host) : Zeros(tensor.shape(), tensor.dtype());
+}
+
 }  // namespace shoal

@@ -81,4 +81,9 @@ Tensor Upload(const Tensor& host, Stream& stream);
 // The opposite; waits for the stream.
 absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream);
 
+// For code that runs on any stream. A host tensor where kernels of the stream can read it: itself on the CPU stream, else Upload.
+Tensor ToDevice(const Tensor& host, Stream& stream);
+// A tensor where the host can read it: itself on the CPU stream, else Download, and zeros from a stream that failed.
+Tensor ToHost(const Tensor& tensor, Stream& stream);
+
 }  // namespace shoal
