@@ -8,13 +8,8 @@
 #include <vector>
 
 #include "runtime/device/fake_device.h"
-#include "runtime/kernels/device_kernels.h"
-#include "runtime/kernels/matmul.h"
-
-// A kernel that is not written yet is null.
-#define DeviceResult __attribute__((weak)) DeviceResult
 #include "runtime/kernels/cuda/kernels.h"
-#undef DeviceResult
+#include "runtime/kernels/matmul.h"
 
 namespace shoal::kernels::testing {
 namespace {
@@ -31,7 +26,7 @@ template <auto kKernel, class... Params> DeviceResult Queue(Params... params) {
 }
 
 template <auto kKernel, class... Params> void SetQueued(DeviceResult (*DeviceKernels::*)(Params...)) {
-  if (g_own.*kKernel != nullptr) g_queued.*kKernel = &Queue<kKernel, Params...>;
+  g_queued.*kKernel = &Queue<kKernel, Params...>;
 }
 template <auto... kKernels> void SetAllQueued() { (SetQueued<kKernels>(kKernels), ...); }
 
@@ -61,7 +56,7 @@ const DeviceKernels* EmulatedKernels() {
                &K::softmax_backward, &K::topk_sigmoid, &K::topk_sigmoid_backward, &K::sum_shares, &K::top_tokens, &K::normalize_rows,
                &K::normalize_rows_backward, &K::sum_over_tokens, &K::order_by_expert, &K::matmul, &K::grouped_matmul,
                &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::attention, &K::attention_backward>();
-  if (g_own.sum_tensors != nullptr) g_queued.sum_tensors = QueueSumTensors;
+  g_queued.sum_tensors = QueueSumTensors;
   return &g_queued;
 }
 
