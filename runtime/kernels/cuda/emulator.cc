@@ -8,6 +8,10 @@
 #include "runtime/base/check.h"
 #include "runtime/base/mutex.h"
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace shoal::cuda::emulator {
 
 thread_local Dim3 t_thread_index, t_block_index, t_block_dim, t_grid_dim;
@@ -153,6 +157,9 @@ void Block::Start(unsigned thread) {
   if (stacks_[thread] == nullptr) stacks_[thread] = std::make_unique_for_overwrite<unsigned char[]>(kStackBytes);
   uintptr_t top = reinterpret_cast<uintptr_t>(stacks_[thread].get()) + kStackBytes;
   top &= ~uintptr_t{15};
+#ifdef __SANITIZE_ADDRESS__
+  ASAN_UNPOISON_MEMORY_REGION(stacks_[thread].get(), kStackBytes);  // The functions of a thread before never returned.
+#endif
   auto* stack = reinterpret_cast<void**>(top) - 8;
   std::fill(stack, stack + 8, nullptr);
   stack[6] = reinterpret_cast<void*>(&Block::Entry);
