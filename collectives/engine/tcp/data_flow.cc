@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <ctime>
+#include <limits>
 
+#include "collectives/transport/clock.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -23,6 +26,7 @@ constexpr size_t kDirectBytes = 4 << 10;  // From here on, payload is read strai
 // What the kernel takes beyond what it can send at once: enough to go on with until this process is awake again.
 // Megabytes, as it would take by itself, are tens of milliseconds on a slow link, and nothing overtakes them.
 constexpr int kUnsentBytes = 128 << 10;
+constexpr int64_t kDeliveryPauseMinNs = 250'000, kDeliveryPauseMaxNs = 10'000'000;
 
 absl::Status Gone(const char* what) {
   return absl::UnavailableError(absl::StrCat("data connection: ", what, ": ", std::strerror(errno)));
@@ -45,6 +49,21 @@ int64_t DataFlow::Undelivered() {
   if (getsockopt(socket_.get(), IPPROTO_TCP, TCP_INFO, &info, &length) != 0 || info.tcpi_state == TCP_CLOSE) return 0;
   int unacknowledged = 0;
   return ioctl(socket_.get(), SIOCOUTQ, &unacknowledged) == 0 ? unacknowledged : 0;
+}
+
+void AwaitDelivery(const std::vector<DataFlow*>& flows, int64_t patience_ns) {
+  int64_t least = std::numeric_limits<int64_t>::max();
+  int64_t pause_ns = kDeliveryPauseMinNs;
+  for (int64_t taken_ns = NowNs(); NowNs() - taken_ns < patience_ns;) {
+    int64_t left = 0;
+    for (DataFlow* flow : flows) left += flow->Undelivered();
+    if (left == 0) return;
+    if (left < least) taken_ns = NowNs();
+    least = std::min(least, left);
+    const timespec pause = {0, pause_ns};
+    (void)nanosleep(&pause, nullptr);
+    pause_ns = std::min(2 * pause_ns, kDeliveryPauseMaxNs);
+  }
 }
 
 void DataFlow::Close() {

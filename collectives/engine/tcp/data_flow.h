@@ -85,4 +85,7 @@ class DataFlow {
   size_t payload_left_ = 0;
 };
 
+// Before they are closed: blocks until the peers' systems have all that was sent, or have taken nothing for `patience_ns`.
+void AwaitDelivery(const std::vector<DataFlow*>& flows, int64_t patience_ns);
+
 }  // namespace shoal

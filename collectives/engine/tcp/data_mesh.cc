@@ -8,9 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <ctime>
 #include <deque>
-#include <limits>
 
 #include "collectives/engine/tcp/data_flow.h"
 #include "collectives/engine/tcp/data_port.h"
@@ -34,9 +32,7 @@ constexpr int64_t kLetInNs = 200'000;
 constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake; this bounds a lost one.
 // How long the control connection has to say why a peer's data connections closed.
 constexpr int64_t kGraceNs = 500'000'000;
-constexpr size_t kEarlyGroupsMax = 4096;
-constexpr size_t kClosedGroupsMax = 1 << 16;
-constexpr int64_t kDeliveryPauseMinNs = 250'000, kDeliveryPauseMaxNs = 10'000'000;
+constexpr size_t kEarlyGroupsMax = 4096, kClosedGroupsMax = 1 << 16;
 constexpr uint64_t kWakeTag = ~uint64_t{0};
 
 }  // namespace
@@ -432,10 +428,7 @@ DataMesh::DataMesh(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 void DataMesh::Leave() {
   Visit lock(impl_.get());
   for (const auto& [key, port] : impl_->ports) {
-    if (port->life == nullptr || port->life->Ended()) continue;
-    for (const int rank : port->life->ranks()) {
-      if (port->Pending(rank)) return;
-    }
+    if (port->life != nullptr && !port->life->Ended() && !port->Idle()) return;
   }
   int64_t moved = 0;
   impl_->EmptyOutboxes(&moved);
@@ -450,20 +443,11 @@ void DataMesh::Leave() {
 
 void DataMesh::AwaitDelivery(const std::vector<int>& dead, int64_t patience_ns) {
   Visit lock(impl_.get());
-  int64_t least = std::numeric_limits<int64_t>::max();
-  int64_t pause_ns = kDeliveryPauseMinNs;
-  for (int64_t taken_ns = NowNs(); NowNs() - taken_ns < patience_ns;) {
-    int64_t left = 0;
-    for (const auto& flow : impl_->flows) {
-      if (std::find(dead.begin(), dead.end(), flow->rank) == dead.end()) left += flow->bytes.Undelivered();
-    }
-    if (left == 0) return;
-    if (left < least) taken_ns = NowNs();
-    least = std::min(least, left);
-    const timespec pause = {0, pause_ns};
-    (void)nanosleep(&pause, nullptr);
-    pause_ns = std::min(2 * pause_ns, kDeliveryPauseMaxNs);
+  std::vector<DataFlow*> flows;
+  for (const auto& flow : impl_->flows) {
+    if (std::find(dead.begin(), dead.end(), flow->rank) == dead.end()) flows.push_back(&flow->bytes);
   }
+  shoal::AwaitDelivery(flows, patience_ns);
 }
 
 DataMesh::~DataMesh() {

@@ -49,6 +49,13 @@ bool DataMesh::Port::Pending(int rank) const {
   return side != nullptr && (!side->sends.empty() || !side->expected.empty() || side->wanted_early > 0);
 }
 
+bool DataMesh::Port::Idle() const {
+  for (size_t rank = 0; rank < sides.size(); ++rank) {
+    if (Pending(static_cast<int>(rank))) return false;
+  }
+  return true;
+}
+
 DataHeader DataMesh::Port::NewHeader(DataType type, MessageId id, int64_t total) const {
   DataHeader header = {};
   header.magic = kDataMagic;

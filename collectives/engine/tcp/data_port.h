@@ -60,6 +60,7 @@ struct DataMesh::Port {
   void Finish(MessageId id);
   void Probe(int rank, MessageId id);
   bool Pending(int rank) const;
+  bool Idle() const;  // Nothing is pending with anybody.
   uint64_t Reached(int rank) const { return sides[rank] == nullptr ? 0 : sides[rank]->reached; }
 
   // The network's side. An error: the rank sends what it must not.
