@@ -502,7 +502,7 @@ DeviceResult FakeDevice::Submit(DeviceStream* stream, std::function<DeviceResult
   MutexLock lock(&state_->mutex);
   State* const state = state_.get();
   // The failure of "kernel" shows when it runs.
-  state->Put(stream, {.run = [state, work = std::move(work)]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  state_->Put(stream, {.run = [state, work = std::move(work)]() ABSL_NO_THREAD_SAFETY_ANALYSIS {
     const DeviceResult told = state->Enter("kernel");
     return told.code != Code::kOk ? told : work();
   }});

@@ -1,19 +1,6 @@
 #include "runtime/kernels/device_dispatch.h"
 
-#include <string>
-
-#include "absl/strings/str_cat.h"
-
 namespace shoal::kernels {
-namespace {
-
-// "RmsNorm" of "void shoal::kernels::RmsNorm(const shoal::Tensor&, ...)".
-std::string_view FunctionName(std::string_view signature) {
-  const std::string_view head = signature.substr(0, signature.find('('));
-  return head.substr(head.find_last_of(": ") + 1);
-}
-
-}  // namespace
 
 DeviceTensor ToDeviceTensor(const Tensor& tensor) {
   DeviceTensor out;
@@ -28,7 +15,7 @@ DeviceTensor ToDeviceTensor(const Tensor& tensor) {
 
 void TakeResult(const DispatchSite& site, const DeviceResult& result) {
   if (result.code == DeviceResult::Code::kOk) return;
-  site.stream.Fail(site.stream.device()->StatusOf(result, FunctionName(site.where.function_name())));
+  site.stream.Fail(site.stream.device()->StatusOf(result, site.function));
 }
 
 }  // namespace shoal::kernels

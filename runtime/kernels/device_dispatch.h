@@ -4,9 +4,6 @@
 //   if (Offloaded(stream, &DeviceKernels::swiglu, gate_up, h)) return;
 #pragma once
 
-#include <source_location>
-#include <string_view>
-
 #include "runtime/base/check.h"
 #include "runtime/device/device.h"
 #include "runtime/kernels/device_kernels.h"
@@ -14,12 +11,12 @@
 
 namespace shoal::kernels {
 
-// A stream, and the function that asks.
+// A stream, and the name of the function that asks. (clang 14 has no std::source_location.)
 struct DispatchSite {
-  DispatchSite(Stream& stream, std::source_location where = std::source_location::current())  // NOLINT: implicit.
-      : stream(stream), where(where) {}
+  DispatchSite(Stream& stream, const char* function = __builtin_FUNCTION())  // NOLINT: implicit.
+      : stream(stream), function(function) {}
   Stream& stream;
-  std::source_location where;
+  const char* function;
 };
 
 DeviceTensor ToDeviceTensor(const Tensor& tensor);
