@@ -24,7 +24,7 @@ constexpr double kFixedShare = 0.5, kKnownFixedShare = 0.05;
 // It is known when samples tell it to this share of the whole time.
 constexpr double kKnownAccuracy = 0.02;
 // Units that vary by less than this share hardly differ.
-constexpr double kAlike = 0.05;
+constexpr double kAlike = 0.1;
 constexpr int kRounds = 4;
 // Fitting costs as much as a few small tasks: not after every step.
 constexpr int64_t kEagerSteps = 8, kFitInterval = 4;
@@ -89,12 +89,13 @@ void SolveLine(const std::vector<Point>& points, const std::vector<double>& pred
   line->model = {.fixed_ns = sy / s, .ns_per_unit = 0};
   if (sxx == 0 || determinant <= 0) return;
   const double fixed = (sxx * sum - sx * sxy) / determinant, slope = (held * sxy - sx * sum) / determinant;
-  if (slope < 0) {
-    // Units that hardly differ tell nothing but the mean.
-    const double rest = sy / s - expected.ns;
-    if (spread < kAlike * kAlike * sxx * s && rest > 0 && sx > 0) line->model = {.fixed_ns = expected.ns, .ns_per_unit = rest * s / sx / scale};
+  // Units that hardly differ tell the mean; a slope would be that of whatever else differs.
+  const double rest = sy / s - expected.ns;
+  if (spread < kAlike * kAlike * sxx * s && rest > 0) {
+    line->model = {.fixed_ns = expected.ns, .ns_per_unit = rest * s / sx / scale};
     return;
   }
+  if (slope < 0) return;
   line->model = fixed < 0 ? CostModel{.fixed_ns = 0, .ns_per_unit = sxy / sxx / scale}
                           : CostModel{.fixed_ns = fixed, .ns_per_unit = slope / scale};
 }
