@@ -7,13 +7,19 @@
 namespace shoal::cuda {
 namespace {
 
-// delta[token, head] = sum of dout * out over the head: what all scores' gradients of a query share. One warp each.
-template <typename T> __global__ void DeltaKernel(const T* out, const T* dout, int64_t vectors, int32_t dim, float* delta) {
+// delta[token, head] = sum of dout * out over the head: what all scores' gradients of a query share. One warp each, which reads kPack
+// elements at a time.
+template <typename T, int kPack>
+__global__ void DeltaKernel(const T* out, const T* dout, int64_t vectors, int32_t dim, float* delta) {
   const int64_t vector = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   if (vector >= vectors) return;  // Whole warps.
   float sum = 0;
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < dim; i += 32)
-    sum += ToFloat(out[vector * dim + i]) * ToFloat(dout[vector * dim + i]);
+  for (int i = static_cast<int>(threadIdx.x) % 32 * kPack; i < dim; i += 32 * kPack) {
+    const auto a = *reinterpret_cast<const Pack<T, kPack>*>(out + vector * dim + i);
+    const auto b = *reinterpret_cast<const Pack<T, kPack>*>(dout + vector * dim + i);
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) sum += ToFloat(a.at[j]) * ToFloat(b.at[j]);
+  }
   sum = WarpSum(sum);
   if (threadIdx.x % 32 == 0) delta[vector] = sum;
 }
@@ -102,8 +108,9 @@ DeviceResult AttentionBackward(int64_t rows, int64_t seq, int32_t heads, int32_t
   auto* const delta = static_cast<float*>(memory);
   return WithType(qkv, [&](auto type) {
     using T = decltype(type);
-    const DeviceResult result =
-        Launch({.blocks = Blocks(vectors, 8)}, stream, DeltaKernel<T>, Data<T>(out), Data<T>(dout), vectors, dim, delta);
+    const bool packs = dim % 4 == 0 && IsAligned16(out.data) && IsAligned16(dout.data);
+    const DeviceResult result = Launch({.blocks = Blocks(vectors, 8)}, stream, packs ? DeltaKernel<T, 4> : DeltaKernel<T, 1>, Data<T>(out),
+                                       Data<T>(dout), vectors, dim, delta);
     if (result.code != DeviceResult::Code::kOk) return result;
     if (HasTensorCores(s, qkv.dtype)) return MmaBackward(s, qkv, lse, delta, dout, dqkv, stream);
     return PlainBackward<T>(s, qkv, lse, delta, dout, dqkv, stream);

@@ -34,16 +34,19 @@ struct Tensors {
   }
 };
 
-void RunOnDevice(const AttentionShape& shape, Tensors& t) {
+// `upload(host, stream)` puts an operand on the device.
+template <typename Upload> void RunOnDevice(const AttentionShape& shape, Tensors& t, const Upload& upload) {
   const std::unique_ptr<Stream> stream = TestStream();
-  const Tensor qkv = ToDevice(t.qkv, *stream), out = ToDevice(t.out, *stream), lse = ToDevice(t.lse, *stream);
-  const Tensor dout = ToDevice(t.dout, *stream), dqkv = ToDevice(t.dqkv, *stream);
+  const Tensor qkv = upload(t.qkv, *stream), out = upload(t.out, *stream), lse = upload(t.lse, *stream);
+  const Tensor dout = upload(t.dout, *stream), dqkv = upload(t.dqkv, *stream);
   Attention(shape, qkv, out, lse, *stream);
   AttentionBackward(shape, qkv, out, lse, dout, dqkv, *stream);
   t.out = ToHost(out, *stream);
   t.lse = ToHost(lse, *stream);
   t.dqkv = ToHost(dqkv, *stream);
 }
+
+void RunOnDevice(const AttentionShape& shape, Tensors& t) { RunOnDevice(shape, t, ToDevice); }
 
 // Errors in units of the largest magnitude of the tensor. f32: sums of up to max(seq * group, dim) terms in some order, each term from a
 // score whose own error (dim terms) the exponential turns into a relative one; another 2^-20 for the GPU's exponential. bf16: every
@@ -120,6 +123,17 @@ TEST(Attention, LargeScoresStayFinite) {
     Tensors t(shape, dtype, 5);
     for (int64_t i = 0; i < t.qkv.elements(); ++i) Set(t.qkv, i, 12 * Get(t.qkv, i));
     ExpectLikeReference(shape, dtype, t, dtype == DType::kF32 ? 16 : 2);
+  }
+}
+
+TEST(Attention, OddAddresses) {
+  const AttentionShape shape = {1, 70, 2, 1, 16};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Tensors aligned(shape, dtype, 9), odd(shape, dtype, 9);
+    RunOnDevice(shape, aligned);
+    RunOnDevice(shape, odd, [](const Tensor& tensor, Stream& stream) { return testing::ToOddAddress(tensor, stream); });
+    ExpectClose("out", odd.out, aligned.out, Tolerance(shape, dtype, 1));
+    ExpectClose("dqkv", odd.dqkv, aligned.dqkv, Tolerance(shape, dtype, 1));
   }
 }
 

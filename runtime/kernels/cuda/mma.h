@@ -56,6 +56,9 @@ template <int kNewest> __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kNewest) : "memory");
 }
 
+// Brings a line of global memory near, for a later read.
+__device__ __forceinline__ void Prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];\n" ::"l"(global)); }
+
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(pair) : "f"(high), "f"(low));

@@ -86,6 +86,7 @@ template <int kNewest> void WaitCopies() {
   }
 }
 
+inline void Prefetch(const void*) {}
 inline uint32_t PackBf16(float low, float high) {
   return FromFloat<Bf16>(low).bits | static_cast<uint32_t>(FromFloat<Bf16>(high).bits) << 16;
 }

@@ -111,6 +111,12 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
       if (!work.Next(steps, shape, result)) return false;
       loaded = 0;
       for (int stage = 0; stage < kStages - 1; ++stage) Load(shared + stage * kStageBytes);
+      if (result.add) {  // Lines of 32 elements that will be added to.
+        for (int line = static_cast<int>(threadIdx.x); line < kRows * kColumns / 32; line += kThreads) {
+          const int row = line / (kColumns / 32), column = line % (kColumns / 32) * 32;
+          if (row < m() && column < n()) Prefetch(static_cast<const float*>(result.data) + row * result.stride + column);
+        }
+      }
       return true;
     }
     __device__ void Load(unsigned char* stage) { loaded += TileProduct::Load(steps, shape, m(), n(), stage); }
