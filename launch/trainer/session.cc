@@ -64,10 +64,12 @@ absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
   SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
   SHOAL_RETURN_IF_ERROR(folder.Check(model.model()));
   for (const OwnedPart& part : model.store().owned()) {
-    SHOAL_RETURN_IF_ERROR(folder.Read(part.name, part.row_begin, part.master));
+    SHOAL_RETURN_IF_ERROR(WriteFromHost(part.master, model.stream(), [&](const Tensor& host) {
+      return folder.Read(part.name, part.row_begin, host);
+    }));
   }
   for (const NamedState& state : RouterStates(model)) SHOAL_RETURN_IF_ERROR(folder.Read(state.name, 0, state.value));
-  model.store().ZeroMoments();
+  model.store().ZeroMoments(model.stream());
   return absl::OkStatus();
 }
 
@@ -85,11 +87,14 @@ absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
   SHOAL_RETURN_IF_ERROR(reader->Check(wanted));
   for (const NamedState& state : states) SHOAL_RETURN_IF_ERROR(reader->Read(state.name, 0, state.value));
   SHOAL_RETURN_IF_ERROR(RestoreExperts(path, *reader, model), path, ": where experts were");
+  const auto read = [&](const std::string& name, int64_t row_begin, const Tensor& tensor) {
+    return WriteFromHost(tensor, model.stream(), [&](const Tensor& host) { return reader->Read(name, row_begin, host); });
+  };
   for (const OwnedPart& part : model.store().owned()) {
-    SHOAL_RETURN_IF_ERROR(reader->Read(part.name, part.row_begin, part.master));
+    SHOAL_RETURN_IF_ERROR(read(part.name, part.row_begin, part.master));
     if (!model.store().training()) continue;
-    SHOAL_RETURN_IF_ERROR(reader->Read(part.name + "/exp_avg", part.row_begin, part.exp_avg));
-    SHOAL_RETURN_IF_ERROR(reader->Read(part.name + "/exp_avg_sq", part.row_begin, part.exp_avg_sq));
+    SHOAL_RETURN_IF_ERROR(read(part.name + "/exp_avg", part.row_begin, part.exp_avg));
+    SHOAL_RETURN_IF_ERROR(read(part.name + "/exp_avg_sq", part.row_begin, part.exp_avg_sq));
   }
   return absl::OkStatus();
 }
@@ -154,9 +159,9 @@ absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
 std::vector<Shard> CheckpointShards(RankModel& model) {
   std::vector<Shard> shards;
   for (const OwnedPart& part : model.store().owned()) {
-    shards.push_back({part.name, part.full_shape, part.row_begin, part.master});
-    shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, part.exp_avg});
-    shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, part.exp_avg_sq});
+    shards.push_back({part.name, part.full_shape, part.row_begin, ToHost(part.master, model.stream())});
+    shards.push_back({part.name + "/exp_avg", part.full_shape, part.row_begin, ToHost(part.exp_avg, model.stream())});
+    shards.push_back({part.name + "/exp_avg_sq", part.full_shape, part.row_begin, ToHost(part.exp_avg_sq, model.stream())});
   }
   if (model.rank() != 0) return shards;
   for (const NamedState& state : RouterStates(model)) shards.push_back({state.name, state.value.shape(), 0, state.value});

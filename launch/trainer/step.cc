@@ -8,9 +8,11 @@
 #include <thread>
 
 #include "absl/strings/str_join.h"
+#include "collectives/backend/staged_group.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
 #include "runtime/device/cpu.h"
+#include "runtime/device/device.h"
 
 namespace shoal {
 namespace {
@@ -57,7 +59,12 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   rank_model->order_ = NumericsFor(config) == Numerics::kPinned ? Order::kFixed : Order::kFast;
   rank_model->pace_ = options.pace;
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
-  SHOAL_RETURN_IF_ERROR(rank_model->Connect(options.host), "communicators");
+  if (options.device != nullptr && NumericsFor(config) == Numerics::kPinned) {
+    return absl::InvalidArgumentError(absl::StrCat("train.numerics: pinned is not there on device ", options.device->name()));
+  }
+  SHOAL_ASSIGN_OR_RETURN(rank_model->stream_, rank_model->NewStream(options.device));
+  SHOAL_ASSIGN_OR_RETURN(rank_model->copy_stream_, rank_model->NewStream(options.device));
+  SHOAL_RETURN_IF_ERROR(rank_model->Connect(options), "communicators");
   const bool sparse = HasSparseExperts(config, model, world.size());
   StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
   shape.calibrate = sparse && (config.parallel().calibrate() || options.calibrate != nullptr);
@@ -72,11 +79,16 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .waves_max = WavesToChooseFrom(config, model, shape).back(),
                                                  .copies = sparse ? ExpertMoves::FirstRoom(config) : -1,
                                                  .topology = rank_model->topology_,
-                                                 .numerics = NumericsFor(config)}));
+                                                 .numerics = NumericsFor(config),
+                                                 .stream = rank_model->stream_.get()}));
   const bool several = rank_model->topology_.hosts() > 1;
+  TokenExchange::Streams lanes;
+  for (std::unique_ptr<Stream>& lane : lanes) {
+    SHOAL_ASSIGN_OR_RETURN(lane, rank_model->NewStream(options.device));
+  }
   rank_model->exchange_ = std::make_unique<TokenExchange>(several ? rank_model->bulk_.get() : nullptr,
                                                           several ? rank_model->intra_.get() : rank_model->bulk_.get(),
-                                                          rank_model->topology_, world.index());
+                                                          rank_model->topology_, world.index(), std::move(lanes));
   rank_model->experts_ = {.control = shape.exchange && world.size() > 1 ? rank_model->control_.get() : nullptr,
                           .exchange = rank_model->exchange_.get(),
                           .topology = rank_model->topology_,
@@ -87,14 +99,19 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                    Decoder::Options{.seq = config.train().seq_length(),
                                                                     .recompute = config.train().recompute(),
                                                                     .loss_chunk = config.train().loss_chunk()},
-                                                   *rank_model->store_, rank_model->experts_);
+                                                   *rank_model->store_, rank_model->experts_, *rank_model->stream_);
   SHOAL_RETURN_IF_ERROR(rank_model->SetUpSchedules(shape, options.training));
   if (sparse && options.training) rank_model->SetUpMoves(options);
   return rank_model;
 }
 
-absl::Status RankModel::Connect(int64_t host) {
-  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> hosts, GatherValues(*world_, host, "hosts"));
+absl::StatusOr<std::unique_ptr<Stream>> RankModel::NewStream(Device* device) const {
+  if (device == nullptr) return std::make_unique<Stream>();
+  return device->NewStream();
+}
+
+absl::Status RankModel::Connect(const Options& options) {
+  SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> hosts, GatherValues(*world_, options.host, "hosts"));
   topology_ = TopologyOf(hosts);
   std::vector<int> all(static_cast<size_t>(world_->size()));
   std::iota(all.begin(), all.end(), 0);
@@ -103,6 +120,11 @@ absl::Status RankModel::Connect(int64_t host) {
   const std::vector<int> here = topology_.RanksOf(topology_.HostOf(world_->index()));
   if (topology_.hosts() > 1 && here.size() > 1) {
     SHOAL_ASSIGN_OR_RETURN(intra_, SplitAs(*world_, here, "intra"));
+  }
+  if (options.device == nullptr || world_->size() == 1) return absl::OkStatus();
+  for (std::unique_ptr<Communicator>* group : {&bulk_, &intra_}) {
+    if (*group == nullptr) continue;
+    SHOAL_ASSIGN_OR_RETURN(*group, StageThroughHost(std::move(*group), *options.device));
   }
   return absl::OkStatus();
 }
@@ -224,8 +246,8 @@ absl::Status RankModel::Execute(const Program& program, StepRecord* record, cons
     return units;
   };
   SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, on_lane, abort, record));
-  SHOAL_RETURN_IF_ERROR(copy_stream_.status());
-  return stream_.status();
+  SHOAL_RETURN_IF_ERROR(copy_stream_->status());
+  return stream_->Wait();
 }
 
 std::vector<int64_t> RankModel::TokensOfRanks(int64_t all_rows, int64_t seq) const {
@@ -264,13 +286,16 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
       return 0;
     case Op::kNorm:
       if (*step->on_gradients) (*step->on_gradients)(*store_);
-      step->squares = store_->SquaresByBlock(stream_);
+      step->squares = store_->SquaresByBlock(*stream_);
       if (world_->size() == 1) FinishNorm(step);
       return static_cast<double>(store_->owned_elements());
     case Op::kNormSum:
       return SumNorm(step);
-    case Op::kUpdate:
-      return step->result.finite ? Update(task, *step) : 0;
+    case Op::kUpdate: {
+      SHOAL_ASSIGN_OR_RETURN(const double elements, step->result.finite ? Update(task, *step) : 0);
+      SHOAL_RETURN_IF_ERROR(stream_->Wait());
+      return elements;
+    }
     case Op::kHead: {
       SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, StreamOf(task)));
       // The decoder sums the waves of a part.
@@ -325,7 +350,8 @@ void RankModel::BeginPart(int part, StepState* step) {
                    .tokens_of_rank = TokensOfRanks(batch_rows / parts, seq),
                    .loss_scale = static_cast<float>(1.0 / static_cast<double>(batch_rows * seq)),
                    .part = part,
-                   .schedule = &train_.schedule});
+                   .schedule = &train_.schedule},
+                  *stream_);
   if (train_.shape.balance) return;
   // Early waves go back before late ones have chosen.
   step->totals = {};
@@ -431,8 +457,8 @@ absl::StatusOr<double> RankModel::Update(const Task& task, const StepState& step
                            .update = step.update};
   const double clip = optimizer.clip_grad(), norm = step.result.grad_norm;
   if (clip > 0 && norm > clip) adamw.grad_scale = static_cast<float>(clip / (norm + 1e-6));
-  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, stream_));
-  return static_cast<double>(store_->dense().Update(task.chunk, adamw, stream_));
+  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, *stream_));
+  return static_cast<double>(store_->dense().Update(task.chunk, adamw, *stream_));
 }
 
 // From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.
@@ -464,7 +490,7 @@ void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
 absl::Status RankModel::RunForward(Decoder::Pass pass) {
   pass.schedule = &forward_.schedule;
   return Execute(forward_, /*record=*/nullptr, [&](const Task& task) -> absl::StatusOr<double> {
-    if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass);
+    if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass, *stream_);
     return task.op == Op::kHead ? decoder_->Run(task, StreamOf(task)) : RunStoreTask(task);
   });
 }

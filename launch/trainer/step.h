@@ -43,11 +43,12 @@ class RankModel {
   struct Options {
     bool training = true;
     int64_t host = 0;  // Equal on ranks of one host.
+    Device* device = nullptr;  // That computes, with the parameters in its memory; null: the CPU.
     Pace pace;         // For experiments with clusters on one machine; null: none.
     Calibrate calibrate;  // For tests of sparse experts: as ExpertContext::calibrate, instead of copies that pay; null: none.
   };
   // Collective. Borrows `world` for life. `precision` fp32 or bf16 is the configuration's. Parameters are uninitialised.
-  // INVALID_ARGUMENT: the parallel layout does not fit; RESOURCE_EXHAUSTED: too little shared memory.
+  // INVALID_ARGUMENT: the parallel layout does not fit, or a device cannot do it; RESOURCE_EXHAUSTED: too little memory.
   static absl::StatusOr<std::unique_ptr<RankModel>> Create(const Config& config, const ModelConfig& model,
                                                            Communicator& world, const Options& options);
 
@@ -65,7 +66,7 @@ class RankModel {
   ParameterStore& store() { return *store_; }
   const ParameterStore& store() const { return *store_; }
   Decoder& decoder() { return *decoder_; }
-  Stream& stream() { return stream_; }
+  Stream& stream() { return *stream_; }
   const Topology& topology() const { return topology_; }
   const ModelConfig& model() const { return model_; }
   // The graph of the last training step, and when its tasks ran.
@@ -101,7 +102,8 @@ class RankModel {
 
   RankModel(const Config& config, const ModelConfig& model, Communicator& world)
       : config_(config), model_(model), world_(&world) {}
-  absl::Status Connect(int64_t host);
+  absl::Status Connect(const Options& options);
+  absl::StatusOr<std::unique_ptr<Stream>> NewStream(Device* device) const;
   absl::Status SetUpSchedules(const StepShape& shape, bool training);
   void SetUpMoves(const Options& options);
   Workload WorkloadOf(const StepShape& shape) const;
@@ -113,7 +115,7 @@ class RankModel {
   absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);
-  Stream& StreamOf(const Task& task) { return task.lane == Lane::kCompute ? stream_ : copy_stream_; }
+  Stream& StreamOf(const Task& task) { return task.lane == Lane::kCompute ? *stream_ : *copy_stream_; }
 
   absl::StatusOr<double> RunTrainTask(const Task& task, StepState* step);
   absl::StatusOr<double> RunStoreTask(const Task& task);
@@ -133,7 +135,10 @@ class RankModel {
   Communicator* world_;
   Order order_ = Order::kFast;  // Of sums over ranks.
   Topology topology_;
-  std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several.
+  // Of the compute lane and of the copy lane. Other lanes go on with what a task has done, so each task waits for its stream.
+  std::unique_ptr<Stream> stream_, copy_stream_;
+  std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several. The last two are for
+                                                          // tensors where the parameters are.
   std::unique_ptr<ParameterStore> store_;
   std::unique_ptr<TokenExchange> exchange_;
   ExpertContext experts_;
@@ -144,7 +149,6 @@ class RankModel {
   std::unique_ptr<ExpertMoves> moves_;  // Of sparse experts.
   Program train_, forward_;
   StepRecord record_;
-  Stream stream_, copy_stream_;  // Of the compute lane and of the copy lane.
 };
 
 }  // namespace shoal

@@ -21,15 +21,16 @@ struct PairsOfChunk {
   Tensor offset, slot, weight, dweight;
 };
 
-PairsOfChunk PairsOf(const MoeLayer::Saved& saved, int chunks, int chunk, const Tensor& dweight = Tensor()) {
+PairsOfChunk PairsOf(const MoeLayer::Saved& saved, int chunks, int chunk, const Tensor& dweight, Stream& stream) {
   const int64_t tokens = saved.routed.offset.elements() - 1;
-  if (chunks == 1) return {{0, tokens}, saved.routed.offset, saved.slot, saved.routed.weight, dweight};
+  if (chunks == 1) return {{0, tokens}, saved.offset, saved.slot, saved.routed.weight, dweight};
   const int pieces = saved.plan->pieces(), each = pieces / chunks;
   const Range first = EvenPart(tokens, pieces, chunk * each), last = EvenPart(tokens, pieces, (chunk + 1) * each - 1);
   PairsOfChunk pairs{{first.begin, last.begin + last.count - first.begin}, {}, {}, {}, {}};
   const int32_t* offset = saved.routed.offset.data<int32_t>() + pairs.tokens.begin;
-  pairs.offset = Empty({pairs.tokens.count + 1}, DType::kI32);
-  for (int64_t t = 0; t <= pairs.tokens.count; ++t) pairs.offset.data<int32_t>()[t] = offset[t] - offset[0];
+  const Tensor own = Empty({pairs.tokens.count + 1}, DType::kI32);
+  for (int64_t t = 0; t <= pairs.tokens.count; ++t) own.data<int32_t>()[t] = offset[t] - offset[0];
+  pairs.offset = ToDevice(own, stream);
   const int64_t count = offset[pairs.tokens.count] - offset[0];
   pairs.slot = saved.slot.Rows(offset[0], count);
   pairs.weight = saved.routed.weight.Rows(offset[0], count);
@@ -70,9 +71,9 @@ void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, 
     saved->batch.tokens_of_rank = {x.dim(0)};
     saved->batch.rank = 0;
   }
-  saved->x = Empty(x.shape(), DType::kF32);
-  saved->normed = Empty(x.shape(), delta.dtype());
-  saved->rstd = Empty({x.dim(0)}, DType::kF32);
+  saved->x = Empty(x.shape(), DType::kF32, stream);
+  saved->normed = Empty(x.shape(), delta.dtype(), stream);
+  saved->rstd = Empty({x.dim(0)}, DType::kF32, stream);
   kernels::RmsNorm(x, delta, store_->Weight(norm_, {config_.hidden_size}), epsilon_, saved->x, saved->normed, saved->rstd,
                    stream);
   saved->summary = Empty({router_->SummaryElements(x.dim(0), saved->batch.pieces)}, router_->SummaryType());
@@ -90,8 +91,8 @@ absl::StatusOr<int64_t> MoeLayer::Exchange(Saved* saved) {
   return saved->summaries.bytes();
 }
 
-absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved) {
-  if (saved.plan->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype());
+absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved, Stream& stream) {
+  if (saved.plan->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype(), stream);
   return context_->exchange->SendBuffer(use, saved.wave, rows, config_.hidden_size, saved.normed.dtype());
 }
 
@@ -111,15 +112,17 @@ absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) 
        .backward_chunks = saved->chunks.backward,
        .rule = context_->rule});
   const DispatchPlan& plan = *saved->plan;
-  saved->slot = Empty({plan.sent()}, DType::kI32);
-  saved->token = Empty({plan.sent()}, DType::kI32);
-  plan.OrderRows(saved->routed.offset, saved->routed.expert, saved->slot, saved->token);
+  const Tensor slot = Empty({plan.sent()}, DType::kI32), token = Empty({plan.sent()}, DType::kI32);
+  plan.OrderRows(saved->routed.offset, saved->routed.expert, slot, token);
+  saved->slot = ToDevice(slot, stream);
+  saved->token = ToDevice(token, stream);
+  saved->offset = ToDevice(saved->routed.offset, stream);
   const DType act = saved->normed.dtype();
-  SHOAL_ASSIGN_OR_RETURN(saved->sent, Rows(Use::kDispatch, plan.sent(), *saved));
-  SHOAL_ASSIGN_OR_RETURN(saved->results, Rows(Use::kReturn, plan.arrived(), *saved));
-  saved->arrived = plan.all_stay() ? saved->sent : Empty({plan.arrived(), config_.hidden_size}, act);
-  saved->y = plan.all_stay() ? saved->results : Empty({plan.sent(), config_.hidden_size}, act);
-  saved->gate_up = Empty({plan.arrived(), 2 * config_.intermediate_size}, act);
+  SHOAL_ASSIGN_OR_RETURN(saved->sent, Rows(Use::kDispatch, plan.sent(), *saved, stream));
+  SHOAL_ASSIGN_OR_RETURN(saved->results, Rows(Use::kReturn, plan.arrived(), *saved, stream));
+  saved->arrived = plan.all_stay() ? saved->sent : Empty({plan.arrived(), config_.hidden_size}, act, stream);
+  saved->y = plan.all_stay() ? saved->results : Empty({plan.sent(), config_.hidden_size}, act, stream);
+  saved->gate_up = Empty({plan.arrived(), 2 * config_.intermediate_size}, act, stream);
   return stream.status();
 }
 
@@ -178,7 +181,7 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
     const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
     kernels::GroupedMatMul(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream,
                            context_->numerics);
-    const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype());
+    const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype(), stream);
     kernels::SwiGlu(gate_up, h, stream);
     kernels::GroupedMatMul(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream,
                            context_->numerics);
@@ -188,14 +191,14 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
 }
 
 void MoeLayer::Shared(Saved* saved, Stream& stream) {
-  saved->out = Empty(saved->x.shape(), DType::kF32);
+  saved->out = Empty(saved->x.shape(), DType::kF32, stream);
   kernels::Convert(saved->x, saved->out, stream);
   shared_->Forward(saved->normed, &saved->shared_gate_up, saved->out, stream);
 }
 
 int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
-  if (saved->out.rank() == 1) saved->out = Empty(saved->x.shape(), DType::kF32);
-  const PairsOfChunk pairs = PairsOf(*saved, saved->chunks.forward, chunk);
+  if (saved->out.rank() == 1) saved->out = Empty(saved->x.shape(), DType::kF32, stream);
+  const PairsOfChunk pairs = PairsOf(*saved, saved->chunks.forward, chunk, Tensor(), stream);
   const Range tokens = pairs.tokens;
   const Tensor out = saved->out.Rows(tokens.begin, tokens.count);
   kernels::CombineSlots(shared_.has_value() ? out : saved->x.Rows(tokens.begin, tokens.count), saved->y, pairs.offset,
@@ -210,14 +213,14 @@ absl::StatusOr<int64_t> MoeLayer::PackBackward(int chunk, const Tensor& gradient
   const DType act = saved->normed.dtype();
   if (chunk == 0) {
     saved->sent = Tensor();
-    saved->dweight = Empty({plan.sent()}, DType::kF32);
-    SHOAL_ASSIGN_OR_RETURN(saved->dy_home, Rows(Use::kDispatch, plan.sent(), *saved));
-    SHOAL_ASSIGN_OR_RETURN(saved->dx, Rows(Use::kReturn, plan.arrived(), *saved));
-    saved->dy = plan.all_stay() ? saved->dy_home : Empty({plan.arrived(), config_.hidden_size}, act);
-    saved->dx_home = plan.all_stay() ? saved->dx : Empty({plan.sent(), config_.hidden_size}, act);
-    saved->dh = Empty({plan.arrived(), config_.intermediate_size}, act);
+    saved->dweight = Empty({plan.sent()}, DType::kF32, stream);
+    SHOAL_ASSIGN_OR_RETURN(saved->dy_home, Rows(Use::kDispatch, plan.sent(), *saved, stream));
+    SHOAL_ASSIGN_OR_RETURN(saved->dx, Rows(Use::kReturn, plan.arrived(), *saved, stream));
+    saved->dy = plan.all_stay() ? saved->dy_home : Empty({plan.arrived(), config_.hidden_size}, act, stream);
+    saved->dx_home = plan.all_stay() ? saved->dx : Empty({plan.sent(), config_.hidden_size}, act, stream);
+    saved->dh = Empty({plan.arrived(), config_.intermediate_size}, act, stream);
   }
-  const PairsOfChunk pairs = PairsOf(*saved, plan.backward_chunks(), chunk, saved->dweight);
+  const PairsOfChunk pairs = PairsOf(*saved, plan.backward_chunks(), chunk, saved->dweight, stream);
   kernels::CombineSlotsBackward(gradient.Rows(pairs.tokens.begin, pairs.tokens.count), saved->y, pairs.offset, pairs.slot,
                                 pairs.weight, saved->dy_home, pairs.dweight, stream);
   if (chunk + 1 == plan.backward_chunks()) saved->y = saved->results = Tensor();
@@ -243,7 +246,7 @@ int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& strea
     PinnedWeight(part, *saved, stream);
   } else {
     const Accumulate accumulate =
-        chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part) : Accumulate::kAdd;
+        chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part, stream) : Accumulate::kAdd;
     kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
     kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
   }
@@ -276,7 +279,7 @@ void MoeLayer::PinnedWeight(int part, const Saved& saved, Stream& stream) {
 void MoeLayer::SharedBackward(const Tensor& gradient, Accumulate accumulate, Saved* saved, Stream& stream) {
   Tensor dy = gradient;
   if (saved->normed.dtype() != DType::kF32) {
-    dy = Empty(gradient.shape(), saved->normed.dtype());
+    dy = Empty(gradient.shape(), saved->normed.dtype(), stream);
     kernels::Convert(gradient, dy, stream);
   }
   shared_->Backward(dy, saved->normed, saved->shared_gate_up, accumulate, stream);
@@ -284,8 +287,8 @@ void MoeLayer::SharedBackward(const Tensor& gradient, Accumulate accumulate, Sav
 
 void MoeLayer::RouteBackward(const RoutingGradient& routing, Accumulate accumulate, const Tensor& gradient, Saved* saved,
                              Stream& stream) {
-  const Tensor dnormed = Empty(gradient.shape(), DType::kF32);
-  kernels::SumSlots(saved->dx_home, saved->routed.offset, saved->slot, dnormed, stream);
+  const Tensor dnormed = Empty(gradient.shape(), DType::kF32, stream);
+  kernels::SumSlots(saved->dx_home, saved->offset, saved->slot, dnormed, stream);
   if (shared_.has_value()) shared_->BackwardInput(saved->shared_gate_up, Accumulate::kAdd, dnormed, stream);
   router_->Backward(*saved->routing, saved->dweight, routing, accumulate, dnormed, stream);
   const Shape shape = {config_.hidden_size};
@@ -308,11 +311,11 @@ absl::StatusOr<int64_t> MoeLayer::Travel(const Task& task, Saved* saved) {
   return context_->exchange->Travel(*saved->plan, {direction, task.chunk, way}, task.lane, ends.from, ends.to);
 }
 
-int64_t MoeLayer::Stay(const Task& task, Saved* saved) {
+int64_t MoeLayer::Stay(const Task& task, Saved* saved, Stream& stream) {
   const auto way = task.back ? TokenExchange::Way::kBack : TokenExchange::Way::kThere;
   const Direction direction = task.phase == Phase::kBackward ? Direction::kBackward : Direction::kForward;
   const Ends ends = EndsOf(task.phase, way, *saved);
-  return context_->exchange->Stay(*saved->plan, {direction, task.chunk, way}, ends.from, ends.to);
+  return context_->exchange->Stay(*saved->plan, {direction, task.chunk, way}, ends.from, ends.to, stream);
 }
 
 }  // namespace shoal

@@ -45,7 +45,7 @@ class MoeLayer {
     Tensor summary, summaries;  // Of this rank and of all.
     RoutedTokens routed;
     std::optional<DispatchPlan> plan;
-    Tensor slot, token;
+    Tensor slot, token, offset;  // `offset`: that of `routed`, where the stream computes.
     Tensor sent, arrived, gate_up;  // [S, D] (a buffer: until the rows are gone), [R, D], [R, 2F]
     Tensor results, y;              // [R, D] (a buffer), [S, D]: the experts' results here and back home.
     Tensor shared_gate_up, out;     // [T, 2F'], [T, D]
@@ -82,7 +82,7 @@ class MoeLayer {
 
   // Rows of a chunk on their way; `phase` says of which pass. Bytes.
   absl::StatusOr<int64_t> Travel(const Task& task, Saved* saved);
-  int64_t Stay(const Task& task, Saved* saved);
+  int64_t Stay(const Task& task, Saved* saved, Stream& stream);
 
  private:
   // Adds the holders that the rows of a step's first wave justify.
@@ -97,7 +97,7 @@ class MoeLayer {
   std::vector<Tensor> LocalGradients(bool down) const;
   // The gradient of each source's rows as a product of its own.
   void PinnedWeight(int part, const Saved& saved, Stream& stream);
-  absl::StatusOr<Tensor> Rows(TokenExchange::Use use, int64_t rows, const Saved& saved);
+  absl::StatusOr<Tensor> Rows(TokenExchange::Use use, int64_t rows, const Saved& saved, Stream& stream);
 
   const ModelConfig config_;
   const int layer_;

@@ -1,19 +1,21 @@
 #include "models/optimizer/dense_store.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 #include "absl/strings/match.h"
 #include "parallel/placement/placement.h"
+#include "runtime/device/device.h"
 #include "runtime/kernels/elementwise.h"
 
 namespace shoal {
 namespace {
 
-absl::StatusOr<Tensor> AllocateFor(Communicator& group, int64_t elements, DType dtype) {
-  if (group.size() == 1) return Empty({elements}, dtype);
-  return group.Allocate({elements}, dtype);
+absl::StatusOr<Tensor> AllocateFor(Communicator& group, int64_t elements, DType dtype, Stream& stream) {
+  if (group.size() > 1) return group.Allocate({elements}, dtype);
+  const Tensor tensor = Empty({elements}, dtype, stream);
+  SHOAL_RETURN_IF_ERROR(stream.status());
+  return tensor;
 }
 
 int BucketOf(const Block& block, int layers) {
@@ -28,6 +30,9 @@ absl::StatusOr<std::unique_ptr<DenseStore>> DenseStore::Create(const std::vector
                                                                const std::vector<Block>& blocks, int layers,
                                                                Communicator& group, const Options& options) {
   std::unique_ptr<DenseStore> store(new DenseStore(parameters, blocks, group, options));
+  if (options.stream != nullptr && options.stream->device() != nullptr) {
+    SHOAL_ASSIGN_OR_RETURN(store->reduce_stream_, options.stream->device()->NewStream());
+  }
   int buckets = 0;
   for (const Block& block : blocks) {
     if (block.kind != BlockKind::kExpert) buckets = std::max(buckets, BucketOf(block, layers) + 1);
@@ -69,20 +74,20 @@ absl::Status DenseStore::Allocate(Bucket* bucket) {
   bucket->own_count = bucket->counts[static_cast<size_t>(group_->index())];
   const int64_t own = bucket->own_count;
   if (bucket->sharded) {
-    SHOAL_ASSIGN_OR_RETURN(bucket->own_weights, AllocateFor(*group_, own, bucket->dtype));
-    if (options_.training) bucket->own_gradients = Zeros({own}, DType::kF32);
+    SHOAL_ASSIGN_OR_RETURN(bucket->own_weights, AllocateFor(*group_, own, bucket->dtype, stream()));
+    if (options_.training) bucket->own_gradients = Zeros({own}, DType::kF32, stream());
   } else {
-    SHOAL_ASSIGN_OR_RETURN(bucket->weights, AllocateFor(*group_, bucket->elements, bucket->dtype));
+    SHOAL_ASSIGN_OR_RETURN(bucket->weights, AllocateFor(*group_, bucket->elements, bucket->dtype, stream()));
     bucket->own_weights = bucket->weights.Elements(bucket->own_begin, {own});
     if (options_.training) {
-      SHOAL_ASSIGN_OR_RETURN(bucket->gradients, AllocateFor(*group_, bucket->elements, DType::kF32));
+      SHOAL_ASSIGN_OR_RETURN(bucket->gradients, AllocateFor(*group_, bucket->elements, DType::kF32, stream()));
       bucket->own_gradients = bucket->gradients.Elements(bucket->own_begin, {own});
     }
   }
-  bucket->master = bucket->dtype == DType::kF32 ? bucket->own_weights : Empty({own}, DType::kF32);
+  bucket->master = bucket->dtype == DType::kF32 ? bucket->own_weights : Empty({own}, DType::kF32, stream());
   if (options_.training) {
-    bucket->exp_avg = Zeros({own}, DType::kF32);
-    bucket->exp_avg_sq = Zeros({own}, DType::kF32);
+    bucket->exp_avg = Zeros({own}, DType::kF32, stream());
+    bucket->exp_avg_sq = Zeros({own}, DType::kF32, stream());
   }
   return absl::OkStatus();
 }
@@ -92,10 +97,10 @@ absl::Status DenseStore::AllocateBuffers(int layers) {
   for (const Bucket& bucket : buckets_) largest = bucket.sharded ? std::max(largest, bucket.elements) : largest;
   if (largest == 0) return absl::OkStatus();
   for (int i = 0; i < std::min(options_.buffers, layers); ++i) {
-    SHOAL_ASSIGN_OR_RETURN(Tensor weights, AllocateFor(*group_, largest * SizeOf(options_.compute), DType::kU8));
+    SHOAL_ASSIGN_OR_RETURN(Tensor weights, AllocateFor(*group_, largest * SizeOf(options_.compute), DType::kU8, stream()));
     weight_buffers_.push_back({std::move(weights), Tensor(), -1});
     if (!options_.training) continue;
-    SHOAL_ASSIGN_OR_RETURN(Tensor gradients, AllocateFor(*group_, largest, DType::kF32));
+    SHOAL_ASSIGN_OR_RETURN(Tensor gradients, AllocateFor(*group_, largest, DType::kF32, stream()));
     gradient_buffers_.push_back({Tensor(), std::move(gradients), -1});
   }
   return absl::OkStatus();
@@ -124,9 +129,22 @@ kernels::Accumulate DenseStore::AccumulateOf(int layer, int part) const {
   return part == 0 || at(BucketIndex{}.OfLayer(layer)).sharded ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd;
 }
 
-void DenseStore::ZeroVectorGradients() {
-  const Tensor& gradients = buckets_.front().gradients;
-  std::memset(gradients.raw(), 0, static_cast<size_t>(gradients.bytes()));
+void DenseStore::ZeroVectorGradients(Stream& stream) { FillWithZeros(buckets_.front().gradients, stream); }
+
+// Not a kernel on the CPU: the team of threads is the compute lane's.
+absl::Status DenseStore::AddReduced(const Tensor& from, const Tensor& to, int part) {
+  if (reduce_stream_ == nullptr) {
+    for (int64_t i = 0; i < from.elements(); ++i) {
+      to.data<float>()[i] = part == 0 ? from.data<float>()[i] : to.data<float>()[i] + from.data<float>()[i];
+    }
+    return absl::OkStatus();
+  }
+  if (part == 0) {
+    Copy(from, to, *reduce_stream_);
+  } else {
+    kernels::AddTo(from, to, *reduce_stream_);
+  }
+  return reduce_stream_->Wait();
 }
 
 Tensor DenseStore::TakeWeights(int bucket) {
@@ -189,9 +207,7 @@ absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int par
                         "reducing gradients");
   if (!bucket.sharded) return absl::OkStatus();
   if (own.count > 0) {
-    const float* from = out.data<float>();
-    float* to = bucket.own_gradients.data<float>() + (own.begin - bucket.own_begin);
-    for (int64_t i = 0; i < own.count; ++i) to[i] = part == 0 ? from[i] : to[i] + from[i];
+    SHOAL_RETURN_IF_ERROR(AddReduced(out, bucket.own_gradients.Elements(own.begin - bucket.own_begin, {own.count}), part));
   }
   bucket.reduced += count;
   if (bucket.reduced < bucket.elements) return absl::OkStatus();

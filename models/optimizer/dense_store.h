@@ -31,6 +31,7 @@ class DenseStore {
     DensePolicy policy = DensePolicy::kReplicated;
     int buffers = 2;  // Layers that are here at a time, where they are sharded.
     Numerics numerics = Numerics::kFast;  // kPinned: gradients are summed in rank order.
+    Stream* stream = nullptr;  // Of the device whose memory has the parameters (and that `group` allocates); null: the CPU's.
   };
   // Borrows all but `options` for life. RESOURCE_EXHAUSTED: too little shared memory.
   static absl::StatusOr<std::unique_ptr<DenseStore>> Create(const std::vector<ParameterSpec>& parameters,
@@ -49,7 +50,7 @@ class DenseStore {
   bool sharded(int bucket) const { return at(bucket).sharded; }
   // How gradients of part `part` of the batch enter a layer's bucket.
   kernels::Accumulate AccumulateOf(int layer, int part) const;
-  void ZeroVectorGradients();
+  void ZeroVectorGradients(Stream& stream);
 
   // Collective. Does nothing where the weights are up to date.
   absl::Status Gather(int bucket);
@@ -96,6 +97,8 @@ class DenseStore {
   DenseStore(const std::vector<ParameterSpec>& parameters, const std::vector<Block>& blocks, Communicator& group,
              const Options& options)
       : parameters_(&parameters), blocks_(&blocks), group_(&group), options_(options) {}
+  Stream& stream() { return options_.stream != nullptr ? *options_.stream : cpu_; }
+  absl::Status AddReduced(const Tensor& from, const Tensor& to, int part);
   const Bucket& at(int bucket) const { return buckets_[static_cast<size_t>(bucket)]; }
   Bucket& at(int bucket) { return buckets_[static_cast<size_t>(bucket)]; }
   void AddBlock(int index, int bucket);
@@ -113,6 +116,8 @@ class DenseStore {
   absl::flat_hash_map<std::string, Place> places_;
   Mutex mutex_;  // Who has which buffer.
   std::vector<Buffer> weight_buffers_, gradient_buffers_;
+  Stream cpu_;
+  std::unique_ptr<Stream> reduce_stream_;  // On a device, of the thread that makes collective calls.
 };
 
 }  // namespace shoal

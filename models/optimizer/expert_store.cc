@@ -8,9 +8,11 @@
 namespace shoal {
 namespace {
 
-absl::StatusOr<Tensor> AllocateFor(Communicator& group, Shape shape, DType dtype) {
-  if (group.size() == 1) return Empty(std::move(shape), dtype);
-  return group.Allocate(std::move(shape), dtype);
+absl::StatusOr<Tensor> AllocateFor(Communicator& group, Shape shape, DType dtype, Stream& stream) {
+  if (group.size() > 1) return group.Allocate(std::move(shape), dtype);
+  const Tensor tensor = Empty(std::move(shape), dtype, stream);
+  SHOAL_RETURN_IF_ERROR(stream.status());
+  return tensor;
 }
 
 Tensor Row(const Tensor& rows, int row) { return rows.Elements(row * rows.dim(1), {rows.dim(1)}); }
@@ -52,12 +54,12 @@ absl::Status ExpertStore::Allocate() {
   slots_ = std::max(owned, (total + group_->size() - 1) / group_->size());
   copies_ = options_.copies < 0 ? room : options_.copies;
   const DType compute = options_.compute;
-  SHOAL_ASSIGN_OR_RETURN(weights_, AllocateFor(*group_, {slots_, elements_}, compute));
-  master_ = compute == DType::kF32 ? weights_ : Empty({slots_, elements_}, DType::kF32);
+  SHOAL_ASSIGN_OR_RETURN(weights_, AllocateFor(*group_, {slots_, elements_}, compute, stream()));
+  master_ = compute == DType::kF32 ? weights_ : Empty({slots_, elements_}, DType::kF32, stream());
   if (options_.training) {
-    SHOAL_ASSIGN_OR_RETURN(gradients_, AllocateFor(*group_, {slots_, elements_}, DType::kF32));
-    exp_avg_ = Zeros({slots_, elements_}, DType::kF32);
-    exp_avg_sq_ = Zeros({slots_, elements_}, DType::kF32);
+    SHOAL_ASSIGN_OR_RETURN(gradients_, AllocateFor(*group_, {slots_, elements_}, DType::kF32, stream()));
+    exp_avg_ = Zeros({slots_, elements_}, DType::kF32, stream());
+    exp_avg_sq_ = Zeros({slots_, elements_}, DType::kF32, stream());
   }
   for (int slot = slots_; slot-- > 0;) free_slots_.push_back(slot);
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
@@ -80,9 +82,9 @@ absl::Status ExpertStore::AllocateRooms() {
   if (copies_ == 0) return absl::OkStatus();
   for (int i = 0; i < RoomCount(); ++i) {
     Room room;
-    SHOAL_ASSIGN_OR_RETURN(room.weights, AllocateFor(*group_, {copies_, elements_}, options_.compute));
+    SHOAL_ASSIGN_OR_RETURN(room.weights, AllocateFor(*group_, {copies_, elements_}, options_.compute, stream()));
     if (copies_have_gradients()) {
-      SHOAL_ASSIGN_OR_RETURN(room.gradients, AllocateFor(*group_, {copies_, elements_}, DType::kF32));
+      SHOAL_ASSIGN_OR_RETURN(room.gradients, AllocateFor(*group_, {copies_, elements_}, DType::kF32, stream()));
     }
     rooms_.push_back(std::move(room));
   }
@@ -216,7 +218,7 @@ absl::Status ExpertStore::SetOwners(const OwnerMap& owners) {
     std::vector<Tensor> chunks(moved.size());
     for (size_t i = 0; i < moved.size(); ++i) {
       if (moves[i].owner == self) chunks[i] = Row(*part.first, layers_[moved[i].layer].slot[moved[i].expert]);
-      if (moves[i].holders[0] == self) chunks[i] = moved[i].*part.second = Empty({elements_}, DType::kF32);
+      if (moves[i].holders[0] == self) chunks[i] = moved[i].*part.second = Empty({elements_}, DType::kF32, stream());
     }
     SHOAL_RETURN_IF_ERROR(group_->SparseAllGather(chunks, moves, {.label = "expert owners"}).Await(), "moving experts");
   }
@@ -227,23 +229,22 @@ absl::Status ExpertStore::SetOwners(const OwnerMap& owners) {
     slot = -1;
   }
   std::sort(free_slots_.rbegin(), free_slots_.rend());
-  Stream stream;
   for (size_t i = 0; i < moved.size(); ++i) {
     ExpertPlacement& placement = placement_[moved[i].layer];
     placement[moved[i].expert].owner = moves[i].holders[0];
     for (ExpertCopies& expert : placement) expert.holders.clear();
     if (moves[i].holders[0] != self) continue;
     const int slot = layers_[moved[i].layer].slot[moved[i].expert] = TakeSlot();
-    kernels::Convert(moved[i].master, Row(master_, slot), stream);
-    if (options_.compute != DType::kF32) kernels::Convert(moved[i].master, Row(weights_, slot), stream);
+    kernels::Convert(moved[i].master, Row(master_, slot), stream());
+    if (options_.compute != DType::kF32) kernels::Convert(moved[i].master, Row(weights_, slot), stream());
     if (!options_.training) continue;
-    kernels::Convert(moved[i].exp_avg, Row(exp_avg_, slot), stream);
-    kernels::Convert(moved[i].exp_avg_sq, Row(exp_avg_sq_, slot), stream);
+    kernels::Convert(moved[i].exp_avg, Row(exp_avg_, slot), stream());
+    kernels::Convert(moved[i].exp_avg_sq, Row(exp_avg_sq_, slot), stream());
   }
   for (size_t i = 0; i < moved.size(); ++i) {
     if (i == 0 || moved[i].layer != moved[i - 1].layer) Arrange(static_cast<int>(moved[i].layer));
   }
-  return stream.status();
+  return stream().Wait();
 }
 
 Tensor ExpertStore::Weights(int index, int expert) const {
@@ -298,13 +299,12 @@ void ExpertStore::Release(int index) {
   at(index).fresh = false;
 }
 
-kernels::Accumulate ExpertStore::BeginGradients(int index, int part) {
+kernels::Accumulate ExpertStore::BeginGradients(int index, int part, Stream& stream) {
   if (part == 0) return kernels::Accumulate::kOverwrite;
   if (options_.policy == ExpertPolicy::kRematerialise) {  // Copies gave theirs away; owners keep the sum.
     for (int expert : Local(index)) {
       if (at(index).slot[static_cast<size_t>(expert)] >= 0) continue;
-      const Tensor gradients = Gradients(index, expert);
-      std::memset(gradients.raw(), 0, static_cast<size_t>(gradients.bytes()));
+      FillWithZeros(Gradients(index, expert), stream);
     }
   }
   return kernels::Accumulate::kAdd;

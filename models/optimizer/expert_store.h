@@ -37,6 +37,7 @@ class ExpertStore {
     int copies = -1;  // Room for copies of a layer; -1: as many as the first placement needs.
     Topology topology;  // To count bytes; empty: one host.
     Numerics numerics = Numerics::kFast;
+    Stream* stream = nullptr;  // As DenseStore's.
   };
   // `placement` is by layer, empty for layers without experts. Borrows all but `placement` and `options` for life.
   // RESOURCE_EXHAUSTED: too little shared memory.
@@ -76,7 +77,7 @@ class ExpertStore {
   absl::StatusOr<int64_t> Materialise(int layer);
   void Release(int layer);
   // Before gradients of a part are written: which mode they are written in.
-  kernels::Accumulate BeginGradients(int layer, int part);
+  kernels::Accumulate BeginGradients(int layer, int part, Stream& stream);
   // kPinned: before gradients of a part are computed; `shares` by source (DispatchPlan::shares). Then for each expert the partial
   // [elements] (f32) of each source that has rows here, ascending by source. Where some expert has holders
   // ReduceGradients comes after each part, which needs kRematerialise if there are several.
@@ -117,6 +118,7 @@ class ExpertStore {
       : parameters_(&parameters), blocks_(&blocks), group_(&group), options_(options) {}
   const Layer& at(int layer) const { return layers_[static_cast<size_t>(layer)]; }
   Layer& at(int layer) { return layers_[static_cast<size_t>(layer)]; }
+  Stream& stream() { return options_.stream != nullptr ? *options_.stream : cpu_; }
   absl::Status Allocate();
   absl::Status AllocateRooms();
   int RoomCount() const;
@@ -142,6 +144,7 @@ class ExpertStore {
   std::optional<ExpertPartials> partials_;  // kPinned.
   mutable Mutex mutex_;  // Who has which room.
   std::vector<Room> rooms_;
+  Stream cpu_;
 };
 
 }  // namespace shoal

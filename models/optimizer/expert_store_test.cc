@@ -97,7 +97,7 @@ class Fixture {
     return Number(3 + rank + 10 * part, Name(layer, expert), i);
   }
   void WriteGradients(int layer, int part) {
-    const kernels::Accumulate mode = store->BeginGradients(layer, part);
+    const kernels::Accumulate mode = store->BeginGradients(layer, part, stream);
     for (int e : store->Local(layer)) {
       const Tensor gradients = store->Gradients(layer, e);
       for (int64_t i = 0; i < gradients.elements(); ++i) {

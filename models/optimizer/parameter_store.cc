@@ -1,7 +1,6 @@
 #include "models/optimizer/parameter_store.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "runtime/kernels/elementwise.h"
 
@@ -22,7 +21,8 @@ absl::StatusOr<std::unique_ptr<ParameterStore>> ParameterStore::Create(std::vect
                                                             .training = options.training,
                                                             .policy = options.dense,
                                                             .buffers = DenseBuffers(options.prefetch, options.waves_max),
-                                                            .numerics = options.numerics}));
+                                                            .numerics = options.numerics,
+                                                            .stream = options.stream}));
   SHOAL_ASSIGN_OR_RETURN(store->experts_, ExpertStore::Create(store->parameters_, store->blocks_, std::move(placement), group,
                                                               {.compute = options.compute,
                                                                .training = options.training,
@@ -30,7 +30,8 @@ absl::StatusOr<std::unique_ptr<ParameterStore>> ParameterStore::Create(std::vect
                                                                .prefetch = options.prefetch,
                                                                .copies = options.copies,
                                                                .topology = options.topology,
-                                                               .numerics = options.numerics}));
+                                                               .numerics = options.numerics,
+                                                               .stream = options.stream}));
   return store;
 }
 
@@ -47,26 +48,29 @@ void ParameterStore::InitializeOwned(uint64_t seed, double stddev, Stream& strea
   for (const OwnedPart& part : owned()) {
     if (part.full_shape.size() == 1) {
       const double initial = parameters_[static_cast<size_t>(part.parameter)].initial;
-      std::fill(part.master.span<float>().begin(), part.master.span<float>().end(), static_cast<float>(initial));
+      const Tensor host = Empty(part.master.shape(), DType::kF32);
+      std::fill(host.span<float>().begin(), host.span<float>().end(), static_cast<float>(initial));
+      Copy(host, part.master, stream);
       continue;
     }
     const kernels::RandomKey key{seed, kernels::MakeStream(0, 0, static_cast<uint64_t>(part.parameter), kInitialWeights)};
     const int64_t row = ElementCount(part.full_shape) / part.full_shape[0];
     kernels::FillNormal(key, static_cast<uint64_t>(part.row_begin * row), 0.0, stddev, part.master, stream);
   }
-  ZeroMoments();
+  ZeroMoments(stream);
 }
 
-void ParameterStore::ZeroMoments() {
+void ParameterStore::ZeroMoments(Stream& stream) {
   for (const OwnedPart& part : owned()) {
-    if (!part.exp_avg.empty()) std::memset(part.exp_avg.raw(), 0, static_cast<size_t>(part.exp_avg.bytes()));
-    if (!part.exp_avg_sq.empty()) std::memset(part.exp_avg_sq.raw(), 0, static_cast<size_t>(part.exp_avg_sq.bytes()));
+    FillWithZeros(part.exp_avg, stream);
+    FillWithZeros(part.exp_avg_sq, stream);
   }
 }
 
 absl::Status ParameterStore::GatherWeights(Stream& stream) {
   dense_->Refresh(stream);
   experts_->Refresh(stream);
+  SHOAL_RETURN_IF_ERROR(stream.Wait());
   for (int bucket = 0; bucket < dense_->buckets(); ++bucket) {
     if (!dense_->sharded(bucket)) SHOAL_RETURN_IF_ERROR(dense_->Gather(bucket));
   }

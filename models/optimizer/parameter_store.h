@@ -25,6 +25,7 @@ class ParameterStore {
     int copies = -1;     // ExpertStore::Options::copies.
     Topology topology;   // Likewise.
     Numerics numerics = Numerics::kFast;
+    Stream* stream = nullptr;  // DenseStore::Options::stream.
   };
   // `placement` is by layer, empty for dense layers. `group` has every rank; borrowed for life. RESOURCE_EXHAUSTED: too little
   // shared memory. Weights and state are uninitialised until InitializeOwned or a load, then GatherWeights.
@@ -45,11 +46,11 @@ class ParameterStore {
   std::vector<OwnedPart> owned() const;
   // Random weights: normal(0, stddev) by (seed, parameter, element), norm vectors 1; zero moments.
   void InitializeOwned(uint64_t seed, double stddev, Stream& stream);
-  void ZeroMoments();
+  void ZeroMoments(Stream& stream);
   // Collective. Brings every rank's kept copies up to date with the owners' master weights.
   absl::Status GatherWeights(Stream& stream);
   // Sums of squares of reduced gradients by block [blocks] (f64), of those that this rank owns, 0 for others: summed over ranks
-  // and then in the order of blocks they give a norm that does not depend on who owns what.
+  // and then in the order of blocks they give a norm that does not depend on who owns what. In host memory.
   Tensor SquaresByBlock(Stream& stream) const;
   int64_t owned_elements() const { return dense_->owned_elements() + experts_->owned_elements(); }
 

@@ -31,12 +31,13 @@ Tensor Columns(const Tensor& tokens, int64_t begin, int64_t count) {
 
 }  // namespace
 
-Decoder::Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts)
+Decoder::Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts, Stream& stream)
     : config_(config),
       options_(options),
       store_(&store),
       rope_(kernels::MakeRopeTable(options.seq, static_cast<int>(config.head_dim), config.rope_theta)),
       head_name_(config.tie_word_embeddings ? kEmbeddingName : "lm_head.weight") {
+  rope_ = {ToDevice(rope_.cos, stream), ToDevice(rope_.sin, stream)};
   for (int index = 0; index < config.num_hidden_layers; ++index) {
     Layer layer{AttentionLayer(config, index, store, rope_), std::nullopt, nullptr, -1};
     if (config.is_dense(index)) {
@@ -57,7 +58,7 @@ std::vector<Router*> Decoder::routers() {
   return routers;
 }
 
-void Decoder::Begin(Pass pass) {
+void Decoder::Begin(Pass pass, Stream& stream) {
   pass_ = std::move(pass);
   const bool next_logits = pass_.mode == Pass::Mode::kNextLogits;
   seq_ = next_logits ? pass_.tokens.dim(1) : pass_.tokens.dim(1) - 1;
@@ -72,8 +73,8 @@ void Decoder::Begin(Pass pass) {
     wave.index = index;
     wave.rows = mine.count;
     for (int64_t all : pass_.tokens_of_rank) wave.tokens_of_rank.push_back(EvenPart(all / seq_, waves, index).count * seq_);
-    wave.ids = Columns(tokens, 0, seq_);
-    if (!next_logits) wave.targets = Columns(tokens, 1, seq_);
+    wave.ids = ToDevice(Columns(tokens, 0, seq_), stream);
+    if (!next_logits) wave.targets = ToDevice(Columns(tokens, 1, seq_), stream);
     wave.layers.resize(layers_.size());
     for (LayerState& layer : wave.layers) {
       layer.moe.wave = index;
@@ -131,11 +132,15 @@ absl::StatusOr<double> Decoder::Run(const Task& task, Stream& stream) {
   LayerState* state = task.layer < 0 ? nullptr : &wave->layers[static_cast<size_t>(task.layer)];
   MoeLayer* moe = task.layer < 0 ? nullptr : layers_[static_cast<size_t>(task.layer)].moe.get();
   if (task.op == Op::kDispatch || task.op == Op::kReturn) return moe->Travel(task, &state->moe);
-  if (task.op == Op::kStay) return moe->Stay(task, &state->moe);
+  if (task.op == Op::kStay) {
+    const double bytes = static_cast<double>(moe->Stay(task, &state->moe, stream));
+    SHOAL_RETURN_IF_ERROR(stream.Wait());
+    return bytes;
+  }
   if (task.op == Op::kExchange) return moe->Exchange(&state->moe);
   SHOAL_ASSIGN_OR_RETURN(const double units, task.phase == Phase::kBackward ? RunBackward(task, wave, stream)
                                                                             : RunForward(task, wave, stream));
-  SHOAL_RETURN_IF_ERROR(stream.status());
+  SHOAL_RETURN_IF_ERROR(stream.Wait());  // Others go on with it.
   return units;
 }
 
@@ -249,14 +254,14 @@ absl::StatusOr<double> Decoder::RunBackward(const Task& task, Wave* wave, Stream
 }
 
 void Decoder::Embed(Wave* wave, Stream& stream) {
-  wave->x = Empty({wave->tokens(), config_.hidden_size}, DType::kF32);
+  wave->x = Empty({wave->tokens(), config_.hidden_size}, DType::kF32, stream);
   kernels::Embedding(store_->Weight(kEmbeddingName, {config_.vocab_size, config_.hidden_size}), wave->ids, wave->x, stream);
 }
 
 void Decoder::EmbedBackward(Wave* wave, Stream& stream) {
   const Tensor embedding = store_->Gradient(kEmbeddingName, {config_.vocab_size, config_.hidden_size});
   if (pass_.part == 0 && wave->index == 0 && !config_.tie_word_embeddings) {
-    std::memset(embedding.raw(), 0, static_cast<size_t>(embedding.bytes()));
+    FillWithZeros(embedding, stream);
   }
   kernels::EmbeddingBackward(wave->gradient, wave->ids, embedding, stream);
   wave->gradient = Tensor();
@@ -269,16 +274,16 @@ void Decoder::Head(Wave* wave, Stream& stream) {
   // Of generation only the last token counts.
   const bool last = pass_.mode == Pass::Mode::kNextLogits;
   const Tensor x = last ? wave->x.Rows(wave->tokens() - 1, 1) : wave->x;
-  const Tensor normed = Empty(x.shape(), head.dtype());
-  wave->final_rstd = Empty({x.dim(0)}, DType::kF32);
+  const Tensor normed = Empty(x.shape(), head.dtype(), stream);
+  wave->final_rstd = Empty({x.dim(0)}, DType::kF32, stream);
   kernels::RmsNorm(x, Tensor(), norm, epsilon, Tensor(), normed, wave->final_rstd, stream);
   if (last) {
-    const Tensor logits = Empty({1, config_.vocab_size}, DType::kF32);
+    const Tensor logits = Empty({1, config_.vocab_size}, DType::kF32, stream);
     MatMul(normed, Transpose::kNo, head, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
-    next_logits_ = logits.Reshape({config_.vocab_size});
+    next_logits_ = ToHost(logits, stream).Reshape({config_.vocab_size});
     return;
   }
-  if (training()) wave->final_gradient = Empty(x.shape(), DType::kF32);
+  if (training()) wave->final_gradient = Empty(x.shape(), DType::kF32, stream);
   cross_entropy_ += Loss(normed, training() ? pass_.loss_scale : 0, *wave, stream);
 }
 
@@ -288,10 +293,10 @@ double Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream
   const Shape shape = {config_.vocab_size, config_.hidden_size};
   const Tensor head = store_->Weight(head_name_, shape);
   const Tensor head_gradient = scale > 0 ? store_->Gradient(head_name_, shape) : Tensor();
-  const Tensor logits_all = Empty({chunk, config_.vocab_size}, DType::kF32);
+  const Tensor logits_all = Empty({chunk, config_.vocab_size}, DType::kF32, stream);
   const bool narrow = head.dtype() != DType::kF32;
-  const Tensor dlogits_all = narrow && scale > 0 ? Empty({chunk, config_.vocab_size}, head.dtype()) : logits_all;
-  const Tensor losses = Empty({tokens}, DType::kF32);
+  const Tensor dlogits_all = narrow && scale > 0 ? Empty({chunk, config_.vocab_size}, head.dtype(), stream) : logits_all;
+  const Tensor losses = Empty({tokens}, DType::kF32, stream);
   const Accumulate accumulate = AccumulateOfHead(wave);
   // At least one pass, so that gradients are written when there are no tokens.
   for (int64_t begin = 0; begin == 0 || begin < tokens; begin += chunk) {
@@ -304,14 +309,15 @@ double Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream
     MatMul(dlogits, Transpose::kNo, head, Transpose::kNo, Accumulate::kOverwrite, wave.final_gradient.Rows(begin, count), stream);
     MatMul(dlogits, Transpose::kYes, x, Transpose::kNo, begin == 0 ? accumulate : Accumulate::kAdd, head_gradient, stream);
   }
+  const Tensor values = ToHost(losses, stream);
   double sum = 0;
-  for (float loss : losses.span<float>()) sum += loss;
+  for (float loss : values.span<float>()) sum += loss;
   return sum;
 }
 
 void Decoder::HeadBackward(Wave* wave, Stream& stream) {
-  if (pass_.part == 0 && wave->index == 0) store_->dense().ZeroVectorGradients();
-  wave->gradient = Zeros(wave->x.shape(), DType::kF32);
+  if (pass_.part == 0 && wave->index == 0) store_->dense().ZeroVectorGradients(stream);
+  wave->gradient = Zeros(wave->x.shape(), DType::kF32, stream);
   kernels::RmsNormBackward(wave->final_gradient, wave->x, store_->Weight(kNormName, {config_.hidden_size}), wave->final_rstd, wave->gradient,
                            store_->Gradient(kNormName, {config_.hidden_size}), stream);
   wave->x = wave->final_gradient = wave->final_rstd = Tensor();

@@ -22,7 +22,8 @@ class Decoder {
     int64_t loss_chunk = 1024;  // Tokens whose logits exist at one time.
   };
   // Borrows `store` for life, and what `experts` points to.
-  Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts);
+  Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts,
+          Stream& stream);
 
   // One part of the batch, or one batch to evaluate.
   struct Pass {
@@ -35,7 +36,7 @@ class Decoder {
     const Schedule* schedule = nullptr;  // Borrowed until the next pass. The graph must have been emitted from it.
   };
   // Before the pass's kEmbed. Drops what is left of the pass before.
-  void Begin(Pass pass);
+  void Begin(Pass pass, Stream& stream);
 
   // The body of a task of the model: from kEmbed to kHead, forward and backward, with the rows on their way. Returns the units
   // done. ABORTED when the group is over. Kernels run on `stream`, which only tasks of the compute lane use.
@@ -98,7 +99,7 @@ class Decoder {
   const ModelConfig config_;
   const Options options_;
   ParameterStore* store_;
-  const kernels::RopeTable rope_;
+  kernels::RopeTable rope_;
   const std::string head_name_;
   std::vector<Layer> layers_;
   size_t moe_layers_ = 0;

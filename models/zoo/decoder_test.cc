@@ -42,7 +42,7 @@ class Fixture {
     store->InitializeOwned(3, 0.1, stream);
     EXPECT_TRUE(store->GatherWeights(stream).ok());
     experts_.topology = Topology::OneHost(1);
-    decoder = std::make_unique<Decoder>(config, options, *store, experts_);
+    decoder = std::make_unique<Decoder>(config, options, *store, experts_, stream);
     schedule_.layers.assign(static_cast<size_t>(config.num_hidden_layers), {chunks_forward, chunks_backward});
     for (const OwnedPart& part : store->owned()) parts_[part.name] = part;
   }
@@ -75,7 +75,7 @@ class Fixture {
       shape.layers.push_back({!config_.is_dense(layer), config_.shared_intermediate_size > 0});
     }
     pass.schedule = &schedule_;
-    decoder->Begin(std::move(pass));
+    decoder->Begin(std::move(pass), stream);
     for (const Task& task : EmitStep(shape, schedule_).tasks) {
       if (task.op == Op::kBalance) {
         decoder->SetRoutingGradients(std::vector<RoutingGradient>(decoder->routing().size()));

@@ -1,7 +1,6 @@
 #include "parallel/expert/token_exchange.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "runtime/base/check.h"
 
@@ -24,16 +23,14 @@ bool Contiguous(const std::vector<Run>& runs) {
   return true;
 }
 
-Tensor Staging(Tensor* staging, int64_t rows, const Tensor& like) {
+Tensor Staging(Tensor* staging, int64_t rows, const Tensor& like, Stream& stream) {
   const int64_t bytes = rows * like.dim(1) * SizeOf(like.dtype());
-  if (staging->bytes() < bytes) *staging = Empty({bytes + bytes / 4}, DType::kU8);
+  if (staging->bytes() < bytes) *staging = Empty({bytes + bytes / 4}, DType::kU8, stream);
   return Tensor(staging->raw(), {rows, like.dim(1)}, like.dtype());
 }
 
-void CopyRows(const Tensor& from, int64_t from_row, const Tensor& to, int64_t to_row, int64_t rows) {
-  const int64_t row_bytes = from.dim(1) * SizeOf(from.dtype());
-  std::memcpy(static_cast<char*>(to.raw()) + to_row * row_bytes, static_cast<const char*>(from.raw()) + from_row * row_bytes,
-              static_cast<size_t>(rows * row_bytes));
+void CopyRows(const Tensor& from, int64_t from_row, const Tensor& to, int64_t to_row, int64_t rows, Stream& stream) {
+  Copy(from.Rows(from_row, rows), to.Rows(to_row, rows), stream);
 }
 
 std::vector<int64_t> CountsOf(const std::vector<Run>& runs, const std::vector<int>& members, int64_t width) {
@@ -48,9 +45,13 @@ std::vector<int64_t> CountsOf(const std::vector<Run>& runs, const std::vector<in
 
 }  // namespace
 
-TokenExchange::TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank)
+TokenExchange::TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank, Streams streams)
     : any_(inter != nullptr ? inter : intra) {
-  lanes_[0] = {intra, topology.RanksOf(topology.HostOf(rank)), {}, {}};
+  for (size_t lane = 0; lane < lanes_.size(); ++lane) {
+    lanes_[lane].stream = streams[lane] != nullptr ? std::move(streams[lane]) : std::make_unique<Stream>();
+  }
+  lanes_[0].group = intra;
+  lanes_[0].members = topology.RanksOf(topology.HostOf(rank));
   lanes_[1].group = inter;
   for (int peer = 0; peer < topology.ranks(); ++peer) lanes_[1].members.push_back(peer);
 }
@@ -70,10 +71,10 @@ absl::StatusOr<Tensor> TokenExchange::SendBuffer(Use use, int wave, int64_t rows
 Tensor TokenExchange::Collect(LaneState* lane, const std::vector<Run>& runs, const Tensor& rows) {
   if (runs.empty()) return rows.Rows(0, 0);
   if (Contiguous(runs)) return rows.Rows(runs.front().begin, RowsOf(runs));
-  const Tensor staged = Staging(&lane->staged_out, RowsOf(runs), rows);
+  const Tensor staged = Staging(&lane->staged_out, RowsOf(runs), rows, *lane->stream);
   int64_t at = 0;
   for (const Run& run : runs) {
-    CopyRows(rows, run.begin, staged, at, run.rows);
+    CopyRows(rows, run.begin, staged, at, run.rows, *lane->stream);
     at += run.rows;
   }
   return staged;
@@ -91,7 +92,8 @@ absl::StatusOr<int64_t> TokenExchange::Travel(const DispatchPlan& plan, const Ch
   const bool in_place = Contiguous(in);
   const Tensor sent = Collect(&state, out, from);
   const Tensor received = in_place ? to.Rows(in.empty() ? 0 : in.front().begin, RowsOf(in))
-                                   : Staging(&state.staged_in, RowsOf(in), to);
+                                   : Staging(&state.staged_in, RowsOf(in), to, *state.stream);
+  SHOAL_RETURN_IF_ERROR(state.stream->Wait());
   SHOAL_RETURN_IF_ERROR(
       state.group
           ->AllToAll(sent, CountsOf(out, state.members, width), received, CountsOf(in, state.members, width),
@@ -100,13 +102,15 @@ absl::StatusOr<int64_t> TokenExchange::Travel(const DispatchPlan& plan, const Ch
       there ? "dispatching rows" : "returning rows");
   int64_t at = 0;
   for (const Run& run : in) {
-    if (!in_place) CopyRows(received, at, to, run.begin, run.rows);
+    if (!in_place) CopyRows(received, at, to, run.begin, run.rows, *state.stream);
     at += run.rows;
   }
+  SHOAL_RETURN_IF_ERROR(state.stream->Wait());
   return std::max(sent.bytes(), received.bytes());
 }
 
-int64_t TokenExchange::Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to) const {
+int64_t TokenExchange::Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to,
+                            Stream& stream) const {
   if (plan.all_stay()) return 0;
   const bool there = chunk.way == Way::kThere;
   const std::vector<Run> out = plan.Runs(chunk.direction, chunk.index, DispatchPlan::Route::kStay, /*sends=*/there);
@@ -116,7 +120,7 @@ int64_t TokenExchange::Stay(const DispatchPlan& plan, const Chunk& chunk, const 
   int64_t done_out = 0, done_in = 0, rows = 0;
   while (i < out.size() && j < in.size()) {
     const int64_t count = std::min(out[i].rows - done_out, in[j].rows - done_in);
-    CopyRows(from, out[i].begin + done_out, to, in[j].begin + done_in, count);
+    CopyRows(from, out[i].begin + done_out, to, in[j].begin + done_in, count, stream);
     rows += count;
     if ((done_out += count) == out[i].rows) ++i, done_out = 0;
     if ((done_in += count) == in[j].rows) ++j, done_in = 0;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <memory>
 #include <vector>
 
 #include "collectives/communicator.h"
@@ -18,7 +19,9 @@ class TokenExchange {
  public:
   // Borrows both for life. `inter` has all ranks; null on one host. `intra` has those of this host in ascending order, on one host
   // all; null where a host has only one.
-  TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank);
+  // `streams` of the device whose memory has the rows, for each lane's own copies: kIntra's, kInter's; null: the CPU's.
+  using Streams = std::array<std::unique_ptr<Stream>, 2>;
+  TokenExchange(Communicator* inter, Communicator* intra, const Topology& topology, int rank, Streams streams = {});
 
   // A buffer for rows about to travel: peers read it in place. Valid until the next call with the same `use` and `wave`; on one
   // rank it is fresh memory.
@@ -33,14 +36,15 @@ class TokenExchange {
   };
   // Moves a chunk's rows that travel on `lane` (kIntra or kInter). Returns the bytes sent or received, the larger.
   absl::StatusOr<int64_t> Travel(const DispatchPlan& plan, const Chunk& chunk, Lane lane, const Tensor& from, const Tensor& to);
-  // Copies those that stay on this rank. Returns their bytes. Local.
-  int64_t Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to) const;
+  // Copies those that stay on this rank, in the order of `stream`. Returns their bytes. Local.
+  int64_t Stay(const DispatchPlan& plan, const Chunk& chunk, const Tensor& from, const Tensor& to, Stream& stream) const;
 
  private:
   struct LaneState {
     Communicator* group = nullptr;
     std::vector<int> members;  // Ranks by index in the group.
     Tensor staged_out, staged_in;  // Rows of chunks that are not contiguous.
+    std::unique_ptr<Stream> stream;
   };
   // Rows of `runs` in the order of members, contiguous: a view of `rows`, or a copy in `staging`.
   Tensor Collect(LaneState* lane, const std::vector<DispatchPlan::Run>& runs, const Tensor& rows);

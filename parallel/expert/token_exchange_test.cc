@@ -56,7 +56,8 @@ class Fixture {
     std::thread intra([&] { lane(Lane::kIntra); });
     lane(Lane::kInter);
     int64_t stayed = 0;
-    for (int chunk = 0; chunk < chunks; ++chunk) stayed += exchange->Stay(plan, {direction, chunk, way}, from, to);
+    Stream stream;
+    for (int chunk = 0; chunk < chunks; ++chunk) stayed += exchange->Stay(plan, {direction, chunk, way}, from, to, stream);
     intra.join();
     int64_t rows = 0;
     for (int chunk = 0; chunk < chunks; ++chunk) {

@@ -86,11 +86,19 @@ Tensor Empty(Shape shape, DType dtype, Stream& stream) {
 Tensor Zeros(Shape shape, DType dtype, Stream& stream) {
   if (stream.device() == nullptr) return Zeros(std::move(shape), dtype);
   const Tensor tensor = Empty(std::move(shape), dtype, stream);
-  if (!stream.status().ok() || tensor.bytes() == 0) return tensor;
+  FillWithZeros(tensor, stream);
+  return tensor;
+}
+
+void FillWithZeros(const Tensor& tensor, Stream& stream) {
+  if (!stream.status().ok() || tensor.bytes() == 0) return;
+  if (stream.device() == nullptr) {
+    std::memset(tensor.raw(), 0, static_cast<size_t>(tensor.bytes()));
+    return;
+  }
   Device& device = *stream.device();
   device.Use();
   stream.Fail(device.StatusOf(device.api().fill(tensor.raw(), 0, tensor.bytes(), stream.handle()), "filling with zeros"));
-  return tensor;
 }
 
 void UsedOn(const Tensor& tensor, const Stream& stream) {
@@ -142,6 +150,15 @@ absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream) {
 
 Tensor ToDevice(const Tensor& host, Stream& stream) {
   return stream.device() == nullptr || host.empty() ? host : Upload(host, stream);
+}
+
+absl::Status WriteFromHost(const Tensor& tensor, Stream& stream, const std::function<absl::Status(const Tensor& host)>& write) {
+  if (stream.device() == nullptr) return write(tensor);
+  const Tensor host = EmptyHost(tensor.shape(), tensor.dtype(), stream);
+  SHOAL_RETURN_IF_ERROR(stream.status());
+  SHOAL_RETURN_IF_ERROR(write(host));
+  Copy(host, tensor, stream);
+  return stream.Wait();
 }
 
 Tensor ToHost(const Tensor& tensor, Stream& stream) {

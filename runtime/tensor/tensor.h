@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <string>
@@ -69,6 +70,7 @@ Tensor Zeros(Shape shape, DType dtype);
 Tensor Empty(Shape shape, DType dtype, Stream& stream);
 Tensor Zeros(Shape shape, DType dtype, Stream& stream);
 void UsedOn(const Tensor& tensor, const Stream& stream);
+void FillWithZeros(const Tensor& tensor, Stream& stream);
 
 // Host memory that the stream copies from and to without waiting; the host may read what the stream has written after waiting for it.
 Tensor EmptyHost(Shape shape, DType dtype, Stream& stream);
@@ -85,5 +87,7 @@ absl::StatusOr<Tensor> Download(const Tensor& tensor, Stream& stream);
 Tensor ToDevice(const Tensor& host, Stream& stream);
 // A tensor where the host can read it: itself on the CPU stream, else Download, and zeros from a stream that failed.
 Tensor ToHost(const Tensor& tensor, Stream& stream);
+// Has `write` write a host tensor of this shape and type: `tensor` itself on the CPU stream, else one that is then copied there. Waits.
+absl::Status WriteFromHost(const Tensor& tensor, Stream& stream, const std::function<absl::Status(const Tensor& host)>& write);
 
 }  // namespace shoal

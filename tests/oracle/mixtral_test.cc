@@ -10,6 +10,7 @@
 #include "nlohmann/json.hpp"
 #include "parallel/expert/testing.h"
 #include "runtime/files/safetensors.h"
+#include "runtime/kernels/cuda/device_testing.h"
 #include "tests/harness/ranks.h"
 
 namespace shoal {
@@ -28,6 +29,9 @@ constexpr double kAuxTolerance = 5e-5;
 // near-tie may fall the other way. One such token moves the loss of 240 tokens by about 1e-5.
 constexpr int64_t kFlipsMax = 2;
 constexpr double kFlipTolerance = 5e-5;
+
+// An emulated device takes about a second for each.
+constexpr int64_t kEmulatedSteps = 2;
 
 struct Case {
   std::string folder;
@@ -49,6 +53,7 @@ struct Case {
   int overlap = 2;  // -1: copies by cost.
   bool calibrate = false;  // Copies that no step expected, wherever there is room.
   bool pinned = false;
+  bool device = false;  // TestDevice() computes. Only the first steps where it is emulated.
 };
 
 std::ostream& operator<<(std::ostream& out, const Case& c) {
@@ -59,7 +64,7 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.rematerialise ? "_rematerialise" : "") << (c.prefetch > 1 ? absl::StrCat("_prefetch", c.prefetch) : "")
              << (c.owners != "hecate" ? "_" + c.owners : "") << (c.overlap < 0 ? "_by_cost" : "") << (c.pinned ? "_pinned" : "")
              << (c.waves > 1 ? absl::StrCat("_waves", c.waves) : "") << (c.calibrate ? "_calibrated" : "") << (c.apart ? "_apart" : "")
-             << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "");
+             << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "") << (c.device ? "_device" : "");
 }
 
 std::string Folder(const std::string& name) { return std::string(SHOAL_SOURCE_DIR) + "/tests/oracle/" + name; }
@@ -145,11 +150,10 @@ absl::StatusOr<BatchSourcePtr> Batches(const Case& c, const Config& config) {
 absl::Status LoadWeights(const std::string& path, RankModel& model) {
   SHOAL_ASSIGN_OR_RETURN(const auto file, SafetensorsFile::Open(path));
   for (const OwnedPart& part : model.store().owned()) {
-    SHOAL_RETURN_IF_ERROR(file->Read(part.name, part.row_begin, part.master));
-    for (const Tensor& moment : {part.exp_avg, part.exp_avg_sq}) {
-      std::fill(moment.span<float>().begin(), moment.span<float>().end(), 0.0f);
-    }
+    SHOAL_RETURN_IF_ERROR(WriteFromHost(part.master, model.stream(),
+                                        [&](const Tensor& host) { return file->Read(part.name, part.row_begin, host); }));
   }
+  model.store().ZeroMoments(model.stream());
   return model.store().GatherWeights(model.stream());
 }
 
@@ -158,14 +162,15 @@ struct Difference {
   double difference = 0, golden = 0;
 };
 
-std::map<std::string, Difference> CompareOwned(const ParameterStore& store, const std::string& path) {
+std::map<std::string, Difference> CompareOwned(const ParameterStore& store, const std::string& path, Stream& stream) {
   std::map<std::string, Difference> differences;
   const auto file = SafetensorsFile::Open(path);
   EXPECT_TRUE(file.ok()) << file.status();
   for (const OwnedPart& part : store.owned()) {
     const Tensor golden = Empty(part.master.shape(), DType::kF32);
     EXPECT_TRUE((*file)->Read(part.name, part.row_begin, golden).ok());
-    const float* own = part.gradient.data<float>();
+    const Tensor gradient = ToHost(part.gradient, stream);
+    const float* own = gradient.data<float>();
     Difference& sums = differences[part.name];
     for (int64_t i = 0; i < golden.elements(); ++i) {
       const double want = golden.data<float>()[i], got = own[i];
@@ -205,7 +210,8 @@ void CompareRouting(const StepResult& got, const json& want) {
 void RunCase(const Case& c, Communicator& world) {
   const json log = ReadLog(c.folder);
   const Config config = ConfigOf(c, log);
-  RankModel::Options options{.host = c.ranks_per_host > 0 ? world.index() / c.ranks_per_host : 0};
+  RankModel::Options options{.host = c.ranks_per_host > 0 ? world.index() / c.ranks_per_host : 0,
+                             .device = c.device ? &kernels::testing::TestDevice() : nullptr};
   if (c.calibrate) {
     options.calibrate = [&](const ExpertPlacement& planned, absl::Span<const int64_t> rows) {
       return expert_testing::AddCopies(planned, rows, c.ranks, config.parallel().expert_copies());
@@ -220,6 +226,7 @@ void RunCase(const Case& c, Communicator& world) {
   const Range mine = (*model)->RowsOf(part_rows);
   for (const json& want : log["steps"]) {
     const int64_t step = want["step"];
+    if (c.device && !kernels::testing::OnRealDevice() && step >= kEmulatedSteps) break;
     SCOPED_TRACE(absl::StrCat("step ", step));
     std::vector<Tensor> parts;
     for (int part = 0; part < c.accumulation; ++part) {
@@ -228,7 +235,7 @@ void RunCase(const Case& c, Communicator& world) {
     }
     const auto compare_gradients = [&](const ParameterStore& store) {
       if (step != 0 || c.accumulation != 1) return;
-      for (const auto& [name, sums] : CompareOwned(store, Folder(c.folder) + "/grads_step0.safetensors")) {
+      for (const auto& [name, sums] : CompareOwned(store, Folder(c.folder) + "/grads_step0.safetensors", (*model)->stream())) {
         EXPECT_LE(std::sqrt(sums.difference), kTolerance * std::sqrt(sums.golden) + 1e-12) << name;
       }
     };
@@ -292,6 +299,19 @@ std::vector<Case> RouterCases() {
   return cases;
 }
 
+// On a device that all ranks share.
+std::vector<Case> DeviceCases() {
+  std::vector<Case> cases;
+  for (const char* folder : {"mixtral_a", "sigmoid_bias_shared", "switch_drop", "gshard_drop", "xmoe", "expert_choice", "topk_z_unnorm"}) {
+    cases.push_back({.folder = folder, .device = true});
+  }
+  cases.push_back({.folder = "mixtral_a", .ranks = 2, .expert = 2, .chunks = 2, .waves = 2, .device = true});
+  cases.push_back({.folder = "mixtral_b", .ranks = 2, .accumulation = 2, .recompute = true, .dense = "sharded", .device = true});
+  cases.push_back({.folder = "sigmoid_bias_shared", .ranks = 2, .experts = "sparse", .rematerialise = true, .device = true});
+  cases.push_back({.folder = "mixtral_a", .ranks = 4, .expert = 4, .chunks = 2, .chunks_backward = 1, .ranks_per_host = 2, .device = true});
+  return cases;
+}
+
 // The same work with weights, experts and rows in other places, and in other pieces.
 std::vector<Case> PlacementCases() {
   std::vector<Case> cases;
@@ -335,6 +355,7 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
 
 INSTANTIATE_TEST_SUITE_P(Mixtral, Oracle, testing::ValuesIn(Cases()), NameOf);
 INSTANTIATE_TEST_SUITE_P(Placements, Oracle, testing::ValuesIn(PlacementCases()), NameOf);
+INSTANTIATE_TEST_SUITE_P(Devices, Oracle, testing::ValuesIn(DeviceCases()), NameOf);
 INSTANTIATE_TEST_SUITE_P(Routers, Oracle, testing::ValuesIn(RouterCases()), NameOf);
 
 }  // namespace
