@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "absl/strings/str_format.h"
+#include "launch/trainer/device.h"
 #include "launch/trainer/session.h"
 #include "models/data/batches.h"
 #include "runtime/device/cpu.h"
@@ -135,7 +136,8 @@ absl::Status BenchRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   const Config& config = loaded.config;
   SetThreads(ThreadsPerRank(config, environment));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment, config)));
-  RankModel::Options emulation{.host = environment.node_rank};
+  SHOAL_ASSIGN_OR_RETURN(Device* const device, DeviceFor(config, environment));
+  RankModel::Options emulation{.host = environment.node_rank, .device = device};
   if (options.device.has_value()) emulation.pace = PaceOf(*options.device, ModelConfigOf(config), config.train().seq_length());
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
                          RankModel::Create(config, ModelConfigOf(config), *world, emulation));
@@ -143,9 +145,9 @@ absl::Status BenchRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   // The peak before and after, on all ranks at once: the better one counts.
   SHOAL_RETURN_IF_ERROR(world->Barrier({.label = "bench"}).Await());
-  SHOAL_ASSIGN_OR_RETURN(const double before, SumOverRanks(*world, kernels::MeasureMatMulPeak(compute, 0.3)));
+  SHOAL_ASSIGN_OR_RETURN(const double before, SumOverRanks(*world, kernels::MeasureMatMulPeak(compute, 0.3, model->stream())));
   SHOAL_ASSIGN_OR_RETURN(const Measured measured, MeasureSteps(config, options, *model, *world));
-  SHOAL_ASSIGN_OR_RETURN(const double after, SumOverRanks(*world, kernels::MeasureMatMulPeak(compute, 0.3)));
+  SHOAL_ASSIGN_OR_RETURN(const double after, SumOverRanks(*world, kernels::MeasureMatMulPeak(compute, 0.3, model->stream())));
   if (environment.rank == 0) Print(config, *model, options, measured, std::max(before, after), world->size());
   return absl::OkStatus();
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_format.h"
+#include "launch/trainer/device.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
 #include "launch/trainer/step_watch.h"
@@ -113,8 +114,10 @@ absl::Status TraceRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   SetThreads(ThreadsPerRank(config, environment));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment, config)),
                          "connecting the ranks");
-  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
-                         RankModel::Create(config, ModelConfigOf(config), *world, {.host = environment.node_rank}), "setting up");
+  SHOAL_ASSIGN_OR_RETURN(Device* const device, DeviceFor(config, environment));
+  SHOAL_ASSIGN_OR_RETURN(
+      const std::unique_ptr<RankModel> model,
+      RankModel::Create(config, ModelConfigOf(config), *world, {.host = environment.node_rank, .device = device}), "setting up");
   SHOAL_RETURN_IF_ERROR(LoadWeights({.init_from = config.run().init_from(), .seed = config.run().seed()}, *model), "initial weights");
   const absl::Status status = TrainAndTrace(config, options, *model, *world);
   if (!status.ok() && world->status().ok()) world->Abort(status);

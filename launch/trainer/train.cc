@@ -7,6 +7,7 @@
 #include "launch/checkpoint/checkpoint.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/status/reporter.h"
+#include "launch/trainer/device.h"
 #include "launch/trainer/folder_lock.h"
 #include "launch/trainer/rank_values.h"
 #include "launch/trainer/schedule.h"
@@ -82,7 +83,9 @@ class TrainingRun {
       SHOAL_ASSIGN_OR_RETURN(lock_, FolderLock::Take(run_dir_));
     }
     SHOAL_RETURN_IF_ERROR(OpenData());
-    SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, {.host = environment_.node_rank}), "setting up");
+    SHOAL_ASSIGN_OR_RETURN(Device* const device, DeviceFor(config_, environment_));
+    SHOAL_ASSIGN_OR_RETURN(
+        model_, RankModel::Create(config_, model_config_, *world_, {.host = environment_.node_rank, .device = device}), "setting up");
     SHOAL_RETURN_IF_ERROR(StartOrResume());
     SHOAL_RETURN_IF_ERROR(StartReporter());
     const Telemetry& telemetry = config_.telemetry();
@@ -257,7 +260,7 @@ class TrainingRun {
     // All ranks at once, as when they train.
     SHOAL_RETURN_IF_ERROR(world_->Barrier({.label = "start"}).Await());
     const DType compute = config_.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
-    const double peak = kernels::MeasureMatMulPeak(compute, 0.2);
+    const double peak = kernels::MeasureMatMulPeak(compute, 0.2, model_->stream());
     SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> peaks, GatherValues(*world_, static_cast<int64_t>(peak * 1e9)));
     SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> ports, GatherValues(*world_, metrics_->port()));
     ReporterOptions options;

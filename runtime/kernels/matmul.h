@@ -47,9 +47,9 @@ void GroupedMatMulGradInput(const Tensor& dy, const Tensor& weights, const Tenso
 void GroupedMatMulGradWeight(const Tensor& dy, const Tensor& x, const Tensor& segments, Accumulate accumulate,
                              const Tensor& weight_grads, Stream& stream);
 
-// GFLOP/s of a large MatMul (1024^3) with the current thread count: the peak that benchmarks and the progress line
+// GFLOP/s of a large MatMul (1024^3 with the current thread count, 8192^3 on a device): the peak that benchmarks and the progress line
 // quote. Runs for about `seconds`; the best of several repetitions.
-double MeasureMatMulPeak(DType dtype, double seconds);
+double MeasureMatMulPeak(DType dtype, double seconds, Stream& stream);
 
 namespace ref {
 void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,

@@ -266,8 +266,9 @@ TEST(MatMulDeathTest, RefusesShapesThatDoNotFit) {
 }
 
 TEST(MeasureMatMulPeak, IsPositive) {
-  EXPECT_GT(MeasureMatMulPeak(DType::kF32, 0), 0);
-  EXPECT_GT(MeasureMatMulPeak(DType::kBF16, 0), 0);
+  Stream stream;
+  EXPECT_GT(MeasureMatMulPeak(DType::kF32, 0, stream), 0);
+  EXPECT_GT(MeasureMatMulPeak(DType::kBF16, 0, stream), 0);
 }
 
 }  // namespace

@@ -259,7 +259,8 @@ Call AdamWCall(Impl impl, int64_t T, DType act) {
                copy = Empty({N}, act);
   const Tensor m = Zeros({N}, DType::kF32), v = Zeros({N}, DType::kF32);
   const AdamWStep step = {.learning_rate = 1e-4, .weight_decay = 0.1, .grad_scale = 0.5f};
-  const auto kernel = impl == Impl::kCpu ? AdamW : ref::AdamW;
+  using Kernel = void (*)(const AdamWStep&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Stream&);
+  const auto kernel = impl == Impl::kCpu ? static_cast<Kernel>(AdamW) : ref::AdamW;
   return {[=] { kernel(step, grad, master, m, v, copy, TheStream()); },
           {master, m, v, copy},
           BytesOf({grad, master, master, m, m, v, v, copy})};
@@ -268,7 +269,7 @@ Call AdamWCall(Impl impl, int64_t T, DType act) {
 Call SumOfSquaresCall(Impl impl, int64_t T, DType) {
   const Tensor x = Random({T < kTokens ? 1000 : 16 * 3 * kWidth * kHidden}, DType::kF32, 1),
                sum = Empty({1}, DType::kF64);
-  const auto kernel = impl == Impl::kCpu ? SumOfSquares : ref::SumOfSquares;
+  const auto kernel = impl == Impl::kCpu ? static_cast<double (*)(const Tensor&, Stream&)>(SumOfSquares) : ref::SumOfSquares;
   return {[=] { sum.data<double>()[0] = kernel(x, TheStream()); }, {sum}, BytesOf({x})};
 }
 

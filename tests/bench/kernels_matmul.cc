@@ -56,8 +56,9 @@ class Bench {
  public:
   explicit Bench(Options options) : options_(std::move(options)) {
     SetThreads(options_.threads);
-    peak_[0] = MeasureMatMulPeak(DType::kF32, options_.seconds);
-    peak_[1] = MeasureMatMulPeak(DType::kBF16, options_.seconds);
+    Stream stream;
+    peak_[0] = MeasureMatMulPeak(DType::kF32, options_.seconds, stream);
+    peak_[1] = MeasureMatMulPeak(DType::kBF16, options_.seconds, stream);
     std::printf("%d threads, %s; peak of 1024^3: f32 %.0f, bf16 %.0f GFLOP/s\n", options_.threads,
                 std::string(Name(ActiveIsa())).c_str(), peak_[0], peak_[1]);
     std::printf("%-44s %10s %10s %8s\n", "case", "median", "best", "of peak");
