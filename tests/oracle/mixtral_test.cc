@@ -1,5 +1,6 @@
 // Whole training runs against an independent implementation in PyTorch: its golden files are beside this file.
 #include <cmath>
+#include <cstdlib>
 #include <fstream>
 #include <map>
 
@@ -67,7 +68,11 @@ std::ostream& operator<<(std::ostream& out, const Case& c) {
              << (c.ranks_per_host > 0 ? absl::StrCat("_hosts_of_", c.ranks_per_host) : "") << (c.device ? "_device" : "");
 }
 
-std::string Folder(const std::string& name) { return std::string(SHOAL_SOURCE_DIR) + "/tests/oracle/" + name; }
+// Of the sources, or of those that SHOAL_TEST_SOURCE names: for a build that was taken elsewhere.
+std::string Folder(const std::string& name) {
+  const char* const elsewhere = std::getenv("SHOAL_TEST_SOURCE");
+  return absl::StrCat(elsewhere != nullptr ? elsewhere : SHOAL_SOURCE_DIR, "/tests/oracle/", name);
+}
 
 json ReadLog(const std::string& folder) {
   std::ifstream file(Folder(folder) + "/log.json");
@@ -257,6 +262,43 @@ void RunCase(const Case& c, Communicator& world) {
       EXPECT_EQ(json(got->expert_counts), want["expert_counts"]);
     }
     EXPECT_NEAR(LearningRate(config, step), want["lr"], 1e-12);
+  }
+}
+
+// Losses of the first steps on one rank, in bf16.
+std::vector<double> Bf16Losses(const Case& c, Communicator& world) {
+  const json log = ReadLog(c.folder);
+  Config config = ConfigOf(c, log);
+  config.mutable_train()->set_precision("bf16");
+  const auto model =
+      RankModel::Create(config, ModelConfigOf(config), world, {.device = c.device ? &kernels::testing::TestDevice() : nullptr});
+  EXPECT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE(LoadWeights(Folder(c.folder) + "/init.safetensors", **model).ok());
+  const absl::StatusOr<BatchSourcePtr> batches = Batches(c, config);
+  EXPECT_TRUE(batches.ok()) << batches.status();
+  std::vector<double> losses;
+  for (int64_t step = 0; step < kEmulatedSteps; ++step) {
+    const Tensor rows = Empty({config.train().global_batch_size(), config.train().seq_length() + 1}, DType::kI32);
+    EXPECT_TRUE((*batches)->ReadRows(step, 0, rows).ok());
+    const auto result = (*model)->Train({rows}, LearningRate(config, step), step + 1);
+    EXPECT_TRUE(result.ok()) << result.status();
+    losses.push_back(result->loss);
+  }
+  return losses;
+}
+
+// Where the processor and the device round to bf16 differs by the order of sums alone: the loss, a mean of logarithms, by less than a
+// unit of bf16.
+TEST(Devices, TrainInBf16AsTheCpuDoes) {
+  for (const char* folder : {"mixtral_a", "sigmoid_bias_shared"}) {
+    RunRanks(1, "auto", [&](Communicator& world) {
+      const std::vector<double> cpu = Bf16Losses({.folder = folder}, world);
+      const std::vector<double> device = Bf16Losses({.folder = folder, .device = true}, world);
+      for (size_t step = 0; step < cpu.size(); ++step) {
+        EXPECT_NEAR(device[step], cpu[step], cpu[step] / 256) << folder << " step " << step;
+        EXPECT_NE(device[step], cpu[step]) << "the same bits from other kernels: is it the device?";
+      }
+    });
   }
 }
 
