@@ -11,8 +11,14 @@
 namespace shoal {
 namespace {
 
+// Of this build, or the one that is to be loaded.
+const char* Plugin() {
+  const char* const named = std::getenv("SHOAL_DEVICE_PLUGIN");
+  return named != nullptr ? named : SHOAL_CUDA_PLUGIN;
+}
+
 const DeviceApi* Table() {
-  void* const library = dlopen(SHOAL_CUDA_PLUGIN, RTLD_NOW | RTLD_LOCAL);
+  void* const library = dlopen(Plugin(), RTLD_NOW | RTLD_LOCAL);
   EXPECT_NE(library, nullptr) << dlerror();
   if (library == nullptr) return nullptr;
   const auto entry = reinterpret_cast<const DeviceApi* (*)()>(dlsym(library, kDeviceApiSymbol));
@@ -40,7 +46,7 @@ TEST(CudaPlugin, OffersEveryFunctionAndKernel) {
 }
 
 TEST(CudaPlugin, OpensADeviceOrSaysWhatIsMissing) {
-  setenv("SHOAL_DEVICE_PLUGIN", SHOAL_CUDA_PLUGIN, 1);
+  setenv("SHOAL_DEVICE_PLUGIN", Plugin(), 0);
   const absl::StatusOr<Device*> device = LoadDevice("cuda", 0);
   if (device.ok()) {
     EXPECT_GT((*device)->properties().memory_bytes, 0);
