@@ -42,11 +42,13 @@ absl::StatusOr<std::unique_ptr<DenseStore>> DenseStore::Create(const std::vector
     if (blocks[i].kind != BlockKind::kExpert) store->AddBlock(static_cast<int>(i), BucketOf(blocks[i], layers));
   }
   for (int bucket = 0; bucket < buckets; ++bucket) {
-    const bool layer = bucket >= 2 && bucket < 2 + layers;
-    store->at(bucket).sharded = layer && options.policy == DensePolicy::kSharded && group.size() > 1;
+    const BucketIndex index{layers, /*head=*/buckets > 2 + layers};
+    store->at(bucket).of_layer = index.IsLayer(bucket);
+    store->at(bucket).sharded = index.Shardable(bucket) && options.policy == DensePolicy::kSharded && group.size() > 1;
     SHOAL_RETURN_IF_ERROR(store->Allocate(&store->at(bucket)), "dense parameters");
   }
-  SHOAL_RETURN_IF_ERROR(store->AllocateBuffers(layers), "buffers of dense layers");
+  SHOAL_RETURN_IF_ERROR(store->AllocateBuffers(/*of_layers=*/true, std::min(options.buffers, layers)), "buffers of dense layers");
+  SHOAL_RETURN_IF_ERROR(store->AllocateBuffers(/*of_layers=*/false, 1), "buffer of embedding and head");
   return store;
 }
 
@@ -92,16 +94,18 @@ absl::Status DenseStore::Allocate(Bucket* bucket) {
   return absl::OkStatus();
 }
 
-absl::Status DenseStore::AllocateBuffers(int layers) {
+absl::Status DenseStore::AllocateBuffers(bool of_layers, int count) {
   int64_t largest = 0;
-  for (const Bucket& bucket : buckets_) largest = bucket.sharded ? std::max(largest, bucket.elements) : largest;
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.sharded && bucket.of_layer == of_layers) largest = std::max(largest, bucket.elements);
+  }
   if (largest == 0) return absl::OkStatus();
-  for (int i = 0; i < std::min(options_.buffers, layers); ++i) {
+  for (int i = 0; i < count; ++i) {
     SHOAL_ASSIGN_OR_RETURN(Tensor weights, AllocateFor(*group_, largest * SizeOf(options_.compute), DType::kU8, stream()));
-    weight_buffers_.push_back({std::move(weights), Tensor(), -1});
+    weight_buffers_.push_back({std::move(weights), Tensor(), of_layers});
     if (!options_.training) continue;
     SHOAL_ASSIGN_OR_RETURN(Tensor gradients, AllocateFor(*group_, largest, DType::kF32, stream()));
-    gradient_buffers_.push_back({Tensor(), std::move(gradients), -1});
+    gradient_buffers_.push_back({Tensor(), std::move(gradients), of_layers});
   }
   return absl::OkStatus();
 }
@@ -125,8 +129,8 @@ Tensor DenseStore::Gradient(const std::string& name, Shape shape) {
   return at(place.bucket).gradients.Elements(place.offset, std::move(shape));
 }
 
-kernels::Accumulate DenseStore::AccumulateOf(int layer, int part) const {
-  return part == 0 || at(BucketIndex{}.OfLayer(layer)).sharded ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd;
+kernels::Accumulate DenseStore::AccumulateOf(int bucket, int part) const {
+  return part == 0 || at(bucket).sharded ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd;
 }
 
 void DenseStore::ZeroVectorGradients(Stream& stream) { FillWithZeros(buckets_.front().gradients, stream); }
@@ -150,7 +154,7 @@ absl::Status DenseStore::AddReduced(const Tensor& from, const Tensor& to, int pa
 Tensor DenseStore::TakeWeights(int bucket) {
   const MutexLock lock(&mutex_);
   for (Buffer& buffer : weight_buffers_) {
-    if (buffer.bucket >= 0) continue;
+    if (buffer.bucket >= 0 || buffer.of_layers != at(bucket).of_layer) continue;
     buffer.bucket = bucket;
     return Tensor(buffer.weights.raw(), {at(bucket).elements}, at(bucket).dtype);
   }
@@ -161,7 +165,7 @@ Tensor DenseStore::TakeWeights(int bucket) {
 void DenseStore::TakeGradients(int bucket) {
   const MutexLock lock(&mutex_);
   for (Buffer& buffer : gradient_buffers_) {
-    if (buffer.bucket >= 0) continue;
+    if (buffer.bucket >= 0 || buffer.of_layers != at(bucket).of_layer) continue;
     buffer.bucket = bucket;
     at(bucket).gradients = buffer.gradients.Elements(0, {at(bucket).elements});
     return;

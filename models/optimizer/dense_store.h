@@ -1,7 +1,8 @@
 // Everything but the experts: norm vectors, embedding, the dense matrices of each layer, head. Each of these is a bucket (BucketIndex
 // of parallel/schedule/step_graph.h): a flat buffer of blocks in which every rank owns consecutive blocks of nearly equal size,
-// so that gathers and reductions of a bucket load all links alike. Replicated (ZeRO stage 1) or, for layers, sharded (stage 3):
-// then weights and gradients of a layer exist only between Gather and Release, in a few buffers that layers take in turn.
+// so that gathers and reductions of a bucket load all links alike. Replicated (ZeRO stage 1) or sharded (stage 3): then weights exist
+// only between Gather and Release, gradients from the first that is written to the last Reduce, in a few buffers that layers take in
+// turn, and one more for embedding and head. BucketIndex::Shardable says which buckets that are.
 //
 // Calls marked "collective" block, are made by all ranks in the same order and fail with the communicator's ABORTED. One thread may
 // make collective calls while another computes with other buckets.
@@ -48,8 +49,8 @@ class DenseStore {
   int64_t elements(int bucket) const { return at(bucket).elements; }
   int64_t bytes(int bucket) const { return at(bucket).elements * SizeOf(at(bucket).dtype); }
   bool sharded(int bucket) const { return at(bucket).sharded; }
-  // How gradients of part `part` of the batch enter a layer's bucket.
-  kernels::Accumulate AccumulateOf(int layer, int part) const;
+  // How gradients of part `part` of the batch enter a bucket.
+  kernels::Accumulate AccumulateOf(int bucket, int part) const;
   void ZeroVectorGradients(Stream& stream);
 
   // Collective. Does nothing where the weights are up to date.
@@ -75,6 +76,7 @@ class DenseStore {
  private:
   struct Buffer {
     Tensor weights, gradients;  // Raw bytes, f32.
+    bool of_layers = true;      // Else of embedding and head.
     int bucket = -1;            // Who has it.
   };
   struct Bucket {
@@ -82,7 +84,7 @@ class DenseStore {
     std::vector<int64_t> counts;  // Elements that each rank owns.
     int64_t elements = 0, own_begin = 0, own_count = 0;
     DType dtype = DType::kF32;
-    bool decay = true, sharded = false;
+    bool decay = true, sharded = false, of_layer = false;
     bool fresh = false;           // Weights of other ranks are up to date.
     Tensor weights, gradients;    // Whole; empty while a sharded bucket is not here.
     Tensor own_weights, own_gradients;
@@ -103,7 +105,8 @@ class DenseStore {
   Bucket& at(int bucket) { return buckets_[static_cast<size_t>(bucket)]; }
   void AddBlock(int index, int bucket);
   absl::Status Allocate(Bucket* bucket);
-  absl::Status AllocateBuffers(int layers);
+  // `count` for buckets of layers, or of the others.
+  absl::Status AllocateBuffers(bool of_layers, int count);
   Tensor TakeWeights(int bucket);
   void TakeGradients(int bucket);
   const Place& Find(const std::string& name) const;

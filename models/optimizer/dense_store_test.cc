@@ -83,9 +83,7 @@ class Fixture {
   }
   // As a backward pass of part `part` on this rank would.
   void WriteGradients(int bucket, int part) {
-    const kernels::Accumulate mode = bucket >= 2 && bucket < 2 + model.config.num_hidden_layers
-                                         ? store->AccumulateOf(bucket - 2, part)
-                                         : (part == 0 ? kernels::Accumulate::kOverwrite : kernels::Accumulate::kAdd);
+    const kernels::Accumulate mode = store->AccumulateOf(bucket, part);
     ForEachParameterOf(bucket, [&](const ParameterSpec& spec, int64_t parameter) {
       const Tensor gradient = store->Gradient(spec.name, spec.shape);
       for (int64_t i = 0; i < gradient.elements(); ++i) {
@@ -148,13 +146,19 @@ TEST_P(DenseStoreRanks, GatherBringsTheOwnersWeights) {
     Fixture fixture(GetParam(), world);
     DenseStore& store = *fixture.store;
     EXPECT_EQ(store.buckets(), fixture.model.config.num_hidden_layers + (GetParam().tied ? 2 : 3));
+    const BucketIndex index{fixture.model.config.num_hidden_layers, !GetParam().tied};
     for (int bucket = 0; bucket < store.buckets(); ++bucket) {
-      EXPECT_EQ(store.sharded(bucket),
-                GetParam().policy == DensePolicy::kSharded && GetParam().ranks > 1 && bucket >= 2 && bucket < 5);
+      EXPECT_EQ(store.sharded(bucket), GetParam().policy == DensePolicy::kSharded && GetParam().ranks > 1 && index.Shardable(bucket));
+    }
+    ASSERT_TRUE(store.Gather(BucketIndex::kVectors).ok());
+    fixture.ExpectWeights(BucketIndex::kVectors);
+    // One after the other.
+    for (int bucket : {static_cast<int>(BucketIndex::kEmbedding), index.OfHead(), static_cast<int>(BucketIndex::kEmbedding)}) {
+      ASSERT_TRUE(store.Gather(bucket).ok());
+      fixture.ExpectWeights(bucket);
+      store.Release(bucket);
     }
     // Two layers at a time, in turn and out of it: each buffer serves all.
-    const int head = BucketIndex{fixture.model.config.num_hidden_layers, !GetParam().tied}.OfHead();
-    for (int bucket : {BucketIndex::kVectors, BucketIndex::kEmbedding, head}) ASSERT_TRUE(store.Gather(bucket).ok());
     int last = 2;
     ASSERT_TRUE(store.Gather(last).ok());
     for (int next : {3, 4, 2, 3, 4, 3, 2}) {
@@ -165,7 +169,6 @@ TEST_P(DenseStoreRanks, GatherBringsTheOwnersWeights) {
       last = next;
     }
     store.Release(last);
-    for (int bucket : {BucketIndex::kVectors, BucketIndex::kEmbedding, head}) fixture.ExpectWeights(bucket);
   });
 }
 
@@ -245,23 +248,22 @@ TEST_P(DenseStoreRanks, MemoryAddsUp) {
     sum.gradients_bytes += memory.gradients_bytes;
     sum.state_bytes += memory.state_bytes;
   });
-  int64_t vectors = 0, layers = 0, largest = 0;
-  std::vector<int64_t> of_layer(3, 0);
+  const BucketIndex index{model.config.num_hidden_layers, !GetParam().tied};
+  std::vector<int64_t> elements(static_cast<size_t>(index.count()));
   for (size_t i = 0; i < model.specs.size(); ++i) {
-    if (model.IsExpert(i)) continue;
-    const int64_t elements = ElementCount(model.specs[i].shape);
-    const int bucket = model.Bucket(i);
-    if (bucket == 0) vectors += elements;
-    if (bucket >= 2 && bucket < 5) of_layer[static_cast<size_t>(bucket - 2)] += elements;
+    if (!model.IsExpert(i)) elements[static_cast<size_t>(model.Bucket(i))] += ElementCount(model.specs[i].shape);
   }
-  for (int64_t elements : of_layer) {
-    layers += elements;
-    largest = std::max(largest, elements);
+  const int64_t all = model.DenseElements(), vectors = elements[0], ranks = GetParam().ranks, width = SizeOf(GetParam().compute);
+  // Everywhere, or once and in buffers on each rank: two for layers, one for embedding and head.
+  int64_t copies = 0, of_layers = 0, of_ends = 0;
+  for (int bucket = 1; bucket < index.count(); ++bucket) {
+    const int64_t count = elements[static_cast<size_t>(bucket)];
+    const bool sharded = GetParam().policy == DensePolicy::kSharded && ranks > 1 && index.Shardable(bucket);
+    copies += sharded ? count : ranks * count;
+    int64_t& largest = index.IsLayer(bucket) ? of_layers : of_ends;
+    if (sharded) largest = std::max(largest, count);
   }
-  const int64_t all = model.DenseElements(), ranks = GetParam().ranks, width = SizeOf(GetParam().compute);
-  const bool sharded = GetParam().policy == DensePolicy::kSharded && ranks > 1;
-  // Everywhere, or once and in two buffers on each rank.
-  const int64_t copies = sharded ? ranks * (all - vectors - layers) + layers + 2 * ranks * largest : ranks * (all - vectors);
+  copies += ranks * (2 * of_layers + of_ends);
   EXPECT_EQ(sum.weights_bytes, copies * width + ranks * vectors * 4);
   EXPECT_EQ(sum.gradients_bytes, copies * 4 + ranks * vectors * 4);
   EXPECT_EQ(sum.state_bytes, 8 * all + (width == 4 ? 0 : 4 * (all - vectors)));

@@ -120,11 +120,12 @@ std::vector<RoutingSums> Decoder::routing() const {
 }
 
 Accumulate Decoder::AccumulateOf(int layer, const Wave& wave) const {
-  return wave.index > 0 ? Accumulate::kAdd : store_->dense().AccumulateOf(layer, pass_.part);
+  return wave.index > 0 ? Accumulate::kAdd : store_->dense().AccumulateOf(BucketIndex{}.OfLayer(layer), pass_.part);
 }
 
 Accumulate Decoder::AccumulateOfHead(const Wave& wave) const {
-  return wave.index > 0 || pass_.part > 0 ? Accumulate::kAdd : Accumulate::kOverwrite;
+  const BucketIndex buckets{layers(), !config_.tie_word_embeddings};
+  return wave.index > 0 ? Accumulate::kAdd : store_->dense().AccumulateOf(buckets.OfHead(), pass_.part);
 }
 
 absl::StatusOr<double> Decoder::Run(const Task& task, Stream& stream) {
@@ -260,7 +261,8 @@ void Decoder::Embed(Wave* wave, Stream& stream) {
 
 void Decoder::EmbedBackward(Wave* wave, Stream& stream) {
   const Tensor embedding = store_->Gradient(kEmbeddingName, {config_.vocab_size, config_.hidden_size});
-  if (pass_.part == 0 && wave->index == 0 && !config_.tie_word_embeddings) {
+  const bool first = wave->index == 0 && store_->dense().AccumulateOf(BucketIndex::kEmbedding, pass_.part) == Accumulate::kOverwrite;
+  if (first && !config_.tie_word_embeddings) {
     FillWithZeros(embedding, stream);
   }
   kernels::EmbeddingBackward(wave->gradient, wave->ids, embedding, stream);

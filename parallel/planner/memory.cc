@@ -68,19 +68,19 @@ class MemoryCount {
     const std::vector<int64_t> elements = model_.BucketElements(), bytes = model_.BucketBytes();
     const BucketIndex buckets = out_.shape.buckets();
     const bool sharded = layout_.dense == DensePolicy::kSharded && ranks_ > 1;
-    int64_t largest = 0;
+    int64_t of_layers = 0, of_ends = 0;  // The largest.
     for (int bucket = 0; bucket < buckets.count(); ++bucket) {
       const int64_t count = elements[static_cast<size_t>(bucket)], owned = CeilDiv(count, ranks_);
-      const bool layer = bucket >= 2 && bucket < 2 + buckets.layers;
-      const bool split = sharded && layer;
+      const bool split = sharded && buckets.Shardable(bucket);
       use_.weights += Shared(split ? owned * b_ : bytes[static_cast<size_t>(bucket)]);
       use_.gradients += split ? Held(kF32 * owned) : Shared(kF32 * count);
       use_.optimizer += 2 * Held(owned * kF32) + Held(bucket == 0 ? 0 : owned * master_bytes());
+      int64_t& largest = buckets.IsLayer(bucket) ? of_layers : of_ends;
       if (split) largest = std::max(largest, count);
     }
     const int64_t buffers = std::min(DenseBuffers(layout_.prefetch, waves_), buckets.layers);
-    use_.weights += buffers * Shared(largest * b_);
-    use_.gradients += buffers * Shared(largest * kF32);
+    use_.weights += buffers * Shared(of_layers * b_) + Shared(of_ends * b_);
+    use_.gradients += buffers * Shared(of_layers * kF32) + Shared(of_ends * kF32);
   }
 
   void CountExperts() {

@@ -4,7 +4,8 @@
 //
 // With T tokens of a part, D width, F an expert's inner width, E experts, K choices, S rows of the rank's tokens, R rows of its
 // experts, b bytes of a compute element (4 in fp32, 2 in bf16), q and kv the widths of queries and keys:
-//   weights      dense: b each, replicated; sharded layers b/ranks and buffers (DenseBuffers). Owned experts: b each.
+//   weights      dense: b each, replicated; sharded b/ranks and buffers, DenseBuffers of a layer and one of embedding or head. Owned
+//                experts: b each.
 //   gradients    as weights, 4 bytes each.
 //   optimizer    of owned elements two moments of 4 bytes, and master weights of 4 where b is 2.
 //   copies       of experts that others own, b + 4 each: of all layers, or prefetch + 1 rooms when they are rematerialised.

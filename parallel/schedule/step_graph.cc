@@ -110,7 +110,7 @@ class Emitter {
  private:
   bool training() const { return shape_.mode == StepShape::Mode::kTrain; }
   bool sharded() const { return shape_.dense == DensePolicy::kSharded && shape_.ranks > 1; }
-  bool sharded(int bucket) const { return sharded() && bucket >= 2 && bucket < 2 + layers(); }
+  bool sharded(int bucket) const { return sharded() && buckets_.Shardable(bucket); }
   bool rematerialise() const { return shape_.experts == ExpertPolicy::kRematerialise; }
   int layers() const { return static_cast<int>(shape_.layers.size()); }
   const LayerShape& layer_shape(int layer) const { return shape_.layers[static_cast<size_t>(layer)]; }
@@ -149,7 +149,7 @@ class Emitter {
 
   int BucketOf(int layer) const { return gathered_[static_cast<size_t>(buckets_.OfLayer(layer))]; }
 
-  // A layer's bucket that is not kept takes a buffer: there are enough for `prefetch` layers ahead of the one in use.
+  // A bucket that is not kept takes a buffer: there are enough for `prefetch` layers ahead of the one in use.
   void Gather(int bucket, Phase phase) {
     if (shape_.ranks == 1) return;
     const size_t at = static_cast<size_t>(bucket);
@@ -159,15 +159,16 @@ class Emitter {
     }
     if (here_[at]) return;
     here_[at] = true;
-    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket,
-                        {dense_buffers_.Take(DenseBuffers(schedule_.prefetch, schedule_.waves)), released_[at]});
+    const int buffer =
+        buckets_.IsLayer(bucket) ? layer_buffers_.Take(DenseBuffers(schedule_.prefetch, schedule_.waves)) : end_buffers_.Take(1);
+    gathered_[at] = Add(Op::kGather, phase, world_lane_, kNone, bucket, {buffer, released_[at]});
   }
   void Release(int bucket, Phase phase) {
     if (!sharded(bucket)) return;
     const size_t at = static_cast<size_t>(bucket);
     here_[at] = false;
     released_[at] = Compute(Op::kRelease, phase, kNone, bucket, {});
-    dense_buffers_.Free(released_[at]);
+    (buckets_.IsLayer(bucket) ? layer_buffers_ : end_buffers_).Free(released_[at]);
   }
 
   void Materialise(int layer, Phase phase) {
@@ -216,6 +217,8 @@ class Emitter {
       wave().x = Compute(Op::kEmbed, Phase::kForward, kNone, kNone,
                          {gathered_[BucketIndex::kEmbedding], gathered_[BucketIndex::kVectors]});
     }
+    wave_ = kNone;
+    Release(BucketIndex::kEmbedding, Phase::kForward);
     routed_ = waves_.front().x;  // The part has begun: all that its totals wait for where no layer has experts.
     const std::vector<Turn> turns = TurnsOf(shape_);
     std::vector<size_t> done(waves_.size());
@@ -379,9 +382,9 @@ class Emitter {
   void Head() {
     Combine();
     head_ = Compute(Op::kHead, Phase::kForward, kNone, kNone, {wave().x, gathered_[static_cast<size_t>(buckets_.OfHead())]});
-    if (!training()) return;
-    const int backward = Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
-    if (sharded()) Wait(backward, reduced_);  // The buffers of the part before.
+    if (sharded()) Wait(head_, reduced_);  // The gradients' buffers of the part before.
+    if (wave_ + 1 == schedule_.waves) ForAll([&] { Release(buckets_.OfHead(), Phase::kForward); });
+    if (training()) Compute(Op::kHead, Phase::kBackward, kNone, kNone, {});
   }
 
   void EndForward() {
@@ -418,6 +421,14 @@ class Emitter {
     SHOAL_CHECK_GT(reduced, complete_[static_cast<size_t>(buckets_.OfLayer(other))])
         << "gradients of layer " << other << " must be sent before the backward pass of layer " << layer;
     return reduced;
+  }
+
+  // That of the head, which the embedding's take.
+  int EndGradientBuffer() const {
+    if (!sharded(BucketIndex::kEmbedding)) return kNone;
+    const size_t head = static_cast<size_t>(buckets_.OfHead());
+    SHOAL_CHECK_GT(reduced_[head], complete_[head]) << "gradients of the head must be sent before those of the embedding are computed";
+    return reduced_[head];
   }
 
   // Between departing gradients and those that come home.
@@ -460,7 +471,7 @@ class Emitter {
 
   void EndBackward() {
     FinishLayerBackward();
-    const int embed = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {});
+    const int embed = Compute(Op::kEmbed, Phase::kBackward, kNone, kNone, {EndGradientBuffer()});
     if (wave_ + 1 < schedule_.waves) return;
     ForAll([&] {
       Complete(BucketIndex::kEmbedding, embed);
@@ -515,7 +526,7 @@ class Emitter {
   std::vector<int> materialised_;  // By layer; the next two as here_ and released_.
   std::vector<bool> experts_here_;
   std::vector<int> experts_released_, experts_reduced_;
-  Buffers dense_buffers_, expert_buffers_;
+  Buffers layer_buffers_, end_buffers_, expert_buffers_;
 };
 
 }  // namespace

@@ -21,12 +21,15 @@ struct BucketIndex {
   int OfLayer(int layer) const { return 2 + layer; }
   int OfHead() const { return head ? 2 + layers : kEmbedding; }
   int count() const { return 2 + layers + (head ? 1 : 0); }
+  bool IsLayer(int bucket) const { return bucket >= 2 && bucket < 2 + layers; }
+  // What DensePolicy::kSharded shards: not vectors, which are small, nor an embedding that is the head, too, as it is needed at both
+  // ends of a step.
+  bool Shardable(int bucket) const { return IsLayer(bucket) || (head && bucket != kVectors); }
 };
 
 enum class DensePolicy : uint8_t {
   kReplicated,  // Weights are gathered once a step and kept (ZeRO stage 1).
-  // Those of layers are gathered when used and released, their gradients leave at once (ZeRO stage 3, FSDP); vectors,
-  // embedding and head as above.
+  // Gathered when used and released, gradients leave at once (ZeRO stage 3, FSDP); vectors and a tied embedding as above.
   kSharded,
 };
 enum class ExpertPolicy : uint8_t {
@@ -65,7 +68,7 @@ struct GradientSlice {
   int64_t begin = 0, count = 0;  // Elements.
   // Its place in the lane: right after the last dispatch of this layer's backward pass, which must come after the backward pass
   // of the bucket's own layer; -1: when all backward passes are done. With DensePolicy::kSharded the layer must be one of the
-  // `prefetch` layers below the bucket's own, because then its buffer is needed.
+  // `prefetch` layers below the bucket's own, for the head any layer, because then its buffer is needed.
   int before_layer = -1;
 };
 
@@ -108,7 +111,7 @@ Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucke
 // "2 waves; chunks 1 forward, 2 backward; 9 slices of gradients": for people.
 std::string Describe(const Schedule& schedule);
 
-// Buffers that sharded layers take in turn.
+// Buffers that sharded layers take in turn. Sharded embedding and head have one between them.
 int DenseBuffers(int prefetch, int waves);
 
 // The layer whose backward pass completes the gradients of a bucket; -1: only the end of the pass does (vectors, embedding).

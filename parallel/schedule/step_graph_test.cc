@@ -25,9 +25,9 @@ bool Coin(Random& random) { return random() % 2 == 0; }
 struct Case {
   StepShape shape;
   Schedule schedule;
-  bool of_layer(int bucket) const { return bucket >= 2 && bucket < 2 + layers(); }
+  bool of_layer(int bucket) const { return shape.buckets().IsLayer(bucket); }
   bool sharded() const { return shape.dense == DensePolicy::kSharded && shape.ranks > 1; }
-  bool sharded(int bucket) const { return sharded() && of_layer(bucket); }
+  bool sharded(int bucket) const { return sharded() && shape.buckets().Shardable(bucket); }
   bool rematerialise() const { return shape.materialise && shape.experts == ExpertPolicy::kRematerialise; }
   int layers() const { return static_cast<int>(shape.layers.size()); }
 };
@@ -60,7 +60,8 @@ std::vector<GradientSlice> RandomSlices(Random& random, const StepShape& shape, 
   std::vector<GradientSlice> slices;
   for (int bucket = 0; bucket < shape.buckets().count(); ++bucket) {
     const int completed = CompletedBy(shape, bucket);
-    const int lowest = shape.dense == DensePolicy::kSharded ? std::max(-1, completed - prefetch) : -1;
+    const bool head = completed == static_cast<int>(shape.layers.size());
+    const int lowest = shape.dense == DensePolicy::kReplicated ? -1 : head ? 0 : std::max(-1, completed - prefetch);
     int64_t begin = 0;
     for (int64_t end : {Pick(random, 0, 50), Pick(random, 50, 99), 100}) {
       if (end == begin) continue;
@@ -407,7 +408,7 @@ TEST_F(StepGraph, NoMoreLayersAreGatheredThanThereAreBuffers) {
     for (size_t i = 0; i < graph.tasks.size(); ++i) lanes[static_cast<size_t>(graph.tasks[i].lane)].push_back(i);
     std::array<size_t, kLanes> next{};
     std::vector<bool> done(graph.tasks.size(), false);
-    int live = 0, most = 0, live_experts = 0, most_experts = 0;
+    int live = 0, most = 0, live_ends = 0, most_ends = 0, live_experts = 0, most_experts = 0;
     for (size_t left = graph.tasks.size(); left > 0; --left) {
       bool ran = false;
       for (size_t lane = kLanes; lane-- > 0 && !ran;) {  // The compute lane last.
@@ -417,8 +418,11 @@ TEST_F(StepGraph, NoMoreLayersAreGatheredThanThereAreBuffers) {
         if (!std::all_of(task.after.begin(), task.after.end(), [&](int before) { return done[static_cast<size_t>(before)]; })) {
           continue;
         }
-        if (task.op == Op::kGather && one.sharded(task.chunk)) most = std::max(most, ++live);
-        if (task.op == Op::kRelease && task.layer < 0) --live;
+        if (task.op == Op::kGather && one.sharded(task.chunk)) {
+          if (one.of_layer(task.chunk)) most = std::max(most, ++live);
+          if (!one.of_layer(task.chunk)) most_ends = std::max(most_ends, ++live_ends);
+        }
+        if (task.op == Op::kRelease && task.layer < 0) --(one.of_layer(task.chunk) ? live : live_ends);
         if (one.rematerialise()) {
           if (task.op == Op::kMaterialise) most_experts = std::max(most_experts, ++live_experts);
           if ((task.op == Op::kRelease && task.layer >= 0) || task.op == Op::kReduceExperts) --live_experts;
@@ -429,8 +433,10 @@ TEST_F(StepGraph, NoMoreLayersAreGatheredThanThereAreBuffers) {
       ASSERT_TRUE(ran) << "deadlock";
     }
     EXPECT_LE(most, DenseBuffers(one.schedule.prefetch, one.schedule.waves));
+    EXPECT_LE(most_ends, 1);
     EXPECT_LE(most_experts, one.schedule.prefetch + 1);
     EXPECT_EQ(live, 0);
+    EXPECT_EQ(live_ends, 0);
     EXPECT_EQ(live_experts, 0);
   });
 }
@@ -490,6 +496,27 @@ TEST_F(StepGraph, GradientBuffersOfLayersAreSentBeforeTheyAreTakenAgain) {
       for (size_t j = 0; j < graph.tasks.size(); ++j) {
         const Task& task = graph.tasks[j];
         if (task.part == reduce.part && WritesGradients(one.shape, task, one.shape.buckets().OfLayer(taker))) {
+          EXPECT_TRUE(order.Before(i, j)) << Name(reduce) << " and " << Name(task);
+        }
+      }
+    }
+  });
+}
+
+TEST_F(StepGraph, HeadAndEmbeddingHaveOneBufferForTheirGradients) {
+  ForEachCase([](const Case& one, const Graph& graph) {
+    if (!one.sharded(BucketIndex::kEmbedding)) return;
+    const Order order(graph);
+    const int head = one.shape.buckets().OfHead();
+    // The head comes first in a part.
+    const auto turn = [&](const Task& task, int bucket) { return 2 * task.part + (bucket == head ? 0 : 1); };
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& reduce = graph.tasks[i];
+      if (reduce.op != Op::kReduce || (reduce.chunk != head && reduce.chunk != BucketIndex::kEmbedding)) continue;
+      for (size_t j = 0; j < graph.tasks.size(); ++j) {
+        const Task& task = graph.tasks[j];
+        for (const int bucket : {head, static_cast<int>(BucketIndex::kEmbedding)}) {
+          if (!WritesGradients(one.shape, task, bucket) || turn(task, bucket) <= turn(reduce, reduce.chunk)) continue;
           EXPECT_TRUE(order.Before(i, j)) << Name(reduce) << " and " << Name(task);
         }
       }
