@@ -103,9 +103,12 @@ class Group final : public Communicator, public Tuned, private ExecutorHost {
   std::unique_ptr<TinyGroup> NewTinyGroup(std::shared_ptr<HostGroup> group);
   void AttendTiny();
   bool MayBeTiny(const OpOptions& options) const {
-    return tiny_ != nullptr && options.wire == WireFormat::kAsIs && options.algorithm.empty() && !life_->Ended();
+    return tiny_ != nullptr && options.wire == WireFormat::kAsIs && options.algorithm.empty() && !life_->Ended() &&
+           !world_->Leaving();
   }
   TinyCall NewTinyCall(const OpOptions& options, TinyOp* op) const { return {index_, size_, options.order, op}; }
+  // ABORTED: nothing can be issued any more.
+  absl::Status CheckOpen() const;
   Work IssueTiny(TinyOp* op, const OpOptions& options);
   Work Issue(Operation op, const OpOptions& options);
   Work IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
@@ -319,7 +322,7 @@ Work Group::Issue(Operation op, const OpOptions& options) {
   op.label = std::string(options.label);
   absl::Status refused = CheckArguments(op, index_, size_);
   if (refused.ok()) refused = CheckAlgorithm(op, index_, size_, topology_);
-  if (refused.ok()) refused = status();
+  if (refused.ok()) refused = CheckOpen();
   if (!refused.ok()) {
     std::string name(OpKindName(op.kind));
     if (!op.label.empty()) absl::StrAppend(&name, " \"", op.label, "\"");
@@ -524,7 +527,7 @@ absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int>
     ranks.push_back(life_->ranks()[members[i]]);
   }
   if (index < 0) return absl::InvalidArgumentError("this process is not among the members");
-  SHOAL_RETURN_IF_ERROR(status());
+  SHOAL_RETURN_IF_ERROR(CheckOpen());
   uint64_t number = 0;
   {
     MutexLock lock(&mutex_);
@@ -534,6 +537,11 @@ absl::StatusOr<std::unique_ptr<Communicator>> Group::Split(absl::Span<const int>
   const int64_t deadline_ns = SteadyDeadlineNs(absl::Now() + world_->options().timeout);
   CostModel model = ModelOf(model_, TopologyOf(*world_, ranks), members);
   return Create(world_, world_->NewGroup(key, std::move(ranks), index, life_.get()), std::move(model), deadline_ns);
+}
+
+absl::Status Group::CheckOpen() const {
+  SHOAL_RETURN_IF_ERROR(status());
+  return world_->CheckPresent();
 }
 
 void Group::Abort(const absl::Status& cause) {

@@ -285,13 +285,18 @@ void World::Leave() {
   if (watch_ != nullptr) watch_->Release();
   {
     MutexLock lock(&mutex_);
-    if (core_ == nullptr || leaving_) return;
-    leaving_ = true;
+    if (core_ == nullptr || leaving_.exchange(true, std::memory_order_acq_rel)) return;
     EpochCore::Effects effects;
     core_->Leave(&effects);
     Apply(effects);
   }
   if (mesh_ != nullptr) mesh_->Leave();
+}
+
+absl::Status World::CheckPresent() const {
+  if (!Leaving()) return absl::OkStatus();
+  return absl::AbortedError(
+      absl::StrCat(RankName(options_.rank), " has left epoch ", static_cast<uint64_t>(options_.epoch)));
 }
 
 World::~World() {

@@ -66,8 +66,12 @@ class World {
   absl::Status End(const std::string& cause);
 
   // Says goodbye to all peers: what this process has not done by now it never will. Groups without it, and operations that
-  // have all they need from it, go on. Its own groups live until End or their end. Never blocks.
+  // have all they need from it, go on. Its own groups live until End or their end, but no operation is issued on them any
+  // more (CheckPresent). Never blocks.
   void Leave();
+  bool Leaving() const { return leaving_.load(std::memory_order_acquire); }
+  // ABORTED: this process has left.
+  absl::Status CheckPresent() const;
 
   // The peer said goodbye: what it has not done by now it never will.
   bool Left(int rank) const { return peers_[rank]->left.load(std::memory_order_acquire); }
@@ -169,7 +173,7 @@ class World {
     std::weak_ptr<Life> shared;
   };
   std::map<uint64_t, LifeEntry> lives_ ABSL_GUARDED_BY(mutex_);  // By the core's numbers.
-  bool leaving_ ABSL_GUARDED_BY(mutex_) = false;
+  std::atomic<bool> leaving_{false};
   int64_t closing_since_ns_ ABSL_GUARDED_BY(mutex_) = 0;  // 0: the world is in use.
   std::unique_ptr<DeathWatch> watch_;
   std::thread monitor_;

@@ -12,6 +12,7 @@
 namespace shoal {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -106,6 +107,47 @@ TEST(Elastic, WhoLeavesPolitelyIsMissedByNobody) {
   EXPECT_EQ(members[1]->Wait(), 0);
   members.erase(members.begin() + 1);
   Report("after a polite leave", begun_ns, AwaitSize(members, 3).at_ns);
+}
+
+// Peers have heard the goodbye by then, and count on nothing more.
+TEST(Elastic, WhatIsIssuedOnAnEpochThatThisProcessHasLeftEndsAtOnce) {
+  for (const char* transport : {"auto", "tcp"}) {
+    ElasticJob job({.size_min = 2, .transport = transport});
+    job.StartCoordinator();
+    Members members;
+    for (int i = 0; i < 2; ++i) {
+      members.push_back(job.StartMember([](Membership& membership, Child::Parent& parent) {
+        const auto group = *membership.NextEpoch(absl::Now() + absl::Seconds(30));
+        const auto say = [&](const Work& work) {
+          parent.Say(absl::StrCat(work.Done() ? "at once: " : "later: ", work.Await().ToString()));
+        };
+        const Tensor data = Zeros({100'000}, DType::kF32), few = Zeros({2}, DType::kF32);
+        parent.Say(absl::StrCat("index ", group->index(), ": ", group->Barrier({}).Await().ToString()));
+        if (group->index() == 0) {
+          parent.Say(membership.NextEpoch(absl::Now()).status().ToString());
+          for (const Tensor& tensor : {data, few}) {
+            say(group->AllReduce(tensor, tensor, ReduceOp::kSum, {}));
+            say(group->Send(tensor, 1, 7, {}));
+            say(group->Receive(tensor, 1, 7, {}));
+          }
+          parent.Say(absl::StrCat("at once: ", group->Split({0, 1}).status().ToString()));
+        } else {
+          parent.Say(absl::StrCat("survivor: ", group->AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString()));
+          (void)parent.Hear(absl::Minutes(1));
+        }
+        LiveAsMember(membership, parent);
+      }));
+    }
+    if (members[0]->LineWith("index") != "index 0: OK") std::swap(members[0], members[1]);
+    EXPECT_THAT(members[0]->LineWith("DEADLINE_EXCEEDED"), HasSubstr("the next epoch"));
+    for (int i = 0; i < 7; ++i) {
+      EXPECT_THAT(members[0]->Line(), AllOf(StartsWith("at once: ABORTED: "), HasSubstr("rank 0 (pid "),
+                                            HasSubstr("has left epoch 1")));
+    }
+    EXPECT_THAT(members[1]->LineWith("survivor"), AllOf(HasSubstr("ABORTED: "), HasSubstr("rank 0 (pid "), HasSubstr("left")));
+    members[1]->Tell("go on");
+    AwaitSize(members, 2);
+  }
 }
 
 TEST(Elastic, SurvivorsOfAKillGoOn) {

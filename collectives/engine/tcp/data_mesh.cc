@@ -34,6 +34,7 @@ constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake;
 constexpr int64_t kGraceNs = 500'000'000;
 constexpr size_t kEarlyGroupsMax = 4096, kClosedGroupsMax = 1 << 16;
 constexpr uint64_t kWakeTag = ~uint64_t{0};
+constexpr char kLeft[] = "nothing is sent to it any more: this process has left the epoch";
 
 }  // namespace
 
@@ -96,7 +97,7 @@ struct DataMesh::Impl {
   std::vector<Peer> peers;
   std::vector<std::unique_ptr<Flow>> flows;
   size_t open_flows = 0;
-  bool some_closed = false;
+  bool some_closed = false, left = false;
   absl::flat_hash_map<uint64_t, std::unique_ptr<Port>> ports;
   // What still comes for them is dropped. The oldest are forgotten, for which nothing can be under way any more.
   absl::flat_hash_set<uint64_t> closed_groups;
@@ -222,8 +223,7 @@ void DataMesh::Impl::CheckPort(Port* port) {
   for (const int rank : port->life->ranks()) {
     const Peer& peer = peers[rank];
     if (peer.status.ok() || !port->Pending(rank)) continue;
-    // Nonsense needs no second witness. Of a closed connection the control connection knows more, in a
-    // moment.
+    // Nonsense needs no second witness. Of a closed connection the control connection knows more, in a moment.
     if (!absl::IsDataLoss(peer.status) && NowNs() - peer.closed_ns < kGraceNs) continue;
     port->Fail(Annotate(peer.status, shared.names[rank]));
     return Detach(port);
@@ -260,7 +260,7 @@ void DataMesh::Impl::PumpOut(int rank, int64_t* moved) {
       while (!flow->bytes.Full() && NextFrame(rank, wanted, &frame)) flow->bytes.Add(std::move(frame));
       if (flow->bytes.Empty()) break;
       const absl::Status status = flow->bytes.Write(flow, moved);
-      if (!status.ok()) ClosePeer(rank, status);
+      if (!status.ok()) ClosePeer(rank, left ? absl::UnavailableError(kLeft) : status);
       if (flow->bytes.blocked()) break;
       if (*moved - before < kWriteBudget) continue;
       ListDirty(rank);  // A peer that reads as fast as this rank writes never blocks it.
@@ -432,6 +432,7 @@ void DataMesh::Leave() {
   }
   int64_t moved = 0;
   impl_->EmptyOutboxes(&moved);
+  impl_->left = true;
   for (size_t rank = 0; rank < impl_->peers.size(); ++rank) {
     const Port::Outbox& box = impl_->shared.outboxes[rank];
     if (!box.small.empty() || !box.large.empty()) continue;
@@ -483,8 +484,7 @@ void DataMesh::Close(Port* port) {
   impl_->ports.erase(port->key);
 }
 
-void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes,
-                    uint64_t token) {
+void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
   Visit lock(impl_.get());
   const int rank = port->life->ranks()[member];
   port->Send(rank, id, data, bytes, token);

@@ -434,6 +434,19 @@ TEST(TcpChannel, WhatAPeerSentBeforeItLeftIsStillReceived) {
   leaver.join();
 }
 
+TEST(TcpChannel, WhatIsSentAfterLeavingFailsAndBlamesNoPeer) {
+  auto meshes = Meshes(2, {.flows = 2});
+  TestLife life(1, All(2), 0);
+  TcpChannel channel(meshes[0].get(), &life);
+  meshes[0]->Leave();
+  const std::byte data{};
+  channel.Send(1, {1, 1, 1}, &data, 1, 1);
+  std::vector<Channel::Event> events;
+  const absl::Status status = Await(channel, 1, &events);
+  EXPECT_TRUE(absl::IsUnavailable(status)) << status;
+  EXPECT_THAT(std::string(status.message()), HasSubstr("this process has left the epoch"));
+}
+
 TEST(TcpChannel, ALeavingRankWaitsForNobodyWhoTakesNothing) {
   // While nobody reads the sender's kernel keeps some of it.
   auto meshes = Meshes(3, {.flows = 1, .buffer_bytes = 64 << 10});
