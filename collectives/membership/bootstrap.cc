@@ -303,11 +303,11 @@ absl::StatusOr<std::vector<PeerLink>> Connect(const WorldOptions& options, const
     if (state == Mesh::State::kFormed) return mesh->TakeLinks();
     if (state == Mesh::State::kFailed) {
       std::vector<std::string> causes;
-      for (const Accusation& accusation : mesh->accusations()) {
+      for (const Accusation& accusation : mesh->accusations().empty() ? mesh->incomplete() : mesh->accusations()) {
         const int rank = view.RankOf(accusation.id);
         causes.push_back(absl::StrCat(RankName(rank, view.members[rank]), ": ", accusation.cause));
       }
-      if (causes.empty()) causes.push_back("all ranks are connected with this one, but not with each other");
+      if (causes.empty()) causes.push_back("the ranks do not agree who of them share a host");
       return absl::DeadlineExceededError(absl::StrCat("after ", absl::FormatDuration(options.connect_timeout),
                                                       ": ", absl::StrJoin(causes, "; "),
                                                       OwnTrouble(greeter, options)));

@@ -439,10 +439,14 @@ int64_t Mesh::NextTimeNs() const {
 }
 
 void Mesh::GiveUp(int64_t now_ns) {
-  std::vector<Accusation> accusations;
+  std::vector<Accusation> accusations, incomplete;
   for (size_t rank = 0; rank < peers_.size(); ++rank) {
     const Peer& peer = peers_[rank];
     if (static_cast<int>(rank) == rank_) continue;
+    if (peer.let_go || (peer.link.control.valid() && !peer.host_known)) {
+      const char* const how = peer.let_go ? ", and gave up" : ", but not with all others";
+      incomplete.push_back({view_.members[rank].id, absl::StrCat("connected with rank ", rank_, how)});
+    }
     const bool reached = peer.link.control.valid() && peer.flows_here >= peer.flows;
     // Who is connected and silent waits for somebody else, and who was has gone to say so.
     if (reached || (peer.let_go && state_ != State::kFormed)) continue;
@@ -459,6 +463,7 @@ void Mesh::GiveUp(int64_t now_ns) {
   }
   Cancel();
   accusations_ = std::move(accusations);
+  incomplete_ = std::move(incomplete);
   state_ = State::kFailed;
 }
 

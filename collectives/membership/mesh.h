@@ -61,6 +61,8 @@ class Mesh {
   // kFailed: whom this process could not connect with, and why. Itself alone, when it has no descriptors left: its peers
   // are not to blame.
   const std::vector<Accusation>& accusations() const { return accusations_; }
+  // kFailed: whom it had reached, and who had not reached everybody. They are not to blame for it.
+  const std::vector<Accusation>& incomplete() const { return incomplete_; }
 
  private:
   struct Peer;
@@ -99,7 +101,7 @@ class Mesh {
   std::map<uint64_t, Dial> dials_;  // By the key of their events.
   bool data_dialled_ = false;
   std::vector<Parked> parked_;
-  std::vector<Accusation> accusations_;
+  std::vector<Accusation> accusations_, incomplete_;
   absl::Status lack_;
 };
 
