@@ -12,8 +12,6 @@
 #include <algorithm>
 #include <random>
 
-#include "absl/strings/match.h"
-#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "collectives/communicator.h"
 #include "collectives/membership/membership.h"
@@ -30,6 +28,7 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::AnyOf;
+using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::StartsWith;
 
@@ -282,55 +281,59 @@ class NoDescriptors : public ::testing::TestWithParam<std::string> {};
 INSTANTIATE_TEST_SUITE_P(All, NoDescriptors, ::testing::Values("auto", "tcp"),
                          [](const auto& info) { return info.param; });
 
-constexpr int kMostSpare = 24;  // Enough for anything here.
+// What a rank says that could not connect: what it lacked itself, or whom it missed: a rank, or the place where all meet.
+auto SaysWhy(const std::string& rendezvous) {
+  return AllOf(AnyOf(StartsWith("RESOURCE_EXHAUSTED: "), StartsWith("DEADLINE_EXCEEDED: "), StartsWith("UNAVAILABLE: "),
+                     StartsWith("ABORTED: ")),
+               AnyOf(Lack(), ContainsRegex("ranks? [0-9]"), HasSubstr(rendezvous)));
+}
 
-// With any number of spare descriptors, too few or enough: the rank either connects or says what it lacks,
-// and the others say that it did not come.
+// With any number of spare descriptors, too few or enough, one rank among three either connects or not; whatever the others
+// have seen of it by then, none of them hangs, and each says why.
 TEST_P(NoDescriptors, ConnectingEndsForAll) {
   SKIP_IF_CHECKS_NEED_DESCRIPTORS();
-  std::vector<Children> jobs;
-  for (int spare = 0; spare <= kMostSpare; spare += spare < 10 ? 1 : 7) {
-    const std::string rendezvous = UniqueRendezvous();
-    Children& job = jobs.emplace_back();
+  constexpr absl::Duration kTimeout = absl::Seconds(3), kMargin = absl::Seconds(10);  // The machine may be loaded.
+  struct Job {
+    std::string rendezvous;
+    int spare, limited;
+    Children ranks;
+  };
+  std::vector<Job> jobs;
+  for (int spare : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 23}) {
+    Job& job = jobs.emplace_back(Job{UniqueRendezvous(), spare, spare % 3, {}});
     for (int rank = 0; rank < 3; ++rank) {
-      job.push_back(std::make_unique<Child>([&, rank](Child::Parent& parent) {
-        WorldOptions options = RankOptions(rank, 3, GetParam(), rendezvous);
-        options.connect_timeout = absl::Seconds(3);
+      job.ranks.push_back(std::make_unique<Child>([&, rank](Child::Parent& parent) {
+        WorldOptions options = RankOptions(rank, 3, GetParam(), job.rendezvous);
+        options.connect_timeout = kTimeout;
         std::unique_ptr<DescriptorLimit> limit;
-        if (rank == spare % 3) limit = std::make_unique<DescriptorLimit>(spare);
+        if (rank == job.limited) limit = std::make_unique<DescriptorLimit>(job.spare);
+        const absl::Time begin = absl::Now();
         const auto world = ConnectWorld(options);
+        const absl::Duration took = absl::Now() - begin;
+        if (took > kTimeout + kMargin) parent.Say(absl::StrCat("took ", absl::FormatDuration(took)));
         parent.Say(world.ok() ? Sum(**world) : world.status().ToString());
         (void)parent.Hear(absl::Minutes(1));
       }));
     }
   }
-  int spare = 0, connected = 0;
-  for (Children& job : jobs) {
-    const int limited = spare % 3;
+  int connected = 0;
+  for (Job& job : jobs) {
+    SCOPED_TRACE(absl::StrCat("rank ", job.limited, " has ", job.spare, " descriptors"));
     std::vector<std::string> lines;
-    for (auto& rank : job) lines.push_back(rank->Line());
-    connected += lines[0] == "sum is right";
+    for (auto& rank : job.ranks) lines.push_back(rank->Line());
+    const bool all = lines[job.limited] == "sum is right";
+    connected += all;
     for (int rank = 0; rank < 3; ++rank) {
-      const std::string& line = lines[rank];
-      ASSERT_NE(line, "") << "rank " << rank << " hangs, rank " << limited << " has " << spare
-                          << " descriptors";
-      if (lines[limited] == "sum is right") {
-        EXPECT_EQ(line, "sum is right") << rank << ", " << spare;
-      } else if (rank == limited) {
-        EXPECT_THAT(line, AnyOf(Lack(), StartsWith("DEADLINE_EXCEEDED: after 3s: rank ")))
-            << "rank " << rank << " has " << spare << " descriptors";
+      SCOPED_TRACE(absl::StrCat("rank ", rank));
+      if (all) {
+        EXPECT_EQ(lines[rank], "sum is right");
       } else {
-        // Of those whom rank 0 has left alone the last words are of the connection to it. One that connected just
-        // before the others gave up finds them gone.
-        EXPECT_THAT(line, AnyOf(HasSubstr(absl::StrCat("rank ", limited)), HasSubstr("did not come"),
-                                HasSubstr("with this one, but not with each other"),
-                                StartsWith("ABORTED: all_reduce \"check\": rank "),
-                                StartsWith("DEADLINE_EXCEEDED: after 3s: rank "),
-                                HasSubstr(": joining at unix:")))  // UNAVAILABLE, or no answer in time.
-            << "rank " << rank << ", rank " << limited << " has " << spare << " descriptors";
+        EXPECT_THAT(lines[rank], SaysWhy(job.rendezvous));
       }
     }
-    spare += spare < 10 ? 1 : 7;
+    if (job.spare == 0) {
+      EXPECT_THAT(lines[job.limited], Lack());
+    }
   }
   EXPECT_GE(connected, 1);
   EXPECT_LT(connected, static_cast<int>(jobs.size()));
@@ -423,49 +426,35 @@ TEST_P(NoDescriptors, AMemberThatCannotConnectHoldsNobodyUp) {
   for (auto& member : members) EXPECT_EQ(member->LineWith("reached"), all);
 }
 
-// With descriptors enough to connect but not to work, a member breaks each epoch that has it: not again and again.
-TEST_P(NoDescriptors, AMemberThatBreaksEpochsStandsBack) {
-  SKIP_IF_CHECKS_NEED_DESCRIPTORS();
-  ElasticJob job({.size_min = 1, .heartbeat_timeout = absl::Milliseconds(500), .transport = GetParam()});
+// With enough to connect but not to work, a member breaks each epoch that has it: not again and again.
+TEST(NoMemory, AMemberThatBreaksEpochsStandsBack) {
+  constexpr absl::Duration kTimeout = absl::Milliseconds(400);
+  ElasticJob job({.size_min = 2, .heartbeat_timeout = kTimeout});
   job.StartCoordinator();
-  const auto other = job.StartMember([](Membership& membership, Child::Parent& parent) {
-    std::string heard;
-    while (heard.empty()) {
-      const auto epoch = membership.NextEpoch(absl::Now() + absl::Milliseconds(100));
-      if (epoch.ok()) (void)(*epoch)->Barrier({.deadline = absl::Now() + absl::Milliseconds(500)}).Await();
-      do heard = parent.Hear(absl::Milliseconds(10));
-      while (heard.empty() && epoch.ok() && (*epoch)->size() == 1 && membership.JoinersWaiting() == 0);
-    }
-    Reach(membership, parent, 2);
-  });
-  const auto limited = job.StartMember([](Membership& membership, Child::Parent& parent) {
-    int broken = 0;
-    const auto count = [&](int spare, absl::Time until) {
-      const DescriptorLimit limit(spare);
-      broken = 0;
-      while (absl::Now() < until) {
-        const auto epoch = membership.NextEpoch(until);
-        if (absl::IsResourceExhausted(epoch.status())) ++broken;
-        if (!epoch.ok()) continue;
-        (void)(*epoch)->Barrier({}).Await();
-        return;
+  const auto other =
+      job.StartMember([](Membership& membership, Child::Parent& parent) { Reach(membership, parent, 2); });
+  const auto limited = job.StartMember([&](Membership& membership, Child::Parent& parent) {
+    absl::Time begin;
+    {
+      const MemoryLimit limit(4096);
+      for (int i = 0; i < 2; ++i) {
+        begin = absl::Now();
+        const auto epoch = membership.NextEpoch(absl::Now() + absl::Seconds(30));
+        parent.Say(absl::StrCat("broken: ", epoch.status().ToString()));
       }
-    };
-    // Of this many it lacks some once it has connected.
-    int spare = kMostSpare;
-    while (broken == 0 && spare > 0) count(--spare, absl::Now() + absl::Milliseconds(300));
-    if (broken == 0) parent.Say("no number of descriptors is too small for the epoch alone");
-    count(spare, absl::Now() + absl::Seconds(3));
-    parent.Say(absl::StrCat("broken ", broken));
+    }
+    const auto epoch = membership.NextEpoch(absl::Now() + absl::Seconds(30));
+    parent.Say(absl::Now() - begin >= kTimeout ? "stood back" : "came back at once");
+    parent.Say(epoch.ok() ? Sum(**epoch) : epoch.status().ToString());
     Reach(membership, parent, 2);
   });
-  const std::string broken = limited->LineWith("broken ");
-  int times = 0;
-  ASSERT_TRUE(absl::SimpleAtoi(broken.substr(std::min(broken.size(), sizeof "broken")), &times)) << broken;
-  EXPECT_LE(times, 4);  // Many, if nothing held it back; none, when it stands back all the while.
-  other->Tell("go on");
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_THAT(limited->LineWith("broken"),
+                AllOf(StartsWith("broken: RESOURCE_EXHAUSTED: epoch "), HasSubstr("File too large")));
+  }
+  EXPECT_EQ(limited->Line(), "stood back");
+  EXPECT_EQ(limited->Line(), "sum is right");
   EXPECT_EQ(other->LineWith("reached"), "reached 2");
-  EXPECT_EQ(limited->LineWith("reached"), "reached 2");
 }
 
 // Its own lack is the allocating rank's alone; of a peer that cannot take what is shared with it all must

@@ -10,6 +10,7 @@
 
 #include "collectives/membership/member_core.h"
 #include "collectives/membership/seating.h"
+#include "collectives/membership/setbacks.h"
 
 namespace shoal {
 namespace {
@@ -43,16 +44,18 @@ class Job : public ::testing::Test {
   }
 
   // A process that joins.
-  void Start(uint64_t id, int wanted_rank = -1) {
+  void Start(uint64_t id, int wanted_rank = -1, absl::Duration delay = absl::ZeroDuration()) {
     Member& member = members_[id];
     member.info = {.id = id, .pid = static_cast<int64_t>(id), .host_name = "h", .boot = boots_[id], .wanted_rank = wanted_rank};
-    member.core = std::make_unique<MemberCore>(member.info, MemberOptions(), now_);
+    member.core = std::make_unique<MemberCore>(member.info, MemberOptions{.first_dial_delay = delay}, now_);
     Do(id, member.core->Ready({}, now_));
   }
 
   void Ready(uint64_t id, std::vector<Accusation> accusations = {}) {
     Do(id, members_[id].core->Ready(std::move(accusations), now_));
   }
+
+  void Leave(uint64_t id) { Do(id, members_[id].core->Leave(now_)); }
 
   void Kill(uint64_t id) {
     const uint64_t connection = members_[id].connection;
@@ -555,6 +558,42 @@ TEST(Seating, SurvivorsKeepTheirOrderAndNewcomersGetWhatIsFree) {
        Seat({member(1, 0), member(3, 2), member(4, -1)}, {member(7, -1), member(8, 9), member(9, 1)}))
     ids.push_back(info.id);
   EXPECT_EQ(ids, (std::vector<uint64_t>{1, 9, 3, 4, 8, 7}));
+}
+
+// With enough to connect but not to work: each epoch that has the member is over at once. The others lose ever fewer by it.
+TEST_F(Job, AMemberThatBreaksEpochsStandsBackLongerAndLonger) {
+  options_.size_min = 1;
+  StartCoordinator();
+  uint64_t limited = 12;
+  for (uint64_t id : {uint64_t{11}, limited}) Start(id);
+  Setbacks setbacks;
+  std::vector<int64_t> broken_ns;
+  int times = 0;
+  size_t broken = 0, asked = 0;  // Views of either member that are over.
+  for (const int64_t end_ns = now_ + 60'000 * kMs; now_ < end_ns; Run()) {
+    const std::vector<View>& views = members_[11].views;
+    if (members_[limited].views.size() > broken) {
+      const int64_t last_ns = broken_ns.empty() ? 0 : broken_ns.back();
+      EXPECT_GE(now_ - last_ns, absl::ToInt64Nanoseconds(RejoinDelay(absl::Seconds(1), times)));
+      broken_ns.push_back(now_);
+      setbacks.OnFormed();
+      times = setbacks.OnLack();
+      if (times == 0) {
+        ++broken;
+        Ready(limited);
+      } else {
+        broken = 0;
+        Leave(limited);
+        Start(++limited, -1, RejoinDelay(absl::Seconds(1), times));
+      }
+    }
+    if (asked < views.size() && (views.back().members.size() == 2 || members_[11].joiners > 0)) {
+      asked = views.size();
+      Ready(11);
+    }
+  }
+  EXPECT_EQ(broken_ns.size(), 8u);  // After 0, 0, 1, 3, 7, 15, 31 and 47 s.
+  EXPECT_EQ(Ranks(), Ids{11});
 }
 
 }  // namespace

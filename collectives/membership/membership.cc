@@ -10,6 +10,7 @@
 #include "collectives/engine/world.h"
 #include "collectives/membership/coordinator_dialler.h"
 #include "collectives/membership/seat.h"
+#include "collectives/membership/setbacks.h"
 #include "collectives/transport/clock.h"
 #include "runtime/base/mutex.h"
 #include "runtime/base/status.h"
@@ -19,7 +20,6 @@ namespace {
 
 constexpr int64_t kRetryNs = 20'000'000;         // Between two attempts to reach a coordinator.
 constexpr int64_t kAttemptNs = 10'000'000'000;  // For one round through all of them.
-constexpr int kLacksAtOnce = 1;  // So many epochs may end for what this process lacks before it takes its time.
 
 class ElasticMembership final : public Membership {
  public:
@@ -40,10 +40,7 @@ class ElasticMembership final : public Membership {
 
   const MembershipOptions options_;
   Mutex calls_;  // One NextEpoch at a time.
-  // Epochs in a row that ended because this process lacked something.
-  int lacks_ ABSL_GUARDED_BY(calls_) = 0;
-  bool counted_ ABSL_GUARDED_BY(calls_) = false;  // The present epoch is one of them.
-  bool entered_ ABSL_GUARDED_BY(calls_) = false;  // The caller has got it.
+  Setbacks setbacks_ ABSL_GUARDED_BY(calls_);
   mutable Mutex mutex_;
   View view_ ABSL_GUARDED_BY(mutex_);
   // Owned by the groups of the communicator: the epoch ends with them, or when the next one begins.
@@ -83,8 +80,8 @@ std::vector<Accusation> ElasticMembership::LeavePresent() {
   if (const std::shared_ptr<World> world = world_.lock()) world->Leave();
   if (deaths_->TakeOwnLack()) {
     CountLack();
-  } else if (std::exchange(entered_, false)) {
-    lacks_ = 0;
+  } else {
+    setbacks_.OnLeft();
   }
   for (const World::Deaths::Death& dead : deaths_->Get()) {
     accusations.push_back({view_.members[dead.rank].id, dead.cause, dead.died});
@@ -114,19 +111,17 @@ absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::NextEpoch(absl:
     // An epoch that breaks while it begins is over before the caller saw it.
     if (formed.links.empty()) continue;
     std::shared_ptr<World> world;
-    counted_ = false;
+    setbacks_.OnFormed();
     absl::StatusOr<std::unique_ptr<Communicator>> group = Enter(std::move(formed), deadline, &world);
-    entered_ = group.ok();
+    if (group.ok()) setbacks_.OnEntered();
     if (absl::IsResourceExhausted(group.status())) CountLack();
     if (!absl::IsAborted(group.status())) return group;
     accusations = LeavePresent();
   }
 }
 
-// The others lose the epoch by that as well. Once may be bad luck, but who lacks something is likely to lack it again.
 void ElasticMembership::CountLack() {
-  if (std::exchange(counted_, true)) return;
-  if (++lacks_ > kLacksAtOnce) seat_->StandBack(lacks_ - kLacksAtOnce);
+  if (const int times = setbacks_.OnLack(); times > 0) seat_->StandBack(times);
 }
 
 absl::StatusOr<std::unique_ptr<Communicator>> ElasticMembership::Enter(Seat::Formed formed, absl::Time deadline,

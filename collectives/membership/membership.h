@@ -46,8 +46,9 @@ class Membership {
   static absl::StatusOr<std::unique_ptr<Membership>> Join(const MembershipOptions& options);
   virtual ~Membership() = default;  // Leaves politely.
 
-  // Blocks until the next epoch with this process in it has formed. Ends the present one, whose communicator may be
-  // destroyed before or after. A process that was excluded joins again, as a new member. DEADLINE_EXCEEDED says whom the
+  // Blocks until the next epoch with this process in it has formed. Ends the present one: operations that are issued on its
+  // communicators from now on end ABORTED at once, those under way when they need more of this process, or when the next one
+  // begins. The communicators may be destroyed before or after. A process that was excluded joins again, as a new member. DEADLINE_EXCEEDED says whom the
   // coordinator waits for; RESOURCE_EXHAUSTED what this process lacked to work in the epoch, which is over by that for all:
   // when it happens again it joins as a new member, after a delay that grows from time to time.
   virtual absl::StatusOr<std::unique_ptr<Communicator>> NextEpoch(absl::Time deadline) = 0;

@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "collectives/membership/endpoint.h"
+#include "collectives/membership/setbacks.h"
 #include "collectives/transport/clock.h"
 #include "collectives/transport/handshake.h"
 #include "runtime/base/log.h"
@@ -22,7 +23,6 @@ namespace {
 
 constexpr int64_t kUnsentNs = 5'000'000;      // How often a full connection with the coordinator is tried again.
 constexpr int64_t kFarewellNs = 200'000'000;  // How long a leaving member waits for the coordinator to hear it.
-constexpr int kDelayDoublingsMax = 4;         // Of the heartbeat timeout.
 constexpr absl::Duration kMeshTimeMin = absl::Seconds(1);
 
 MemberOptions CoreOptions(const MembershipOptions& options) {
@@ -203,7 +203,7 @@ void Seat::TakeRequests() {
     request.swap(request_);
   }
   if (stand_back != 0) {
-    const absl::Duration delay = DelayAfter(stand_back);
+    const absl::Duration delay = RejoinDelay(core_options_.heartbeat_timeout, stand_back);
     SHOAL_LOG(kWarning) << "this process lacks what it takes to work in the epochs that form; it leaves, and joins again in "
                         << absl::FormatDuration(delay);
     Leave();
@@ -322,15 +322,10 @@ void Seat::Perform(MemberCore::Action& action) {
   }
 }
 
-absl::Duration Seat::DelayAfter(int times) const {
-  if (times == 0) return absl::ZeroDuration();
-  return core_options_.heartbeat_timeout * (1 << std::min(times - 1, kDelayDoublingsMax));
-}
-
 // Joins again as a new member: at once after an epoch, later and later when it never gets into one. Each attempt to connect
 // with somebody out of reach holds all others up.
 void Seat::OnExcluded(const std::string& cause) {
-  const absl::Duration delay = DelayAfter(exclusions_++);
+  const absl::Duration delay = RejoinDelay(core_options_.heartbeat_timeout, exclusions_++);
   const std::string text = absl::StrCat("excluded from the job: ", cause, "; joining again as a new member",
                                         exclusions_ > 1 ? absl::StrCat(" in ", absl::FormatDuration(delay)) : "");
   SHOAL_LOG(kWarning) << text;

@@ -44,8 +44,8 @@ class Seat {
   // This process wants the epoch after the present one. `accusations`: whom it found dead in that. Does nothing when that
   // was asked already.
   void Ask(std::vector<Accusation> accusations);
-  // This process cannot work in the epochs that form: it leaves, and joins again as a new member, after a delay that
-  // doubles with `times` (1 or more; how often that was so in a row).
+  // This process cannot work in the epochs that form: it leaves, and joins again as a new member, after RejoinDelay of
+  // `times` (1 or more; setbacks.h).
   void StandBack(int times);
   // Blocks until the epoch that was asked for has formed. DEADLINE_EXCEEDED says whom the coordinator waits for.
   absl::StatusOr<Formed> Await(int64_t deadline_ns);
@@ -59,7 +59,6 @@ class Seat {
   void Run();
   void Turn(Greeter* greeter);
   void NewCore(absl::Duration delay);
-  absl::Duration DelayAfter(int times) const;
   void TakeRequests();
   void TakeDial();
   void ReadCoordinator();
