@@ -58,8 +58,8 @@ absl::Status Compare(const Case& which, Device& device) {
     }
     const double bound = host.dtype() == DType::kBF16 ? 0x1p-7 : 0x1p-12;
     if (std::sqrt(difference) <= bound * std::sqrt(norm)) continue;  // NaN is not.
-    return absl::InternalError(absl::StrCat("output ", i, " differs from the CPU's by ", std::sqrt(difference / norm), " of its norm, more than ",
-                                            bound));
+    return absl::InternalError(absl::StrCat("output ", i, " differs from the CPU's by ", std::sqrt(difference / norm),
+                                            " of its norm, more than ", bound));
   }
   return stream->Wait();
 }
