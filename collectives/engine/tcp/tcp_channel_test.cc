@@ -420,7 +420,9 @@ TEST(TcpChannel, WhatAPeerSentBeforeItLeftIsStillReceived) {
       EXPECT_EQ(Await(channel, 1, &events).ToString(), "OK");
     }
     leaving = true;
+    const int64_t begin_ns = NowNs();
     meshes[0]->AwaitDelivery({}, /*patience_ns=*/30'000'000'000);
+    EXPECT_LT(NowNs() - begin_ns, 20'000'000'000) << "what had arrived was waited for";
     meshes[0].reset();
   });
   TestLife life(1, All(2), 1);
