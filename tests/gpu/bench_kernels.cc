@@ -28,7 +28,7 @@ struct Options {
   bool emulated = false;
   double seconds = 0.2;  // For each case.
   std::string filter;
-  int runs_min = 20;
+  int runs = 20;  // At once.
 };
 
 double At(const Tensor& t, int64_t i) {
@@ -64,30 +64,35 @@ absl::Status Compare(const Case& which, Device& device) {
   return stream->Wait();
 }
 
-absl::StatusOr<double> TimeOnce(const Prepared& prepared, Stream& stream) {
-  const Event begin = stream.Record(Timing::kYes);
-  prepared.run();
-  const Event end = stream.Record(Timing::kYes);
-  SHOAL_RETURN_IF_ERROR(end.Wait());
-  SHOAL_RETURN_IF_ERROR(stream.status());
-  return Event::Milliseconds(begin, end);
+// Milliseconds of `runs` runs, all of them put on the stream at once: so the device never waits for the host between them.
+absl::Status TimeRuns(const Prepared& prepared, int runs, Stream& stream, std::vector<double>* times) {
+  std::vector<Event> marks;
+  marks.push_back(stream.Record(Timing::kYes));
+  for (int run = 0; run < runs; ++run) {
+    prepared.run();
+    marks.push_back(stream.Record(Timing::kYes));
+  }
+  SHOAL_RETURN_IF_ERROR(stream.Wait());
+  for (size_t run = 1; run < marks.size(); ++run) {
+    SHOAL_ASSIGN_OR_RETURN(const double milliseconds, Event::Milliseconds(marks[run - 1], marks[run]));
+    times->push_back(milliseconds);
+  }
+  return absl::OkStatus();
 }
 
-// Sorted milliseconds. A wait between runs costs the first microseconds of each: cases are milliseconds long.
+// Sorted milliseconds.
 absl::StatusOr<std::vector<double>> Measure(const Case& which, const Sizes& sizes, const Options& options, Prepared* prepared,
                                             Stream& stream) {
   using Clock = std::chrono::steady_clock;
+  constexpr size_t kRunsMax = 2000;
   *prepared = which.prepare(sizes, stream);
   for (int warmup = 0; warmup < (options.emulated ? 1 : 5); ++warmup) prepared->run();
   SHOAL_RETURN_IF_ERROR(stream.Wait());
   const Clock::time_point start = Clock::now();
   std::vector<double> times;
-  while (static_cast<int>(times.size()) < options.runs_min ||
-         std::chrono::duration<double>(Clock::now() - start).count() < options.seconds) {
-    SHOAL_ASSIGN_OR_RETURN(const double milliseconds, TimeOnce(*prepared, stream));
-    times.push_back(milliseconds);
-    if (times.size() >= 1000) break;
-  }
+  do {
+    SHOAL_RETURN_IF_ERROR(TimeRuns(*prepared, options.runs, stream, &times));
+  } while (times.size() < kRunsMax && std::chrono::duration<double>(Clock::now() - start).count() < options.seconds);
   std::sort(times.begin(), times.end());
   return times;
 }
@@ -177,7 +182,7 @@ int main(int argc, char** argv) {
     const std::string_view flag = argv[i];
     if (flag == "--emulated") {
       options.emulated = true;
-      options.runs_min = 2;
+      options.runs = 2;
       options.seconds = 0;
     } else if (flag == "--seconds" && i + 1 < argc) {
       options.seconds = std::atof(argv[++i]);

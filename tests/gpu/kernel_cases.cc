@@ -100,7 +100,7 @@ Prepared PrepareAdamW(const Sizes& s, Stream& stream) {
   const Tensor grad = Random({s.flat}, kF32, 1, stream), master = Random({s.flat}, kF32, 2, stream);
   const Tensor m = Zeros({s.flat}, kF32, stream), v = Zeros({s.flat}, kF32, stream), copy = Empty({s.flat}, kBF16, stream);
   const Tensor scale = ToDevice([] { const Tensor one = Empty({1}, kF32); one.data<float>()[0] = 0.5f; return one; }(), stream);
-  const kernels::AdamWStep step = {.learning_rate = 1e-3, .weight_decay = 0.1, .update = 3};
+  const kernels::AdamWStep step = {.learning_rate = 0.1, .weight_decay = 0.1, .update = 3};
   return Moves({grad, master, m, v}, {master, m, v, copy}, [=, &stream] {
     kernels::AdamW(step, scale, grad, master, m, v, copy, stream);
   });
@@ -277,7 +277,8 @@ Prepared PrepareAttention(const Sizes& s, bool backward, Stream& stream) {
   const Tensor qkv = Random({s.tokens(), shape.qkv_width()}, kBF16, 1, stream), out = Empty({s.tokens(), shape.q_width()}, kBF16, stream);
   const Tensor lse = Empty({s.tokens(), s.heads}, kF32, stream);
   // Two products over the keys that the causal mask leaves; the backward pass has five.
-  const double flops = 4.0 * s.dim * static_cast<double>(s.seq) * static_cast<double>(s.seq + 1) / 2 * static_cast<double>(s.heads * s.rows);
+  const double keys = static_cast<double>(s.seq) * static_cast<double>(s.seq + 1) / 2;
+  const double flops = 4.0 * s.dim * keys * static_cast<double>(s.heads * s.rows);
   if (!backward) {
     Prepared prepared = Moves({qkv}, {out, lse}, [=, &stream] { kernels::Attention(shape, qkv, out, lse, stream); });
     prepared.flops = flops;
