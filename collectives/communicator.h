@@ -8,8 +8,8 @@
 // nothing else.
 //
 // Thread-safe. Collectives of one communicator must be issued in the same order on all of its ranks (Send and Receive
-// are matched by peer and tag, and stand outside of that order); operations of different communicators are
-// independent. A result is bit-identical on every rank that receives it.
+// are matched by peer and tag, and stand outside of that order); they may end in another one. Operations of different
+// communicators are independent. A result is bit-identical on every rank that receives it.
 //
 // Inputs are only read. After ABORTED outputs are undefined; an operation in place has no input left to repeat it from.
 #pragma once

@@ -25,7 +25,7 @@ using ::testing::Values;
 class Usage : public ::testing::TestWithParam<std::string> {};
 INSTANTIATE_TEST_SUITE_P(All, Usage, Values("auto", "tcp"), [](const auto& info) { return info.param; });
 
-TEST_P(Usage, ManyOperationsInFlightEndInOrder) {
+TEST_P(Usage, ManyOperationsInFlightMayBeAwaitedInAnyOrder) {
   RunRanks(3, GetParam(), [](Communicator& group) {
     constexpr int kOperations = 200;
     std::vector<Tensor> tensors;
@@ -38,7 +38,6 @@ TEST_P(Usage, ManyOperationsInFlightEndInOrder) {
     for (int i = kOperations - 1; i >= 0; --i) {
       ASSERT_EQ(works[i].Await().ToString(), "OK");
       for (int64_t value : tensors[i].span<int64_t>()) ASSERT_EQ(value, 3 * i + 3);
-      for (int before = 0; before < i; ++before) ASSERT_TRUE(works[before].Done());
       if (i % 50 != 0) works.resize(i);
     }
   });
