@@ -9,6 +9,7 @@
 
 #include "runtime/base/mutex.h"
 #include "runtime/device/device.h"
+#include "runtime/device/plugin.h"
 
 namespace shoal {
 namespace {
@@ -20,9 +21,8 @@ std::string PluginPath(std::string_view name) {
   return executable.parent_path() / absl::StrCat("libshoal_", AbslSv(name), ".so");
 }
 
-// The table of the plug-in, which stays loaded.
-absl::StatusOr<const DeviceApi*> LoadPlugin(std::string_view name) {
-  const std::string path = PluginPath(name);
+// Stays loaded; the same one each time.
+absl::StatusOr<void*> OpenPlugin(std::string_view name, const std::string& path) {
   if (access(path.c_str(), R_OK) != 0) {
     return absl::NotFoundError(absl::StrCat("no plug-in for the device ", AbslSv(name), ": ", path,
                                             " cannot be read; it is built where the vendor's toolkit is installed, and "
@@ -30,6 +30,12 @@ absl::StatusOr<const DeviceApi*> LoadPlugin(std::string_view name) {
   }
   void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) return absl::UnavailableError(absl::StrCat("loading the plug-in: ", dlerror()));
+  return library;
+}
+
+absl::StatusOr<const DeviceApi*> LoadPlugin(std::string_view name) {
+  const std::string path = PluginPath(name);
+  SHOAL_ASSIGN_OR_RETURN(void* const library, OpenPlugin(name, path));
   const auto entry = reinterpret_cast<const DeviceApi* (*)()>(dlsym(library, kDeviceApiSymbol));
   if (entry == nullptr) {
     return absl::FailedPreconditionError(absl::StrCat(path, " is no device plug-in: it does not export ", kDeviceApiSymbol));
@@ -46,6 +52,14 @@ absl::StatusOr<const DeviceApi*> LoadPlugin(std::string_view name) {
 }
 
 }  // namespace
+
+absl::StatusOr<void*> PluginSymbol(std::string_view device, const char* symbol) {
+  const std::string path = PluginPath(device);
+  SHOAL_ASSIGN_OR_RETURN(void* const library, OpenPlugin(device, path));
+  void* const address = dlsym(library, symbol);
+  if (address == nullptr) return absl::NotFoundError(absl::StrCat(path, " does not export ", symbol));
+  return address;
+}
 
 absl::StatusOr<Device*> LoadDevice(std::string_view name, int ordinal) {
   static Mutex* const mutex = new Mutex;
