@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "collectives/backend/nccl_api.h"
 #include "gtest/gtest.h"
 #include "runtime/device/device.h"
 #include "runtime/kernels/device_kernels.h"
@@ -43,6 +44,23 @@ TEST(CudaPlugin, OffersEveryFunctionAndKernel) {
   EXPECT_STREQ(api->name, "cuda");
   EXPECT_EQ(Missing(*api, offsetof(DeviceApi, count)), std::vector<size_t>());
   EXPECT_EQ(Missing(*api->kernels, 0), std::vector<size_t>());
+}
+
+TEST(CudaPlugin, OffersNcclOrSaysWhatIsMissing) {
+  void* const library = dlopen(SHOAL_CUDA_PLUGIN, RTLD_NOW | RTLD_LOCAL);
+  ASSERT_NE(library, nullptr) << dlerror();
+  const auto entry = reinterpret_cast<DeviceResult (*)(const NcclApi**)>(dlsym(library, kNcclApiSymbol));
+  if (entry == nullptr) GTEST_SKIP() << "built without NCCL's header";
+  const NcclApi* api = nullptr;
+  const DeviceResult loaded = entry(&api);
+  if (loaded.code != DeviceResult::Code::kOk) {
+    EXPECT_EQ(loaded.code, DeviceResult::Code::kUnavailable);
+    EXPECT_NE(std::string(loaded.message).find("libnccl.so.2"), std::string::npos) << loaded.message;
+    return;
+  }
+  EXPECT_EQ(api->version, kNcclApiVersion);
+  EXPECT_GE(api->library_version, 21900);
+  EXPECT_EQ(Missing(*api, offsetof(NcclApi, unique_id)), std::vector<size_t>());
 }
 
 TEST(CudaPlugin, OpensADeviceOrSaysWhatIsMissing) {
