@@ -197,6 +197,7 @@ TEST(NcclGroup, ClosingEndsWhatIsPendingEverywhere) {
     auto part = group.Split({0, 1, 2});
     ASSERT_TRUE(part.ok()) << part.status();
     const Tensor tensor = *group.Allocate({64}, DType::kBF16);
+    ASSERT_EQ((*part)->Barrier({}).Await(), absl::OkStatus());  // All have connected.
     Work work;
     if (group.index() != 1) work = (*part)->AllReduce(tensor, tensor, ReduceOp::kSum, {});
     if (group.index() == 0) part->reset();
@@ -220,6 +221,7 @@ TEST(NcclGroup, AMemberThatIsGoneEndsTheGroup) {
       auto group = ConnectNccl(*std::move(world), **device, job.nccl().api(), {.close_timeout = absl::Milliseconds(1)});
       ASSERT_TRUE(group.ok()) << group.status();
       const Tensor tensor = *(*group)->Allocate({64}, DType::kBF16);
+      ASSERT_EQ((*group)->Barrier({}).Await(), absl::OkStatus());
       if (rank == 1) return;
       const absl::Status end = (*group)->AllReduce(tensor, tensor, ReduceOp::kSum, {}).Await();
       EXPECT_EQ(end.code(), absl::StatusCode::kAborted) << end;
