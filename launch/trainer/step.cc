@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "absl/strings/str_join.h"
-#include "collectives/backend/staged_group.h"
+#include "collectives/backend/nccl_group.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
 #include "runtime/device/cpu.h"
@@ -124,7 +124,9 @@ absl::Status RankModel::Connect(const Options& options) {
   if (options.device == nullptr || world_->size() == 1) return absl::OkStatus();
   for (std::unique_ptr<Communicator>* group : {&bulk_, &intra_}) {
     if (*group == nullptr) continue;
-    SHOAL_ASSIGN_OR_RETURN(*group, StageThroughHost(std::move(*group), *options.device));
+    SHOAL_ASSIGN_OR_RETURN(*group, DeviceGroup(std::move(*group), *options.device, LoadNccl(*options.device),
+                                               {.connect_timeout = absl::Seconds(config_.comm().connect_timeout_seconds()),
+                                                .timeout = absl::Seconds(config_.comm().timeout_seconds())}));
   }
   return absl::OkStatus();
 }
