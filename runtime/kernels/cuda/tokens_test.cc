@@ -55,35 +55,6 @@ struct Case {
 };
 const Case kCases[] = {{0, 8, 2}, {1, 1, 1}, {5, 16, 2}, {7, 33, 3}, {9, 100, 1}, {40, 257, 2}, {11, 520, 9}};
 
-// Pairs of T tokens, `each` of them or, when ragged, 0 to 2 * each; slots in random order, among them rows of no pair.
-struct Pairs {
-  Tensor offset, slot, token;  // token: of each row.
-  int64_t rows = 0, pairs = 0;
-};
-Pairs RandomPairs(int64_t T, int64_t each, bool ragged) {
-  std::mt19937_64 random(11);
-  Pairs made;
-  std::vector<int32_t> token_of;
-  made.offset = Empty({T + 1}, DType::kI32);
-  for (int64_t t = 0; t <= T; ++t) {
-    made.offset.data<int32_t>()[t] = static_cast<int32_t>(token_of.size());
-    const int64_t count = ragged ? static_cast<int64_t>(random() % static_cast<uint64_t>(2 * each + 1)) : each;
-    if (t < T) token_of.insert(token_of.end(), static_cast<size_t>(count), static_cast<int32_t>(t));
-  }
-  made.pairs = static_cast<int64_t>(token_of.size());
-  made.rows = made.pairs + (ragged && T > 0 ? 3 : 0);
-  std::vector<int32_t> rows(static_cast<size_t>(made.rows));
-  std::iota(rows.begin(), rows.end(), 0);
-  std::shuffle(rows.begin(), rows.end(), random);
-  made.slot = Empty({made.pairs}, DType::kI32);
-  made.token = Zeros({made.rows}, DType::kI32);
-  for (size_t pair = 0; pair < token_of.size(); ++pair) {
-    made.slot.data<int32_t>()[pair] = rows[pair];
-    made.token.data<int32_t>()[rows[pair]] = token_of[pair];
-  }
-  return made;
-}
-
 TEST(CudaGatherRows, CopiesRows) {
   const std::unique_ptr<Stream> stream = TestStream();
   Stream cpu;
