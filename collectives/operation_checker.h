@@ -141,6 +141,21 @@ class Checker {
     for (int64_t i = 0; i < tensor.elements(); ++i) SetElement(tensor, i, Halves(seed, rank, begin + i));
   }
 
+  // Awaited in the opposite order of their issue.
+  void ManyInFlight(int count) {
+    std::vector<Tensor> tensors;
+    std::vector<Work> works;
+    for (int i = 0; i < count; ++i) {
+      tensors.push_back(Buffer(64, DType::kI64));
+      for (int64_t& value : tensors.back().span<int64_t>()) value = i;
+      works.push_back(group_.AllReduce(tensors.back(), tensors.back(), ReduceOp::kSum, {.label = "one of many"}));
+    }
+    for (size_t i = works.size(); i-- > 0;) {
+      EXPECT_EQ(works[i].Await().ToString(), "OK");
+      EXPECT_EQ(tensors[i].data<int64_t>()[63], static_cast<int64_t>(i) * group_.size());
+    }
+  }
+
   void AllReduce(int64_t elements, DType dtype, ReduceOp op, uint64_t seed) {
     const Tensor data = Buffer(elements, dtype);
     Fill(data, seed, group_.index(), 0);

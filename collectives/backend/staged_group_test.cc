@@ -90,17 +90,7 @@ TEST_P(StagedGroupTest, TensorsStayOnTheDevice) {
 
 TEST(StagedGroup, ManyOperationsMayBeInFlight) {
   RunStaged(2, {.progress = FakeDeviceOptions::Progress::kByWaits, .protect = false}, [](Communicator& group, Device&) {
-    std::vector<Tensor> tensors;
-    std::vector<Work> works;
-    for (int i = 0; i < 50; ++i) {
-      tensors.push_back(*group.Allocate({64}, DType::kI64));
-      for (int64_t& value : tensors.back().span<int64_t>()) value = i;
-      works.push_back(group.AllReduce(tensors.back(), tensors.back(), ReduceOp::kSum, {.label = "one of many"}));
-    }
-    for (int i = 49; i >= 0; --i) {
-      EXPECT_EQ(works[static_cast<size_t>(i)].Await(), absl::OkStatus());
-      EXPECT_EQ(tensors[static_cast<size_t>(i)].data<int64_t>()[63], 2 * i);
-    }
+    Checker(group, Place::kShared).ManyInFlight(50);
   });
 }
 
