@@ -53,6 +53,11 @@ train: {steps: 12, global_batch_size: 8, seq_length: 32, threads: 1}
 telemetry: {log_interval: 1}
 )";
 
+Words Joined(Words words, const Words& more) {
+  words.insert(words.end(), more.begin(), more.end());
+  return words;
+}
+
 class TrainTest : public ::testing::Test {
  protected:
   TrainTest() {
@@ -80,9 +85,7 @@ class TrainTest : public ::testing::Test {
 
   SubprocessOptions Train(int ranks, Words sets, const Words& flags = {}) const {
     sets.push_back("data.path=text.txt");
-    Words more = {"--nproc-per-node", std::to_string(ranks)};
-    more.insert(more.end(), flags.begin(), flags.end());
-    return Options({"train", "tiny.yaml"}, more, sets);
+    return Options({"train", "tiny.yaml"}, Joined({"--nproc-per-node", std::to_string(ranks)}, flags), sets);
   }
 
   ProcessResult Run(const SubprocessOptions& options) const {
@@ -91,6 +94,7 @@ class TrainTest : public ::testing::Test {
     return result.value_or(ProcessResult());
   }
 
+  void RunWholeAndHalves(const Words& sets);
   std::string Path(const std::string& name) const { return folder_ / name; }
 
   std::vector<json> Metrics(const std::string& run) const {
@@ -169,21 +173,22 @@ TEST_F(TrainTest, EveryLayoutComputesTheSameLosses) {
   }
 }
 
+// Runs "whole" without a stop, and "halves" stopped after 5 of its 12 steps and resumed: the same losses.
+void TrainTest::RunWholeAndHalves(const Words& sets) {
+  ASSERT_TRUE(Run(Train(2, Joined({"run.name=whole"}, sets))).ok());
+  // The schedule must be that of the whole run.
+  ASSERT_TRUE(Run(Train(2, Joined({"run.name=halves", "train.steps=5", "scheduler.decay_steps=12"}, sets))).ok());
+  const ProcessResult rest = Run(Train(2, Joined({"run.name=halves"}, sets), {"--resume"}));
+  ASSERT_TRUE(rest.ok()) << rest.ToString();
+  EXPECT_EQ(Losses("halves"), Losses("whole"));
+}
+
 TEST_F(TrainTest, ResumedRunIsBitIdentical) {
   for (const char* precision : {"fp32", "bf16"}) {
     // A schedule chosen by measurement may be another one the next time, with another order of sums.
     const Words sets = {absl::StrCat("train.precision=", precision), "parallel.expert=2", "schedule.chunks_forward=2",
                         "schedule.chunks_backward=1", "schedule.waves=2", "schedule.gradient_slices=plain"};
-    const auto with = [&](Words more) {
-      more.insert(more.end(), sets.begin(), sets.end());
-      return more;
-    };
-    ASSERT_TRUE(Run(Train(2, with({"run.name=whole"}))).ok());
-    // The schedule must be that of the whole run.
-    ASSERT_TRUE(Run(Train(2, with({"run.name=halves", "train.steps=5", "scheduler.decay_steps=12"}))).ok());
-    const ProcessResult rest = Run(Train(2, with({"run.name=halves"}), {"--resume"}));
-    ASSERT_TRUE(rest.ok()) << rest.ToString();
-    EXPECT_EQ(Losses("halves"), Losses("whole"));
+    ASSERT_NO_FATAL_FAILURE(RunWholeAndHalves(sets));
     EXPECT_EQ(Tensors("halves", "00000012"), Tensors("whole", "00000012"));
     std::filesystem::remove_all(Path("runs"));
   }
@@ -194,15 +199,7 @@ TEST_F(TrainTest, ResumedRunWithExpertsThatMoveIsBitIdentical) {
   const Words sets = {"parallel.experts=sparse", "parallel.expert_overlap=2", "parallel.expert_copies=2",
                       "parallel.reshard_interval=2", "schedule.chunks_forward=1", "schedule.chunks_backward=1",
                       "schedule.waves=1", "schedule.gradient_slices=plain"};
-  const auto with = [&](Words more) {
-    more.insert(more.end(), sets.begin(), sets.end());
-    return more;
-  };
-  ASSERT_TRUE(Run(Train(2, with({"run.name=whole"}))).ok());
-  ASSERT_TRUE(Run(Train(2, with({"run.name=halves", "train.steps=5", "scheduler.decay_steps=12"}))).ok());
-  const ProcessResult rest = Run(Train(2, with({"run.name=halves"}), {"--resume"}));
-  ASSERT_TRUE(rest.ok()) << rest.ToString();
-  EXPECT_EQ(Losses("halves"), Losses("whole"));
+  ASSERT_NO_FATAL_FAILURE(RunWholeAndHalves(sets));
   const json whole = Tensors("whole", "00000012"), halves = Tensors("halves", "00000012");
   EXPECT_TRUE(whole.contains("expert_moves"));
   // Costs are measured times.
@@ -220,7 +217,7 @@ TEST_F(TrainTest, ResumedRunWithExpertsThatMoveIsBitIdentical) {
   EXPECT_GT(copies, 0);
   EXPECT_GT(moves, 0);
   // Another number of ranks says that it goes on without.
-  const ProcessResult alone = Run(Train(3, with({"run.name=halves", "train.steps=13"}), {"--resume"}));
+  const ProcessResult alone = Run(Train(3, Joined({"run.name=halves", "train.steps=13"}, sets), {"--resume"}));
   ASSERT_TRUE(alone.ok()) << alone.ToString();
   EXPECT_THAT(alone.ToString(), HasSubstr("begin anew: it is of 2 ranks, and here are 3"));
 }
