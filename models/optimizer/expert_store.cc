@@ -355,9 +355,12 @@ absl::StatusOr<int64_t> ExpertStore::ReduceGradients(int index) {
 int64_t ExpertStore::Update(int index, const kernels::AdamWStep& step, Stream& stream) {
   int64_t elements = 0;
   at(index).fresh = false;
+  const Tensor own = Empty({1}, DType::kF32);
+  own.data<float>()[0] = step.grad_scale;
+  const Tensor grad_scale = ToDevice(own, stream);
   for (int slot : at(index).slot) {
     if (slot < 0) continue;
-    kernels::AdamW(step, Row(gradients_, slot), Row(master_, slot), Row(exp_avg_, slot), Row(exp_avg_sq_, slot),
+    kernels::AdamW(step, grad_scale, Row(gradients_, slot), Row(master_, slot), Row(exp_avg_, slot), Row(exp_avg_sq_, slot),
                    options_.compute == DType::kF32 ? Tensor() : Row(weights_, slot), stream);
     elements += elements_;
   }
