@@ -70,7 +70,6 @@ struct DeviceKernels {
   R (*matmul)(T a, bool transpose_a, T b, bool transpose_b, bool add, T c, S);
   // Segments are rows (expert, begin, count) of an i32 tensor [segments, 3]; weights are addresses, i64 [experts], of row-major
   // matrices of `x`'s type; both in device memory, so counts need not be known to the host. Segments with count 0 are allowed.
-  // `width`: N of forward, K of the gradient by the input.
   R (*grouped_matmul)(T x, T weights, T segments, T y, S);
   R (*grouped_matmul_grad_input)(T dy, T weights, T segments, T dx, S);
   // weight_grads: addresses, i64 [experts], of f32 [N, K] with N, K the widths of dy and x.
