@@ -6,6 +6,7 @@
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/bench_commands.h"
 #include "launch/cli/commands.h"
+#include "launch/cli/emulation_flags.h"
 #include "launch/cli/flags.h"
 #include "launch/config/config.h"
 #include "launch/trainer/bench.h"
@@ -22,7 +23,7 @@ struct BenchTrainFlags {
   int64_t warmup = 5;
   int64_t steps = 20;
   bool json = false;
-  double gflops = 0, task_us = 30;
+  EmulationFlags emulation;
 };
 
 // As a rank of a job that something has launched, or as the launcher of its ranks on this host.
@@ -40,8 +41,7 @@ absl::StatusOr<int> BenchTrain(const BenchTrainFlags& flags, const LoadedConfig&
   }
   if (!environment.has_value()) environment.emplace();
   SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, environment->world_size));
-  BenchOptions options{.warmup = flags.warmup, .steps = flags.steps, .json = flags.json};
-  if (flags.gflops > 0) options.device = EmulatedDevice{flags.gflops, flags.task_us};
+  const BenchOptions options{.warmup = flags.warmup, .steps = flags.steps, .json = flags.json, .device = flags.emulation.Device()};
   SHOAL_RETURN_IF_ERROR(BenchRank(loaded, *environment, options));
   return kExitOk;
 }
@@ -63,14 +63,7 @@ int RunBenchTrain(absl::Span<const std::string> args) {
             &values.warmup);
   flags.Add({.name = "steps", .value = "N", .help = "Measured steps.", .min = 1}, &values.steps);
   flags.Add({.name = "json", .help = "Prints one line of JSON instead of a table."}, &values.json);
-  flags.Add({.name = "gflops",
-             .value = "G",
-             .help = "Emulates devices: matrix products take at least as long as at this rate, the thread sleeps the rest. For more "
-                     "ranks than processors (tests/cluster/emulate).",
-             .min = 0},
-            &values.gflops);
-  flags.Add({.name = "task-us", .value = "T", .help = "Of an emulated device: what each of its tasks takes beside that.", .min = 0},
-            &values.task_us);
+  AddEmulationFlags(&flags, &values.emulation);
   flags.Examples(
       {"./shoal bench train configs/bench-tiny.yaml --nproc-per-node 2 --set train.precision=bf16"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;

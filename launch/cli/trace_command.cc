@@ -4,6 +4,7 @@
 #include "launch/agent/agent.h"
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
+#include "launch/cli/emulation_flags.h"
 #include "launch/cli/flags.h"
 #include "launch/cli/launch_flags.h"
 #include "launch/config/config.h"
@@ -19,6 +20,7 @@ struct TraceFlags {
   std::string config;
   std::vector<std::string> overrides;
   TraceOptions trace;
+  EmulationFlags emulation;
   RawLaunchFlags launch;
 };
 
@@ -29,6 +31,7 @@ absl::StatusOr<int> Trace(TraceFlags flags, const LoadedConfig& loaded, absl::Sp
     SetLogIdentity(absl::StrCat("rank ", environment->rank));
     SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, environment->world_size));
     if (flags.trace.path.empty()) flags.trace.path = loaded.config.run().name() + ".trace.json";
+    flags.trace.device = flags.emulation.Device();
     SHOAL_RETURN_IF_ERROR(TraceRank(loaded, *environment, flags.trace));
     return kExitOk;
   }
@@ -60,6 +63,7 @@ int RunTrace(absl::Span<const std::string> args) {
   flags.Add({.name = "last", .value = "N", .help = "Steps of these to trace, the last ones.", .min = 1}, &values.trace.traced);
   flags.Add({.name = "output", .value = "FILE", .help = "Where to write the trace. Default: NAME.trace.json.", .letter = 'o'},
             &values.trace.path);
+  AddEmulationFlags(&flags, &values.emulation);
   AddLaunchFlags(&flags, &values.launch);
   flags.Examples({"./shoal trace configs/bench-tiny.yaml --nproc-per-node 2 -o step.json"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;

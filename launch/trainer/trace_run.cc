@@ -115,9 +115,10 @@ absl::Status TraceRank(const LoadedConfig& loaded, const RankEnvironment& enviro
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld(WorldOptionsFor(environment, config)),
                          "connecting the ranks");
   SHOAL_ASSIGN_OR_RETURN(Device* const device, DeviceFor(config, environment));
-  SHOAL_ASSIGN_OR_RETURN(
-      const std::unique_ptr<RankModel> model,
-      RankModel::Create(config, ModelConfigOf(config), *world, {.host = environment.node_rank, .device = device}), "setting up");
+  RankModel::Options setting{.host = environment.node_rank, .device = device};
+  if (options.device.has_value()) setting.pace = PaceOf(*options.device, ModelConfigOf(config), config.train().seq_length());
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
+                         RankModel::Create(config, ModelConfigOf(config), *world, setting), "setting up");
   SHOAL_RETURN_IF_ERROR(LoadWeights({.init_from = config.run().init_from(), .seed = config.run().seed()}, *model), "initial weights");
   const absl::Status status = TrainAndTrace(config, options, *model, *world);
   if (!status.ok() && world->status().ok()) world->Abort(status);
