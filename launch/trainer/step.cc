@@ -15,42 +15,6 @@
 #include "runtime/device/device.h"
 
 namespace shoal {
-namespace {
-
-// What a routing sum of one layer holds in a packed vector, in this order.
-struct Packing {
-  int64_t experts = 0;
-  int64_t stride() const { return 3 + 3 * experts; }
-  enum : int64_t { kZ = 0, kSeqAux = 1, kUnrouted = 2, kCounts = 3 };
-  int64_t probs() const { return kCounts + experts; }
-  int64_t dropped() const { return kCounts + 2 * experts; }
-};
-
-// Counts are exact in f64.
-Tensor Pack(const std::vector<RoutingSums>& routing, const Packing& packing) {
-  const Tensor packed = Zeros({static_cast<int64_t>(routing.size()) * packing.stride()}, DType::kF64);
-  double* to = packed.data<double>();
-  for (const RoutingSums& sums : routing) {
-    to[Packing::kZ] = sums.z_sum;
-    to[Packing::kSeqAux] = sums.seq_aux_sum;
-    to[Packing::kUnrouted] = static_cast<double>(sums.unrouted);
-    for (int64_t e = 0; e < packing.experts; ++e) {
-      to[Packing::kCounts + e] = static_cast<double>(sums.counts.data<int64_t>()[e]);
-      if (!sums.prob_sums.empty()) to[packing.probs() + e] = sums.prob_sums.data<double>()[e];
-      if (!sums.dropped.empty()) to[packing.dropped() + e] = static_cast<double>(sums.dropped.data<int64_t>()[e]);
-    }
-    to += packing.stride();
-  }
-  return packed;
-}
-
-void AddRounded(const double* from, int64_t count, std::vector<int64_t>* to) {
-  to->resize(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; ++i) (*to)[static_cast<size_t>(i)] += std::llround(from[i]);
-}
-
-}  // namespace
-
 // ---- Setting up.
 
 absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& config, const ModelConfig& model,
@@ -200,8 +164,7 @@ Workload RankModel::WorkloadOf(const StepShape& shape) const {
     workload.bucket_bytes.push_back(store_->dense().bytes(bucket));
   }
   workload.summary_bytes = model_.num_local_experts * 8;
-  const Packing packing{model_.num_local_experts};
-  workload.totals_bytes = NumMoeLayers(model_) * packing.stride() * 8;
+  workload.totals_bytes = StepRouting::Bytes(model_);
   workload.norm_bytes = static_cast<int64_t>(store_->blocks().size() + 1) * 8;
   int next = 0;
   for (const LayerShape& layer : shape.layers) workload.experts_of_layer.push_back(layer.moe ? next++ : -1);
@@ -262,7 +225,13 @@ std::vector<int64_t> RankModel::TokensOfRanks(int64_t all_rows, int64_t seq) con
 
 absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, double learning_rate, int64_t update,
                                             const OnGradients& on_gradients) {
-  StepState step{.parts = &parts, .learning_rate = learning_rate, .update = update, .on_gradients = &on_gradients};
+  StepState step{
+      .parts = &parts,
+      .learning_rate = learning_rate,
+      .update = update,
+      .on_gradients = &on_gradients,
+      .routing = StepRouting(model_, train_.shape.parts, config_.train().global_batch_size() / train_.shape.parts,
+                             config_.train().seq_length())};
   SHOAL_CHECK_EQ(parts.size(), static_cast<size_t>(train_.shape.parts));
   if (std::exchange(reschedule_, false)) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "changing the schedule");
   SHOAL_RETURN_IF_ERROR(Execute(train_, &record_, [&](const Task& task) { return RunTrainTask(task, &step); }));
@@ -284,11 +253,13 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
     case Op::kTotals:
       return SumRouting(step);
     case Op::kBalance:
-      Balance(step);
+      SHOAL_RETURN_IF_ERROR(Balance(step));
       return 0;
     case Op::kNorm:
       if (*step->on_gradients) (*step->on_gradients)(*store_);
-      step->squares = store_->SquaresByBlock(*stream_);
+      step->squares = Empty({static_cast<int64_t>(store_->blocks().size())}, DType::kF64, *stream_);
+      store_->SquaresByBlock(step->squares, *stream_);
+      step->squares = ToHost(step->squares, *stream_);
       if (world_->size() == 1) FinishNorm(step);
       return static_cast<double>(store_->owned_elements());
     case Op::kNormSum:
@@ -356,70 +327,19 @@ void RankModel::BeginPart(int part, StepState* step) {
                   *stream_);
   if (train_.shape.balance) return;
   // Early waves go back before late ones have chosen.
-  step->totals = {};
-  step->totals.counts.resize(static_cast<size_t>(NumMoeLayers(model_)));
-  SetRoutingGradients(BalanceOf(step));
+  decoder_->SetRoutingGradients(step->routing.GradientsWithoutSums());
 }
 
 // ---- Auxiliary losses.
 
 absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
-  const Packing packing{model_.num_local_experts};
-  const std::vector<RoutingSums> routing = decoder_->routing();
-  const Tensor packed = Pack(routing, packing);
-  if (world_->size() > 1) {
-    SHOAL_RETURN_IF_ERROR(control_->AllReduce(packed, packed, ReduceOp::kSum, {.label = "routing sums", .order = order_}).Await(),
-                          "summing what routers did");
-  }
-  RoutingTotals totals;
-  const int64_t layers = static_cast<int64_t>(routing.size());
-  step->result.expert_counts.resize(static_cast<size_t>(layers));
-  step->result.unrouted.resize(static_cast<size_t>(layers));
-  if (model_.has_capacity()) step->result.dropped.resize(static_cast<size_t>(layers));
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const double* from = packed.data<double>() + layer * packing.stride();
-    const size_t at = static_cast<size_t>(layer);
-    totals.z_sums.push_back(from[Packing::kZ]);
-    totals.seq_aux_sums.push_back(from[Packing::kSeqAux]);
-    totals.counts.emplace_back(from + Packing::kCounts, from + packing.probs());
-    totals.prob_sums.emplace_back(from + packing.probs(), from + packing.dropped());
-    step->result.unrouted[at] += std::llround(from[Packing::kUnrouted]);
-    AddRounded(from + Packing::kCounts, packing.experts, &step->result.expert_counts[at]);
-    if (model_.has_capacity()) AddRounded(from + packing.dropped(), packing.experts, &step->result.dropped[at]);
-  }
-  step->totals = std::move(totals);
-  return static_cast<double>(packed.bytes());
+  return step->routing.Sum(decoder_->routing(), world_->size() > 1 ? control_.get() : nullptr, order_);
 }
 
-void RankModel::Balance(StepState* step) {
-  if (world_->size() == 1) SumRouting(step).IgnoreError();  // Nobody to fail.
-  const BalanceLoss balance = BalanceOf(step);
-  if (train_.shape.balance) SetRoutingGradients(balance);
-  const double share = 1.0 / static_cast<double>(train_.shape.parts);
-  step->result.aux += balance.aux * share;
-  step->result.z += balance.z * share;
-  step->result.seq_aux += balance.seq_aux * share;
-}
-
-BalanceLoss RankModel::BalanceOf(StepState* step) const {
-  step->totals.sequences = config_.train().global_batch_size() / train_.shape.parts;
-  step->totals.tokens = step->totals.sequences * config_.train().seq_length();
-  return ComputeBalanceLoss(model_, step->totals);
-}
-
-void RankModel::SetRoutingGradients(const BalanceLoss& balance) {
-  const double share = 1.0 / static_cast<double>(train_.shape.parts);
-  std::vector<RoutingGradient> gradients(static_cast<size_t>(NumMoeLayers(model_)));
-  for (size_t layer = 0; layer < gradients.size(); ++layer) {
-    gradients[layer].z_scale = balance.z_scale * static_cast<float>(share);
-    gradients[layer].seq_aux_scale = balance.seq_aux_scale * static_cast<float>(share);
-    if (balance.dprob.empty()) continue;
-    gradients[layer].dprob = Empty({model_.num_local_experts}, DType::kF32);
-    for (int e = 0; e < model_.num_local_experts; ++e) {
-      gradients[layer].dprob.data<float>()[e] = balance.dprob[layer][static_cast<size_t>(e)] * static_cast<float>(share);
-    }
-  }
-  decoder_->SetRoutingGradients(std::move(gradients));
+absl::Status RankModel::Balance(StepState* step) {
+  if (world_->size() == 1) SHOAL_RETURN_IF_ERROR(SumRouting(step).status());
+  if (train_.shape.balance) decoder_->SetRoutingGradients(step->routing.Gradients());
+  return absl::OkStatus();
 }
 
 // ---- Norm, loss and update.
@@ -439,6 +359,7 @@ absl::StatusOr<double> RankModel::SumNorm(StepState* step) {
 
 void RankModel::FinishNorm(StepState* step) {
   StepResult& result = step->result;
+  step->routing.Finish(&result);
   double total = 0;
   for (double square : step->squares.span<double>()) total += square;
   result.grad_norm = std::sqrt(total);
@@ -459,8 +380,9 @@ absl::StatusOr<double> RankModel::Update(const Task& task, const StepState& step
                            .update = step.update};
   const double clip = optimizer.clip_grad(), norm = step.result.grad_norm;
   if (clip > 0 && norm > clip) adamw.grad_scale = static_cast<float>(clip / (norm + 1e-6));
-  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, *stream_));
-  return static_cast<double>(store_->dense().Update(task.chunk, adamw, *stream_));
+  const Tensor numbers = ToDevice(AdamWNumbersOf(adamw), *stream_);
+  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, numbers, *stream_));
+  return static_cast<double>(store_->dense().Update(task.chunk, adamw, numbers, *stream_));
 }
 
 // From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.

@@ -11,22 +11,19 @@
 #include "launch/config/config.pb.h"
 #include "launch/trainer/expert_moves.h"
 #include "launch/trainer/layout.h"
+#include "launch/trainer/routing_sums.h"
 #include "launch/trainer/step_tuner.h"
-#include "models/routers/balance.h"
 #include "models/zoo/decoder.h"
 #include "parallel/schedule/executor.h"
 
 namespace shoal {
 
-struct StepResult {
+struct StepResult : RoutingReport {
   double loss = 0;  // cross_entropy + coefficients * (aux, z, seq_aux), over the global batch; the same on every rank.
-  double cross_entropy = 0, aux = 0, z = 0, seq_aux = 0;
-  double grad_norm = 0;                            // Before clipping.
-  std::vector<std::vector<int64_t>> expert_counts;  // Per MoE layer, choices over the global batch.
-  std::vector<std::vector<int64_t>> dropped;        // Of these, refused for capacity; empty: the router never drops.
-  std::vector<int64_t> unrouted;                    // Per MoE layer, tokens without any expert.
-  std::vector<Tensor> router_state;                 // Per MoE layer, after the step: Router::state.
-  std::optional<ExpertSummary> experts;             // None: no layer has experts, or there is one rank.
+  double cross_entropy = 0;
+  double grad_norm = 0;                  // Before clipping.
+  std::vector<Tensor> router_state;      // Per MoE layer, after the step: Router::state.
+  std::optional<ExpertSummary> experts;  // None: no layer has experts, or there is one rank.
   bool finite = true;                               // False: the update was skipped.
   double forward_seconds = 0, backward_seconds = 0, reduce_seconds = 0, update_seconds = 0;
 };
@@ -94,7 +91,7 @@ class RankModel {
     double learning_rate = 0;
     int64_t update = 0;
     const OnGradients* on_gradients = nullptr;
-    RoutingTotals totals;            // Of the part at hand, over all ranks.
+    StepRouting routing;
     double cross_entropy = 0;        // Of this rank's tokens, all parts; after kNormSum of all ranks'.
     Tensor squares;                  // By block, and the cross-entropy.
     StepResult result;
@@ -121,9 +118,7 @@ class RankModel {
   absl::StatusOr<double> RunStoreTask(const Task& task);
   void BeginPart(int part, StepState* step);
   absl::StatusOr<double> SumRouting(StepState* step);  // kTotals
-  void Balance(StepState* step);  // kBalance
-  BalanceLoss BalanceOf(StepState* step) const;
-  void SetRoutingGradients(const BalanceLoss& balance);
+  absl::Status Balance(StepState* step);             // kBalance
   absl::StatusOr<double> SumNorm(StepState* step);
   void FinishNorm(StepState* step);
   absl::StatusOr<double> Update(const Task& task, const StepState& step);

@@ -43,6 +43,10 @@ ExpertPlacement Alone(int experts) { return ExpertPlacement(static_cast<size_t>(
 
 }  // namespace
 
+Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext&, int64_t layers, Stream&) {
+  return Zeros({layers, RoutingSums::Width(config.num_local_experts)}, DType::kF64);
+}
+
 MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, const ExpertContext& context)
     : config_(config),
       layer_(layer),
@@ -60,7 +64,7 @@ MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, 
 // ---- Forward.
 
 void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved,
-                     RoutingSums* sums, Stream& stream) {
+                     const RoutingSums* sums, Stream& stream) {
   SHOAL_CHECK(context_->numerics == Numerics::kFast || (saved->wave == 0 && chunks.forward == 1 && chunks.backward == 1))
       << "the pinned order of sums is that of one wave and one chunk";
   saved->chunks = chunks;
@@ -96,7 +100,7 @@ absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved,
   return context_->exchange->SendBuffer(use, saved.wave, rows, config_.hidden_size, saved.normed.dtype());
 }
 
-absl::Status MoeLayer::Arrange(Saved* saved, RoutingSums* sums, Stream& stream) {
+absl::Status MoeLayer::Arrange(Saved* saved, const RoutingSums* sums, Stream& stream) {
   const bool alone = context_->control == nullptr;
   // Computing the layer again, its ranks need not ask each other again.
   const Tensor& summaries = alone ? saved->summary : saved->summaries;

@@ -29,6 +29,9 @@ struct ExpertContext {
   std::function<ExpertPlacement(const ExpertPlacement& planned, absl::Span<const int64_t> rows)> calibrate;
 };
 
+// Sums [layers, RoutingSums::Width] of nothing yet, where the routers of such layers add to them.
+Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream);
+
 class MoeLayer {
  public:
   struct Chunks {
@@ -60,10 +63,10 @@ class MoeLayer {
   bool has_shared_expert() const { return shared_.has_value(); }
 
   // ---- Forward. `batch` without pieces.
-  void Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved, RoutingSums* sums,
+  void Route(const Tensor& x, const Tensor& delta, Router::Batch batch, Chunks chunks, Saved* saved, const RoutingSums* sums,
              Stream& stream);
   absl::StatusOr<int64_t> Exchange(Saved* saved);  // Bytes.
-  absl::Status Arrange(Saved* saved, RoutingSums* sums, Stream& stream);
+  absl::Status Arrange(Saved* saved, const RoutingSums* sums, Stream& stream);
   // Adds the rows of every rank for each expert to rows [ranks, E]; nothing where ranks do not tell each other.
   void AddRows(const Saved& saved, std::vector<int64_t>* rows) const;
   int64_t Pack(int chunk, Saved* saved, Stream& stream);     // Rows.

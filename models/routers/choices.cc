@@ -34,10 +34,12 @@ void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& s
   }
 }
 
-Tensor CountChoices(const Tensor& chosen, int experts) {
-  const Tensor counts = Zeros({experts}, DType::kI64);
-  for (int32_t expert : chosen.span<int32_t>()) ++counts.data<int64_t>()[expert];
-  return counts;
+void CountChoices(const Tensor& chosen, const Tensor& counts) {
+  for (int32_t expert : chosen.span<int32_t>()) ++counts.data<double>()[expert];
+}
+
+void AddSums(const Tensor& from, const Tensor& to) {
+  for (int64_t i = 0; i < to.elements(); ++i) to.data<double>()[i] += from.data<double>()[i];
 }
 
 double SumOfSquaredLogz(const Tensor& logz, Stream& stream) {

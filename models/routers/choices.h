@@ -15,8 +15,10 @@ namespace shoal {
 void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
 // The same by piece, choice and expert, [pieces, K, E] flat.
 void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
-// [E] i64: the choices of all tokens.
-Tensor CountChoices(const Tensor& chosen, int experts);
+// Adds the choices of all tokens to counts_E (f64).
+void CountChoices(const Tensor& chosen, const Tensor& counts);
+// to += from, both f64.
+void AddSums(const Tensor& from, const Tensor& to);
 // The sum of the squares of logz_T (f32, where the stream computes), in order. Waits for a device's stream.
 double SumOfSquaredLogz(const Tensor& logz, Stream& stream);
 

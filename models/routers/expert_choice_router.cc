@@ -36,7 +36,7 @@ class ExpertChoiceRouter : public Router {
   int64_t SummaryElements(int64_t tokens, int) const override { return tokens * experts(); }
   DType SummaryType() const override { return DType::kF32; }
 
-  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch&, const Tensor& summary, RoutingSums* sums,
+  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch&, const Tensor& summary, const RoutingSums* sums,
                                Stream& stream) override {
     auto kept = std::make_unique<ExpertChoiceSaved>();
     kept->normed = normed;
@@ -47,11 +47,11 @@ class ExpertChoiceRouter : public Router {
     SHOAL_CHECK_EQ(summary.elements(), kept->probs.elements());
     kept->seen = ToHost(kept->probs, stream);
     if (!summary.empty()) std::memcpy(summary.data<float>(), kept->seen.raw(), static_cast<size_t>(kept->seen.bytes()));
-    if (sums != nullptr) sums->z_sum = SumOfSquaredLogz(kept->logz, stream);
+    if (sums != nullptr) *sums->z().data<double>() += SumOfSquaredLogz(kept->logz, stream);
     return kept;
   }
 
-  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) override {
+  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     ExpertChoiceSaved& kept = static_cast<ExpertChoiceSaved&>(saved);
     int64_t tokens = 0;
     for (int64_t count : batch.tokens_of_rank) tokens += count;
@@ -66,9 +66,9 @@ class ExpertChoiceRouter : public Router {
     kept.offset = routed.offset;
     kept.expert = routed.expert;
     if (sums == nullptr) return routed;
-    sums->counts = CountChoices(routed.expert, experts());
+    CountChoices(routed.expert, sums->counts());
     const int32_t* offset = routed.offset.data<int32_t>();
-    for (int64_t t = 0; t < kept.probs.dim(0); ++t) sums->unrouted += offset[t] == offset[t + 1] ? 1 : 0;
+    for (int64_t t = 0; t < kept.probs.dim(0); ++t) *sums->unrouted().data<double>() += offset[t] == offset[t + 1] ? 1 : 0;
     return routed;
   }
 

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -23,14 +24,32 @@
 
 namespace shoal {
 
-// What a router did with the tokens of this rank, in host memory; sums over ranks make auxiliary losses (balance.h).
-struct RoutingSums {
-  Tensor counts;           // [E] i64: choices of each expert, before dropping.
-  Tensor prob_sums;        // [E] f64: router probability summed over tokens; empty where no loss reads it.
-  double z_sum = 0;        // logsumexp(logits)^2 summed over tokens.
-  double seq_aux_sum = 0;  // The sequence-wise balance loss summed over sequences.
-  Tensor dropped;          // [E] i64: choices refused for capacity; empty: the router never drops.
-  int64_t unrouted = 0;    // Tokens without any expert.
+// What a router did with tokens, as sums that it adds to; sums over ranks make auxiliary losses (balance.h). All in one row of f64
+// (counts are exact in it), in host memory: a view, which lives with the tensor that it is of.
+class RoutingSums {
+ public:
+  static int64_t Width(int64_t experts) { return kHead + 3 * experts; }
+  explicit RoutingSums(Tensor row) : row_(std::move(row)) {}  // [Width(E)] f64.
+  // Of sums [layers, Width(E)].
+  static RoutingSums Row(const Tensor& sums, int64_t layer) {
+    return RoutingSums(sums.Rows(layer, 1).Reshape({sums.dim(1)}));
+  }
+
+  Tensor z() const { return row_.Rows(0, 1); }         // logsumexp(logits)^2 over tokens.
+  Tensor seq_aux() const { return row_.Rows(1, 1); }   // The sequence-wise balance loss over sequences.
+  Tensor unrouted() const { return row_.Rows(2, 1); }  // Tokens without any expert.
+  Tensor counts() const { return OfExperts(0); }       // [E]: choices of each expert, before dropping.
+  Tensor probs() const { return OfExperts(1); }        // [E]: router probability over tokens, where a loss reads it.
+  Tensor dropped() const { return OfExperts(2); }      // [E]: choices refused for capacity.
+
+ private:
+  static constexpr int64_t kHead = 3;
+  Tensor OfExperts(int64_t which) const {
+    const int64_t experts = (row_.elements() - kHead) / 3;
+    return row_.Rows(kHead + which * experts, experts);
+  }
+
+  Tensor row_;
 };
 
 // How auxiliary losses enter the backward pass of one layer.
@@ -71,12 +90,12 @@ class Router {
 
   // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`, a
   // host tensor: on a device's stream it waits.
-  // Fills `sums` unless null.
-  virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
+  // Adds to `sums` unless null.
+  virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, const RoutingSums* sums,
                                        Stream& stream) = 0;
   // `summaries`: those of all ranks, in rank order; where the router has no capacity (ModelConfig::has_capacity) this rank's alone
-  // will do, with tokens_of_rank of this rank alone. Adds to the sums of Score.
-  virtual RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) = 0;
+  // will do, with tokens_of_rank of this rank alone. Adds to `sums` what Score did not.
+  virtual RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, const RoutingSums* sums, Stream& stream) = 0;
 
   // dweight_S (f32): gradient by the weights of the list that Choose returned. Adds to dnormed_TD (f32); gradients of
   // the router's matrices are overwritten or added to, those of vectors (DenseStore::ZeroVectorGradients) always added to.

@@ -28,7 +28,7 @@ class SigmoidRouter : public Router {
   int64_t SummaryElements(int64_t, int pieces) const override { return int64_t{pieces} * experts(); }
   DType SummaryType() const override { return DType::kI32; }
 
-  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
+  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, const RoutingSums* sums,
                                Stream& stream) override {
     auto kept = std::make_unique<SigmoidSaved>();
     const int64_t tokens = normed.dim(0);
@@ -42,12 +42,12 @@ class SigmoidRouter : public Router {
     CountByPiece(kept->choices, batch.pieces, experts(), summary);
     if (config_.seq_aux_loss_coef > 0) kept->load = LoadOfSequences(kept->choices, batch.seq);
     if (sums == nullptr) return kept;
-    sums->counts = CountChoices(kept->choices, experts());
-    if (!kept->load.empty()) sums->seq_aux_sum = SequenceLoss(*kept, batch.seq, stream);
+    CountChoices(kept->choices, sums->counts());
+    if (!kept->load.empty()) *sums->seq_aux().data<double>() += SequenceLoss(*kept, batch.seq, stream);
     return kept;
   }
 
-  RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, RoutingSums*, Stream&) override {
+  RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, const RoutingSums*, Stream&) override {
     const SigmoidSaved& kept = static_cast<const SigmoidSaved&>(saved);
     return KeepEveryChoice(kept.choices, kept.weights, summaries);
   }

@@ -27,7 +27,7 @@ class SoftmaxRouter : public Router {
   }
   DType SummaryType() const override { return DType::kI32; }
 
-  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, RoutingSums* sums,
+  std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, const RoutingSums* sums,
                                Stream& stream) override {
     auto kept = std::make_unique<SoftmaxSaved>();
     const int64_t tokens = normed.dim(0);
@@ -42,17 +42,17 @@ class SoftmaxRouter : public Router {
     kept->choices = ToHost(kept->chosen, stream);
     count(kept->choices, batch.pieces, experts(), summary);
     if (sums == nullptr) return kept;
-    sums->counts = CountChoices(kept->choices, experts());
+    CountChoices(kept->choices, sums->counts());
     if (config_.aux_loss != AuxLoss::kNone) {
       const Tensor prob_sums = Empty({experts()}, DType::kF64, stream);
       kernels::SumOverTokens(kept->probs, prob_sums, stream);
-      sums->prob_sums = ToHost(prob_sums, stream);
+      AddSums(ToHost(prob_sums, stream), sums->probs());
     }
-    sums->z_sum = SumOfSquaredLogz(kept->logz, stream);
+    *sums->z().data<double>() += SumOfSquaredLogz(kept->logz, stream);
     return kept;
   }
 
-  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, RoutingSums* sums, Stream& stream) override {
+  RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     SoftmaxSaved& kept = static_cast<SoftmaxSaved&>(saved);
     if (!config_.has_capacity()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
     int64_t tokens = 0;
@@ -83,13 +83,13 @@ class SoftmaxRouter : public Router {
     return raw ? Renormalize::kNo : Renormalize::kYes;
   }
 
-  void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, RoutingSums* sums) const {
-    sums->dropped = Zeros({experts()}, DType::kI64);
+  void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, const RoutingSums* sums) const {
+    double* dropped = sums->dropped().data<double>();
     for (int64_t i = 0; i < kept.pair.elements(); ++i) {
-      if (kept.pair.data<int32_t>()[i] < 0) ++sums->dropped.data<int64_t>()[kept.choices.data<int32_t>()[i]];
+      if (kept.pair.data<int32_t>()[i] < 0) ++dropped[kept.choices.data<int32_t>()[i]];
     }
     const int32_t* offset = routed.offset.data<int32_t>();
-    for (int64_t t = 0; t < kept.chosen.dim(0); ++t) sums->unrouted += offset[t] == offset[t + 1] ? 1 : 0;
+    for (int64_t t = 0; t < kept.chosen.dim(0); ++t) *sums->unrouted().data<double>() += offset[t] == offset[t + 1] ? 1 : 0;
   }
 
   // [T, K]: gradients by the choices' weights, 0 for those that were refused.

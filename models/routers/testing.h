@@ -117,9 +117,9 @@ inline RoutingGradient GradientsOf(const ModelConfig& config) {
 }
 
 template <class T>
-void AddTo(absl::Span<const T> values, std::vector<T>* sums) {
-  sums->resize(std::max(sums->size(), values.size()));
-  for (size_t i = 0; i < values.size(); ++i) (*sums)[i] += values[i];
+void AddTo(const Tensor& values, std::vector<T>* sums) {
+  sums->resize(static_cast<size_t>(values.elements()));
+  for (size_t i = 0; i < sums->size(); ++i) (*sums)[i] += static_cast<T>(values.data<double>()[i]);
 }
 
 // Routes `normed` as `tokens_of_rank.size()` ranks would, forward and backward. `parameters` get the sum of all gradients.
@@ -129,13 +129,16 @@ inline Outcome RouteOn(const ModelConfig& config, const Tensor& normed, const st
   const size_t ranks = tokens_of_rank.size();
   std::vector<std::unique_ptr<Router>> routers;
   std::vector<std::unique_ptr<Router::Saved>> saved(ranks);
-  std::vector<RoutingSums> sums(ranks);
+  const int64_t width = RoutingSums::Width(config.num_local_experts);
+  const Tensor rows_of_sums = Zeros({static_cast<int64_t>(ranks), width}, DType::kF64);
+  std::vector<RoutingSums> sums;
   std::vector<Router::Batch> batches;
   std::vector<int64_t> first(ranks + 1), summary_begin(ranks + 1);
   for (size_t r = 0; r < ranks; ++r) {
     routers.push_back(MakeRouter(config, 0, parameters.View()));
     if (!bias.empty()) std::copy_n(bias.data<float>(), bias.elements(), routers[r]->state().data<float>());
     batches.push_back({.seq = kSeq, .tokens_of_rank = tokens_of_rank, .rank = static_cast<int>(r), .pieces = pieces});
+    sums.push_back(RoutingSums::Row(rows_of_sums, static_cast<int64_t>(r)));
     first[r + 1] = first[r] + tokens_of_rank[r];
     summary_begin[r + 1] = summary_begin[r] + routers[r]->SummaryElements(tokens_of_rank[r], pieces);
   }
@@ -158,12 +161,12 @@ inline Outcome RouteOn(const ModelConfig& config, const Tensor& normed, const st
         dweight.data<float>()[i] = static_cast<float>(CoefficientOf(pair.token, pair.expert));
       }
     }
-    AddTo<int64_t>(sums[r].counts.span<int64_t>(), &outcome.counts);
-    if (!sums[r].dropped.empty()) AddTo<int64_t>(sums[r].dropped.span<int64_t>(), &outcome.dropped);
-    if (!sums[r].prob_sums.empty()) AddTo<double>(sums[r].prob_sums.span<double>(), &outcome.prob_sums);
-    outcome.z_sum += sums[r].z_sum;
-    outcome.seq_aux_sum += sums[r].seq_aux_sum;
-    outcome.unrouted += sums[r].unrouted;
+    AddTo(sums[r].counts(), &outcome.counts);
+    AddTo(sums[r].dropped(), &outcome.dropped);
+    AddTo(sums[r].probs(), &outcome.prob_sums);
+    outcome.z_sum += *sums[r].z().data<double>();
+    outcome.seq_aux_sum += *sums[r].seq_aux().data<double>();
+    outcome.unrouted += static_cast<int64_t>(*sums[r].unrouted().data<double>());
     routers[r]->Backward(*saved[r], dweight, GradientsOf(config), Accumulate::kAdd,
                          outcome.dnormed.Rows(first[r], tokens_of_rank[r]), stream);
   }

@@ -35,6 +35,7 @@ Decoder::Decoder(const ModelConfig& config, const Options& options, ParameterSto
     : config_(config),
       options_(options),
       store_(&store),
+      experts_(&experts),
       rope_(kernels::MakeRopeTable(options.seq, static_cast<int>(config.head_dim), config.rope_theta)),
       head_name_(config.tie_word_embeddings ? kEmbeddingName : "lm_head.weight") {
   rope_ = {ToDevice(rope_.cos, stream), ToDevice(rope_.sin, stream)};
@@ -80,43 +81,11 @@ void Decoder::Begin(Pass pass, Stream& stream) {
       layer.moe.wave = index;
       layer.moe.first = training() && pass_.part == 0 && index == 0;
     }
-    wave.routing.resize(moe_layers_);
   }
-  if (pass_.part == 0) rows_by_rank_.assign(moe_layers_, {});
+  routing_ = moe_layers_ == 0 ? Tensor() : NewRoutingSums(config_, *experts_, moe_layers_, stream);
+  if (pass_.part == 0) rows_by_rank_.assign(static_cast<size_t>(moe_layers_), {});
   routing_gradients_.clear();
   cross_entropy_ = 0;
-}
-
-std::vector<RoutingSums> Decoder::routing() const {
-  std::vector<RoutingSums> sums = waves_.front().routing;
-  if (waves_.size() == 1) return sums;
-  const auto copy = [](Tensor* tensor) {
-    const Tensor own = Empty(tensor->shape(), tensor->dtype());
-    if (!tensor->empty()) std::memcpy(own.raw(), tensor->raw(), static_cast<size_t>(tensor->bytes()));
-    *tensor = own;
-  };
-  const auto add = [](const Tensor& from, const Tensor& to) {
-    for (int64_t i = 0; i < from.elements(); ++i) {
-      if (from.dtype() == DType::kF64) {
-        to.data<double>()[i] += from.data<double>()[i];
-      } else {
-        to.data<int64_t>()[i] += from.data<int64_t>()[i];
-      }
-    }
-  };
-  for (size_t layer = 0; layer < sums.size(); ++layer) {
-    for (Tensor* tensor : {&sums[layer].counts, &sums[layer].prob_sums, &sums[layer].dropped}) copy(tensor);
-    for (size_t wave = 1; wave < waves_.size(); ++wave) {
-      const RoutingSums& from = waves_[wave].routing[layer];
-      add(from.counts, sums[layer].counts);
-      add(from.prob_sums, sums[layer].prob_sums);
-      add(from.dropped, sums[layer].dropped);
-      sums[layer].z_sum += from.z_sum;
-      sums[layer].seq_aux_sum += from.seq_aux_sum;
-      sums[layer].unrouted += from.unrouted;
-    }
-  }
-  return sums;
 }
 
 Accumulate Decoder::AccumulateOf(int layer, const Wave& wave) const {
@@ -168,9 +137,9 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream&
       Route(task, wave, stream);
       return all;
     case Op::kArrange: {
-      RoutingSums* sums = first && training() ? &wave->routing[static_cast<size_t>(layer.moe_index)] : nullptr;
-      SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&state.moe, sums, stream));
-      if (sums != nullptr) layer.moe->AddRows(state.moe, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
+      const std::optional<RoutingSums> sums = SumsOf(task);
+      SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&state.moe, sums ? &*sums : nullptr, stream));
+      if (sums) layer.moe->AddRows(state.moe, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
       return all;
     }
     case Op::kPack:
@@ -190,15 +159,20 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream&
   }
 }
 
+std::optional<RoutingSums> Decoder::SumsOf(const Task& task) const {
+  if (!training() || task.phase != Phase::kForward) return std::nullopt;
+  return RoutingSums::Row(routing_, layers_[static_cast<size_t>(task.layer)].moe_index);
+}
+
 void Decoder::Route(const Task& task, Wave* wave, Stream& stream) {
   const size_t index = static_cast<size_t>(task.layer);
   Layer& layer = layers_[index];
   LayerState& state = wave->layers[index];
   const LayerSchedule& chunks = pass_.schedule->layers[index];
-  RoutingSums* sums =
-      task.phase == Phase::kForward && training() ? &wave->routing[static_cast<size_t>(layer.moe_index)] : nullptr;
+  const std::optional<RoutingSums> sums = SumsOf(task);
   layer.moe->Route(state.x, state.delta, {.seq = seq_, .tokens_of_rank = wave->tokens_of_rank},
-                   {chunks.forward_chunks, training() ? chunks.backward_chunks : chunks.forward_chunks}, &state.moe, sums, stream);
+                   {chunks.forward_chunks, training() ? chunks.backward_chunks : chunks.forward_chunks}, &state.moe,
+                   sums ? &*sums : nullptr, stream);
   state.delta = Tensor();
 }
 

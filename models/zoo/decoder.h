@@ -21,7 +21,7 @@ class Decoder {
     bool recompute = false;     // Keep only each layer's input for the backward pass.
     int64_t loss_chunk = 1024;  // Tokens whose logits exist at one time.
   };
-  // Borrows `store` for life, and what `experts` points to.
+  // Borrows `store` and `experts` for life.
   Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts,
           Stream& stream);
 
@@ -44,7 +44,7 @@ class Decoder {
 
   // Sums over this rank's tokens, when the forward tasks are done.
   double cross_entropy() const { return cross_entropy_; }
-  std::vector<RoutingSums> routing() const;  // Per MoE layer.
+  const Tensor& routing() const { return routing_; }  // RoutingSums of MoE layers, a row each.
   const Tensor& next_logits() const { return next_logits_; }            // kNextLogits: [V] (f32), of the token after the last.
   // Rows of every rank for each expert, [ranks, E] per MoE layer, summed over the parts of a batch so far: the same on every rank.
   // Empty where ranks do not tell each other.
@@ -76,7 +76,6 @@ class Decoder {
     std::vector<int64_t> tokens_of_rank;
     Tensor ids, targets, x, gradient, final_rstd, final_gradient;
     std::vector<LayerState> layers;
-    std::vector<RoutingSums> routing;  // Per MoE layer.
     int64_t tokens() const { return ids.elements(); }
   };
 
@@ -89,6 +88,8 @@ class Decoder {
   absl::StatusOr<double> RunForward(const Task& task, Wave* wave, Stream& stream);
   absl::StatusOr<double> RunBackward(const Task& task, Wave* wave, Stream& stream);
   void Route(const Task& task, Wave* wave, Stream& stream);
+  // Where a forward task of training notes what its router does.
+  std::optional<RoutingSums> SumsOf(const Task& task) const;
   // The output of a layer is the input of the next; what the backward pass does not need goes.
   void FinishLayer(size_t layer, Tensor out, Wave* wave);
   void Head(Wave* wave, Stream& stream);
@@ -99,16 +100,18 @@ class Decoder {
   const ModelConfig config_;
   const Options options_;
   ParameterStore* store_;
+  const ExpertContext* experts_;
   kernels::RopeTable rope_;
   const std::string head_name_;
   std::vector<Layer> layers_;
-  size_t moe_layers_ = 0;
+  int64_t moe_layers_ = 0;
 
   Pass pass_;
   int64_t seq_ = 0;
   std::vector<Wave> waves_;
   Tensor next_logits_;
   double cross_entropy_ = 0;
+  Tensor routing_;
   std::vector<std::vector<int64_t>> rows_by_rank_;
   std::vector<RoutingGradient> routing_gradients_;
 };

@@ -78,7 +78,7 @@ class Fixture {
     decoder->Begin(std::move(pass), stream);
     for (const Task& task : EmitStep(shape, schedule_).tasks) {
       if (task.op == Op::kBalance) {
-        decoder->SetRoutingGradients(std::vector<RoutingGradient>(decoder->routing().size()));
+        decoder->SetRoutingGradients(std::vector<RoutingGradient>(static_cast<size_t>(decoder->routing().dim(0))));
       } else if (task.phase != Phase::kUpdate) {
         const auto units = decoder->Run(task, stream);
         EXPECT_TRUE(units.ok()) << Name(task) << ": " << units.status();
