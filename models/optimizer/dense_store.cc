@@ -222,12 +222,12 @@ absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int par
   return absl::OkStatus();
 }
 
-int64_t DenseStore::Update(int index, kernels::AdamWStep step, Stream& stream) {
+int64_t DenseStore::Update(int index, kernels::AdamWStep step, const Tensor& numbers, Stream& stream) {
   Bucket& bucket = at(index);
   bucket.fresh = false;
   if (bucket.own_count == 0) return 0;
   if (!bucket.decay) step.weight_decay = 0;
-  kernels::AdamW(step, bucket.own_gradients, bucket.master, bucket.exp_avg, bucket.exp_avg_sq,
+  kernels::AdamW(step, numbers, bucket.own_gradients, bucket.master, bucket.exp_avg, bucket.exp_avg_sq,
                  bucket.dtype == DType::kF32 ? Tensor() : bucket.own_weights, stream);
   return bucket.own_count;
 }
@@ -239,14 +239,14 @@ void DenseStore::Refresh(Stream& stream) {
   }
 }
 
-void DenseStore::SumSquares(double* sums, Stream& stream) const {
+void DenseStore::SumSquares(const Tensor& sums, Stream& stream) const {
   for (const Bucket& bucket : buckets_) {
     int64_t offset = 0;
     for (int block : bucket.blocks) {
       const int64_t count = (*blocks_)[static_cast<size_t>(block)].elements, begin = offset - bucket.own_begin;
       offset += count;
       if (begin < 0 || begin + count > bucket.own_count) continue;
-      sums[block] += kernels::SumOfSquares(bucket.own_gradients.Elements(begin, {count}), stream);
+      kernels::SumOfSquares(bucket.own_gradients.Elements(begin, {count}), sums.Elements(block, {1}), stream);
     }
   }
 }

@@ -58,13 +58,14 @@ class DenseStore {
   void Release(int bucket);
   // Collective. Sums a range of a bucket's gradients into its owners. A sharded bucket adds to the parts before.
   absl::Status Reduce(int bucket, int64_t begin, int64_t count, int part);
-  // AdamW on what this rank owns, from gradients that are reduced; `decay` of vectors is 0. Returns the elements.
-  int64_t Update(int bucket, kernels::AdamWStep step, Stream& stream);
+  // AdamW on what this rank owns, from gradients that are reduced; `decay` of vectors is 0. `numbers` as kernels::AdamW has them.
+  // Returns the elements.
+  int64_t Update(int bucket, kernels::AdamWStep step, const Tensor& numbers, Stream& stream);
   // Brings own copies up to date with master weights; those of other ranks are gathered with the next Gather.
   void Refresh(Stream& stream);
 
-  // Adds the sum of squares of each owned block's gradient at its index in `sums`.
-  void SumSquares(double* sums, Stream& stream) const;
+  // Writes the sum of squares of each owned block's gradient at its index in `sums` (f64), in memory of the stream.
+  void SumSquares(const Tensor& sums, Stream& stream) const;
   void AppendOwned(std::vector<OwnedPart>* owned) const;
   int64_t owned_elements() const;
 

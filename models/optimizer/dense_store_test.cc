@@ -196,9 +196,9 @@ TEST_P(DenseStoreRanks, ReduceIsTheSumOverRanksAndParts) {
         }
         EXPECT_EQ(wrong, 0) << part.name;
       }
-      std::vector<double> sums(fixture.model.blocks.size(), 0);
-      store.SumSquares(sums.data(), fixture.stream);
-      for (double sum : sums) squares += sum;
+      const Tensor sums = Zeros({static_cast<int64_t>(fixture.model.blocks.size())}, DType::kF64);
+      store.SumSquares(sums, fixture.stream);
+      for (double sum : sums.span<double>()) squares += sum;
       EXPECT_DOUBLE_EQ(squares, wanted_squares);  // Integers: exact.
     });
   }
@@ -213,7 +213,7 @@ TEST_P(DenseStoreRanks, UpdateIsOfWhatIsOwned) {
     for (int bucket = store.buckets() - 1; bucket >= 0; --bucket) {
       fixture.WriteGradients(bucket, 0);
       fixture.Reduce(bucket, 0);
-      updated += store.Update(bucket, step, fixture.stream);
+      updated += store.Update(bucket, step, AdamWNumbersOf(step), fixture.stream);
     }
     EXPECT_EQ(updated, store.owned_elements());
     for (int bucket = 0; bucket < store.buckets(); ++bucket) {

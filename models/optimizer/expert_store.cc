@@ -352,15 +352,12 @@ absl::StatusOr<int64_t> ExpertStore::ReduceGradients(int index) {
   return layer.moved * elements_ * SizeOf(DType::kF32);
 }
 
-int64_t ExpertStore::Update(int index, const kernels::AdamWStep& step, Stream& stream) {
+int64_t ExpertStore::Update(int index, const kernels::AdamWStep& step, const Tensor& numbers, Stream& stream) {
   int64_t elements = 0;
   at(index).fresh = false;
-  const Tensor own = Empty({1}, DType::kF32);
-  own.data<float>()[0] = step.grad_scale;
-  const Tensor grad_scale = ToDevice(own, stream);
   for (int slot : at(index).slot) {
     if (slot < 0) continue;
-    kernels::AdamW(step, grad_scale, Row(gradients_, slot), Row(master_, slot), Row(exp_avg_, slot), Row(exp_avg_sq_, slot),
+    kernels::AdamW(step, numbers, Row(gradients_, slot), Row(master_, slot), Row(exp_avg_, slot), Row(exp_avg_sq_, slot),
                    options_.compute == DType::kF32 ? Tensor() : Row(weights_, slot), stream);
     elements += elements_;
   }
@@ -372,11 +369,11 @@ void ExpertStore::Refresh(Stream& stream) {
   for (Layer& layer : layers_) layer.fresh = false;
 }
 
-void ExpertStore::SumSquares(double* sums, Stream& stream) const {
+void ExpertStore::SumSquares(const Tensor& sums, Stream& stream) const {
   for (const Layer& layer : layers_) {
     for (size_t e = 0; e < layer.slot.size(); ++e) {
       if (layer.slot[e] < 0) continue;
-      sums[layer.blocks[e]] += kernels::SumOfSquares(Row(gradients_, layer.slot[e]), stream);
+      kernels::SumOfSquares(Row(gradients_, layer.slot[e]), sums.Elements(layer.blocks[e], {1}), stream);
     }
   }
 }

@@ -86,10 +86,10 @@ class ExpertStore {
   // Collective. Sums gradients into owners. With kRematerialise also ends the use of the layer's copies.
   absl::StatusOr<int64_t> ReduceGradients(int layer);
 
-  // AdamW on the owned experts of a layer. Returns their elements.
-  int64_t Update(int layer, const kernels::AdamWStep& step, Stream& stream);
+  // AdamW on the owned experts of a layer, with `numbers` as kernels::AdamW has them. Returns their elements.
+  int64_t Update(int layer, const kernels::AdamWStep& step, const Tensor& numbers, Stream& stream);
   void Refresh(Stream& stream);
-  void SumSquares(double* sums, Stream& stream) const;
+  void SumSquares(const Tensor& sums, Stream& stream) const;  // As DenseStore's.
   void AppendOwned(std::vector<OwnedPart>* owned) const;
   int64_t owned_elements() const { return (slots_ - static_cast<int64_t>(free_slots_.size())) * elements_; }
   struct Memory {

@@ -341,7 +341,7 @@ TEST_P(ExpertStoreRanks, UpdateIsOfWhatIsOwnedAndReachesCopies) {
     }
     const kernels::AdamWStep step{.learning_rate = 0.5, .weight_decay = 1};
     int64_t updated = 0;
-    for (int layer = 0; layer < 3; ++layer) updated += fixture.store->Update(layer, step, fixture.stream);
+    for (int layer = 0; layer < 3; ++layer) updated += fixture.store->Update(layer, step, AdamWNumbersOf(step), fixture.stream);
     EXPECT_EQ(updated, fixture.store->owned_elements());
     fixture.ForEachLayer([&](int layer) {
       fixture.ExpectWeights(layer, 0.5f);

@@ -77,11 +77,11 @@ absl::Status ParameterStore::GatherWeights(Stream& stream) {
   return stream.status();
 }
 
-Tensor ParameterStore::SquaresByBlock(Stream& stream) const {
-  const Tensor squares = Zeros({static_cast<int64_t>(blocks_.size())}, DType::kF64);
-  dense_->SumSquares(squares.data<double>(), stream);
-  experts_->SumSquares(squares.data<double>(), stream);
-  return squares;
+void ParameterStore::SquaresByBlock(const Tensor& squares, Stream& stream) const {
+  SHOAL_CHECK_EQ(squares.elements(), static_cast<int64_t>(blocks_.size()));
+  FillWithZeros(squares, stream);
+  dense_->SumSquares(squares, stream);
+  experts_->SumSquares(squares, stream);
 }
 
 ParameterStore::Memory ParameterStore::memory() const {

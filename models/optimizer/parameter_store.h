@@ -10,6 +10,7 @@
 
 #include "models/optimizer/dense_store.h"
 #include "models/optimizer/expert_store.h"
+#include "runtime/kernels/fp8.h"
 
 namespace shoal {
 
@@ -26,6 +27,7 @@ class ParameterStore {
     Topology topology;   // Likewise.
     Numerics numerics = Numerics::kFast;
     Stream* stream = nullptr;  // DenseStore::Options::stream.
+    kernels::Products products = kernels::Products::kSame;  // kFp8: `compute` is kBF16.
   };
   // `placement` is by layer, empty for dense layers. `group` has every rank; borrowed for life. RESOURCE_EXHAUSTED: too little
   // shared memory. Weights and state are uninitialised until InitializeOwned or a load, then GatherWeights.
@@ -49,12 +51,20 @@ class ParameterStore {
   void ZeroMoments(Stream& stream);
   // Collective. Brings every rank's kept copies up to date with the owners' master weights.
   absl::Status GatherWeights(Stream& stream);
-  // Sums of squares of reduced gradients by block [blocks] (f64), of those that this rank owns, 0 for others: summed over ranks
-  // and then in the order of blocks they give a norm that does not depend on who owns what. In host memory.
-  Tensor SquaresByBlock(Stream& stream) const;
+  // Writes sums of squares of reduced gradients by block [blocks] (f64, in memory of the stream), of those that this rank owns, 0 for
+  // others: summed over ranks and then in the order of blocks they give a norm that does not depend on who owns what.
+  void SquaresByBlock(const Tensor& squares, Stream& stream) const;
   int64_t owned_elements() const { return dense_->owned_elements() + experts_->owned_elements(); }
 
   bool training() const { return options_.training; }
+  DType compute() const { return options_.compute; }
+  // For layers that keep quantised weights beside those of the store, as long as the store keeps them.
+  kernels::Products products() const { return options_.products; }
+  bool keeps_dense() const { return options_.dense == DensePolicy::kReplicated; }
+  bool keeps_experts() const { return options_.experts == ExpertPolicy::kKeep; }
+  // Weights are the same from one BeginPass to the next, which its number tells apart (0 before the first).
+  void BeginPass() { ++pass_; }
+  uint64_t pass() const { return pass_; }
   const std::vector<Block>& blocks() const { return blocks_; }
   const std::vector<ParameterSpec>& parameters() const { return parameters_; }
   // Bytes of weights (with copies of experts), of gradients and of optimizer state on this rank.
@@ -70,6 +80,7 @@ class ParameterStore {
   const std::vector<ParameterSpec> parameters_;
   const std::vector<Block> blocks_;
   const Options options_;
+  uint64_t pass_ = 0;
   std::unique_ptr<DenseStore> dense_;
   std::unique_ptr<ExpertStore> experts_;
 };

@@ -94,7 +94,8 @@ void Device::Remove(Stream* stream) {
   api_.destroy_stream(stream->handle_);
 }
 
-absl::Status Device::Record(DeviceStream* stream, Timing timing, Event* event) {
+absl::Status Device::Record(DeviceStream* stream, Timing timing, DeviceResult (*record)(DeviceEvent*, DeviceStream*),
+                            Event* event) {
   Use();
   DeviceEvent* handle = nullptr;
   {
@@ -108,7 +109,7 @@ absl::Status Device::Record(DeviceStream* stream, Timing timing, Event* event) {
   if (handle == nullptr) {
     SHOAL_RETURN_IF_ERROR(StatusOf(api_.create_event(timing == Timing::kYes, &handle), "creating an event"));
   }
-  const absl::Status status = StatusOf(api_.record(handle, stream), "recording an event");
+  const absl::Status status = StatusOf(record(handle, stream), "recording an event");
   if (!status.ok()) {
     Recycle(handle, timing);
     return status;
@@ -132,7 +133,7 @@ absl::Status Device::RecordOn(int stream, Event* event) {
       handle = found->second.handle;
     }
   }
-  if (handle != nullptr) return Record(handle, Timing::kNo, event);
+  if (handle != nullptr) return Record(handle, Timing::kNo, api_.record, event);
   *event = Event();
   return absl::OkStatus();
 }

@@ -60,7 +60,8 @@ class Device {
   int NewOwner() { return ++owners_; }
   void CountWait() { ++waits_; }
   void CountAllocation() { ++allocations_; }
-  absl::Status Record(DeviceStream* stream, Timing timing, Event* event);
+  // `record`: of the table.
+  absl::Status Record(DeviceStream* stream, Timing timing, DeviceResult (*record)(DeviceEvent*, DeviceStream*), Event* event);
   // A point after the work of the stream with this id so far; one that has passed if it is gone. FAILED_PRECONDITION: it records a
   // graph; later.
   absl::Status RecordOn(int stream, Event* event);

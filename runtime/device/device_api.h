@@ -10,7 +10,7 @@
 
 namespace shoal {
 
-inline constexpr int32_t kDeviceApiVersion = 1;
+inline constexpr int32_t kDeviceApiVersion = 2;
 
 struct DeviceResult {
   enum class Code : int32_t {
@@ -69,6 +69,7 @@ struct DeviceApi {
   DeviceResult (*create_event)(bool timed, DeviceEvent** event);
   DeviceResult (*destroy_event)(DeviceEvent* event);
   DeviceResult (*record)(DeviceEvent* event, DeviceStream* stream);
+  DeviceResult (*record_in_graph)(DeviceEvent* event, DeviceStream* stream);  // On one that records, a timed event: by each launch.
   DeviceResult (*wait_for)(DeviceStream* stream, DeviceEvent* event);  // The stream waits, not the caller.
   DeviceResult (*query_event)(DeviceEvent* event);                     // kNotReady
   DeviceResult (*wait_event)(DeviceEvent* event);                      // Blocks.

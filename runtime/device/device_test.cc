@@ -217,6 +217,38 @@ TEST_F(DeviceTest, TimedEventsTellTimes) {
   EXPECT_EQ(*Event::Milliseconds(begin, end), 4);
 }
 
+TEST_F(DeviceTest, TimedEventsOfAGraphTellTimesOfEachLaunch) {
+  const std::unique_ptr<Stream> stream = NewStream();
+  Event begin, end;
+  ASSERT_TRUE(stream->BeginCapture().ok());
+  begin = stream->Record(Timing::kYes);
+  for (int i = 0; i < 3; ++i) Note(*stream, i);
+  end = stream->Record(Timing::kYes);
+  const absl::StatusOr<CapturedGraph> graph = stream->EndCapture();
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  EXPECT_FALSE(Event::Milliseconds(begin, end).ok()) << "not launched";
+  for (int launch = 1; launch <= 2; ++launch) {
+    const Event before = stream->Record(Timing::kYes);
+    Note(*stream, 9);
+    stream->Launch(*graph);
+    ASSERT_TRUE(stream->Wait().ok());
+    EXPECT_EQ(*Event::Milliseconds(begin, end), 4);
+    EXPECT_EQ(*Event::Milliseconds(before, begin), 2) << launch;
+  }
+}
+
+TEST_F(DeviceTest, WhatFailsWhileRecordingLeavesTheStreamAsItWas) {
+  const std::unique_ptr<Stream> stream = NewStream();
+  ASSERT_TRUE(stream->BeginCapture().ok());
+  const Tensor none = Empty({int64_t{1} << 40}, DType::kF32, *stream);
+  EXPECT_FALSE(stream->status().ok());
+  EXPECT_TRUE(absl::IsResourceExhausted(stream->EndCapture().status()));
+  EXPECT_TRUE(stream->status().ok());
+  Note(*stream, 1);
+  ASSERT_TRUE(stream->Wait().ok());
+  EXPECT_EQ(order_, std::vector<int>{1});
+}
+
 TEST_F(DeviceTest, EveryCallThatFailsIsReportedAndNothingIsLost) {
   for (const char* function : {"create_stream", "create_event", "record", "wait_for", "allocate_host", "allocate", "copy", "fill"}) {
     SCOPED_TRACE(function);

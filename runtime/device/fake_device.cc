@@ -333,6 +333,14 @@ DeviceResult WaitFor(DeviceStream* stream, DeviceEvent* event) {
   const std::shared_ptr<Capture>& capture = event->mark->capture;
   if (capture == nullptr) {
     if (stream->capture != nullptr) return Say(Code::kFailed, "a stream that records cannot wait for work that is not recorded");
+DeviceResult RecordInGraph(DeviceEvent* event, DeviceStream* stream) {
+  SHOAL_FAKE_ENTER("record_in_graph");
+  if (stream->capture == nullptr || !event->timed) return Say(Code::kFailed, "not a timed event on a stream that records");
+  event->mark = std::make_shared<Mark>(Mark{.stream = stream});
+  state.Put(stream, {.passes = event->mark});
+  return {};
+}
+
     state.Put(stream, {.after = event->mark});
     return {};
   }
@@ -478,6 +486,7 @@ FakeDevice::FakeDevice(const FakeDeviceOptions& options)
            .export_memory = &ExportMemory,
            .open_memory = &OpenMemory,
            .close_memory = &CloseMemory,
+           .record_in_graph = &RecordInGraph,
            .kernels = options.kernels},
       state_(std::make_unique<State>()) {
   SHOAL_CHECK(g_current == nullptr) << "there is a fake device already";

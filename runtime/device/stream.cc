@@ -79,8 +79,12 @@ absl::Status Stream::Wait() {
 
 Event Stream::Record(Timing timing) {
   Event event;
-  if (device_ != nullptr) Fail(device_->Record(handle_, timing, &event));
-  if (capturing()) event.capture_ = capture_;
+  const bool by_launches = capturing() && timing == Timing::kYes;
+  if (device_ != nullptr) {
+    const DeviceApi& api = device_->api();
+    Fail(device_->Record(handle_, timing, by_launches ? api.record_in_graph : api.record, &event));
+  }
+  if (capturing() && !by_launches) event.capture_ = capture_;
   event.status_ = status_;
   return event;
 }
@@ -121,12 +125,15 @@ absl::StatusOr<CapturedGraph> Stream::EndCapture() {
   graph.stream_ = id_;
   capture_ = nullptr;
   device_->Use();
-  const absl::Status status = device_->StatusOf(device_->api().end_capture(handle_, &graph.handle_), "recording a graph");
-  if (!status.ok()) {
+  const absl::Status ended = device_->StatusOf(device_->api().end_capture(handle_, &graph.handle_), "recording a graph");
+  // Nothing has been done, so the stream can go on.
+  const absl::Status failed = std::exchange(status_, absl::OkStatus());
+  if (!ended.ok()) {
     device_->HandOver(graph.owners_, id_);
-    return status;
+    return failed.ok() ? ended : failed;
   }
   graph.device_ = device_;
+  SHOAL_RETURN_IF_ERROR(failed);
   return graph;
 }
 

@@ -96,9 +96,9 @@ class Stream {
   void WaitFor(const Event& event);
   void WaitFor(Stream& other) { WaitFor(other.Record()); }
 
-  // What is put on a device's stream between these is recorded, not done; so is the work of other streams that wait for it
-  // meanwhile, which it must wait for before the end. All of them are used by one thread meanwhile, and the host waits for none.
-  // Memory allocated on them is the graph's; other tensors that the graph uses must outlive it, at the same place.
+  // What is put on a device's stream between these is recorded, not done; so is that of other streams that wait for it meanwhile, which it
+  // must wait for before the end. One thread uses all of them, and the host waits for none. Memory allocated on them is the graph's; other
+  // tensors and events with times (each launch records them) must outlive it. Failures meanwhile are EndCapture's, not the stream's.
   absl::Status BeginCapture();
   absl::StatusOr<CapturedGraph> EndCapture();
   void Launch(const CapturedGraph& graph);  // On the stream that recorded it.

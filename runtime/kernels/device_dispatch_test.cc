@@ -19,7 +19,7 @@ using Progress = FakeDeviceOptions::Progress;
 std::vector<DeviceTensor> g_tensors;
 std::vector<int64_t> g_addresses;
 std::vector<int32_t> g_segments;
-float g_grad_scale = 0;
+double g_grad_scale = 0;
 
 DeviceResult TakeNorm(const DeviceTensor& x, const DeviceTensor& delta, const DeviceTensor& weight, float, const DeviceTensor& sum,
                       const DeviceTensor& y, const DeviceTensor& rstd, DeviceStream*) {
@@ -39,10 +39,10 @@ DeviceResult TakeLists(const DeviceTensor&, const DeviceTensor& weights, const D
     return DeviceResult{};
   });
 }
-DeviceResult TakeScale(double, double, double, double, double, int64_t, const DeviceTensor& grad_scale, const DeviceTensor&,
-                       const DeviceTensor&, const DeviceTensor&, const DeviceTensor&, const DeviceTensor&, DeviceStream* stream) {
-  return FakeDevice::Current().Submit(stream, [grad_scale] {
-    g_grad_scale = *static_cast<const float*>(grad_scale.data);
+DeviceResult TakeScale(double, double, double, double, const DeviceTensor& numbers, const DeviceTensor&, const DeviceTensor&,
+                       const DeviceTensor&, const DeviceTensor&, const DeviceTensor&, DeviceStream* stream) {
+  return FakeDevice::Current().Submit(stream, [numbers] {
+    g_grad_scale = static_cast<const double*>(numbers.data)[kGradScale];
     return DeviceResult{};
   });
 }
@@ -120,7 +120,7 @@ TEST_F(DispatchTest, ScaleAndSumGoThroughDeviceMemory) {
   EXPECT_EQ(device_->waits().waits, 0);
   EXPECT_EQ(SumOfSquares(x, *stream_), 42);
   EXPECT_EQ(device_->waits().waits, 1);
-  EXPECT_EQ(g_grad_scale, 0.25f);
+  EXPECT_EQ(g_grad_scale, 0.25);
 }
 
 // On the CPU the lists are read where they are.

@@ -39,9 +39,9 @@ struct DeviceKernels {
   // swiglu.h
   R (*swiglu)(T gate_up, T h, S);
   R (*swiglu_backward)(T dh, T gate_up, T dgate_up, T h, S);
-  // optimizer.h. Of AdamWStep; grad_scale is read from device memory (f32 [1]), where clipping left it.
-  R (*adamw)(double learning_rate, double beta1, double beta2, double epsilon, double weight_decay, int64_t update, T grad_scale,
-             T grad, T master, T m, T v, T copy, S);
+  // optimizer.h. Of AdamWStep; what changes from update to update is read from `numbers` (AdamWNumber), where clipping leaves its part.
+  R (*adamw)(double beta1, double beta2, double epsilon, double weight_decay, T numbers, T grad, T master, T m, T v, T copy, S);
+  R (*clip_gradients)(T squares, T losses, double clip, T numbers, S);
   R (*sum_of_squares)(T x, T sum, S);  // sum: f64 [1]
   // cross_entropy.h
   R (*cross_entropy)(T logits, T targets, float scale, T loss, T dlogits, S);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "runtime/device/stream.h"
+#include "runtime/kernels/adamw_numbers.h"
 #include "runtime/tensor/tensor.h"
 
 namespace shoal::kernels {
@@ -16,14 +17,23 @@ struct AdamWStep {
   float grad_scale = 1;     // Clipping: every gradient is multiplied by it first.
 };
 
+// What changes from update to update (AdamWNumber), f64 [kAdamWNumbers]: AdamW reads it in memory of its stream, so that work that was
+// recorded can be done again for another update. Of a step that is to be applied, on the host; with a norm of 0.
+Tensor AdamWNumbersOf(const AdamWStep& step);
+
 // g = grad * grad_scale; master *= 1 - lr * decay; m, v as usual;
 // master -= lr / (1 - beta1^n) * m / (sqrt(v) / sqrt(1 - beta2^n) + epsilon). All f32 [N], one pass. `copy` receives
 // the new parameters in its own type (f32 or bf16); an empty tensor: no copy.
 void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
            const Tensor& copy, Stream& stream);
-// The same with grad_scale, f32 [1] in memory of the stream, in place of the step's.
-void AdamW(const AdamWStep& step, const Tensor& grad_scale, const Tensor& grad, const Tensor& master, const Tensor& m,
+// The same with `numbers`, in memory of the stream, in place of what they stand for in the step.
+void AdamW(const AdamWStep& step, const Tensor& numbers, const Tensor& grad, const Tensor& master, const Tensor& m,
            const Tensor& v, const Tensor& copy, Stream& stream);
+
+// Clipping by the global norm: of `numbers`, kGradNorm is the root of the sum of squares_B (f64), in their order; kGradScale is
+// clip / (norm + 1e-6) where clip > 0 and the norm is above it, else 1; kApply is 1 where the norm and all of losses_N (f64) are
+// finite, else 0. The others stay.
+void ClipGradients(const Tensor& squares, const Tensor& losses, double clip, const Tensor& numbers, Stream& stream);
 
 // sum (f64 [1]) = sum of squares of an f32 tensor in f64, in an order that does not depend on the number of threads. NaN and
 // infinity propagate.

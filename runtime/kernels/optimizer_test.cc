@@ -92,6 +92,38 @@ TEST(AdamW, SmallDecayIsNotLost) {
   }
 }
 
+// By hand: gradients of norm 5.
+TEST(ClipGradients, ScalesToTheBoundAndForbidsWhatIsNotFinite) {
+  Stream stream;
+  const Tensor squares = Empty({2}, DType::kF64), losses = Empty({1}, DType::kF64);
+  squares.data<double>()[0] = 9;
+  squares.data<double>()[1] = 16;
+  losses.data<double>()[0] = 2.5;
+  const Tensor numbers = AdamWNumbersOf({.learning_rate = 0.5, .beta1 = 0.5, .beta2 = 0.75, .update = 2});
+  const double* const at = numbers.data<double>();
+  EXPECT_DOUBLE_EQ(at[kStepSize], 0.5 / 0.75);
+  EXPECT_DOUBLE_EQ(at[kRootScale], 4 / std::sqrt(7));
+  ClipGradients(squares, losses, 1, numbers, stream);
+  EXPECT_EQ(at[kGradNorm], 5);
+  EXPECT_NEAR(at[kGradScale], 0.2, 1e-6);
+  EXPECT_EQ(at[kApply], 1);
+  for (const double clip : {0.0, 5.0, 7.0}) {
+    ClipGradients(squares, losses, clip, numbers, stream);
+    EXPECT_EQ(at[kGradScale], 1) << clip;
+  }
+  EXPECT_EQ(at[kLearningRate], 0.5);
+  losses.data<double>()[0] = std::numeric_limits<double>::infinity();
+  ClipGradients(squares, losses, 1, numbers, stream);
+  EXPECT_EQ(at[kApply], 0);
+  losses.data<double>()[0] = 1;
+  squares.data<double>()[0] = std::numeric_limits<double>::quiet_NaN();
+  ClipGradients(squares, losses, 1, numbers, stream);
+  EXPECT_EQ(at[kApply], 0);
+  const Tensor x = Random({100}, DType::kF32, 1), master = Copy(x);
+  AdamW({}, numbers, x, master, Zeros({100}, DType::kF32), Zeros({100}, DType::kF32), Tensor(), stream);
+  ExpectSameBits(master, x, "untouched");
+}
+
 TEST(SumOfSquares, AddsInF64) {
   Stream stream;
   for (int64_t N : {0, 1, 31, 16384, 16385, 100003}) {

@@ -99,10 +99,10 @@ Prepared PrepareAddTo(const Sizes& s, Stream& stream) {
 Prepared PrepareAdamW(const Sizes& s, Stream& stream) {
   const Tensor grad = Random({s.flat}, kF32, 1, stream), master = Random({s.flat}, kF32, 2, stream);
   const Tensor m = Zeros({s.flat}, kF32, stream), v = Zeros({s.flat}, kF32, stream), copy = Empty({s.flat}, kBF16, stream);
-  const Tensor scale = ToDevice([] { const Tensor one = Empty({1}, kF32); one.data<float>()[0] = 0.5f; return one; }(), stream);
-  const kernels::AdamWStep step = {.learning_rate = 0.1, .weight_decay = 0.1, .update = 3};
+  const kernels::AdamWStep step = {.learning_rate = 0.1, .weight_decay = 0.1, .update = 3, .grad_scale = 0.5f};
+  const Tensor numbers = ToDevice(AdamWNumbersOf(step), stream);
   return Moves({grad, master, m, v}, {master, m, v, copy}, [=, &stream] {
-    kernels::AdamW(step, scale, grad, master, m, v, copy, stream);
+    kernels::AdamW(step, numbers, grad, master, m, v, copy, stream);
   });
 }
 Prepared PrepareSumOfSquares(const Sizes& s, Stream& stream) {

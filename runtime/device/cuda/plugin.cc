@@ -102,6 +102,9 @@ DeviceResult CreateEvent(bool timed, DeviceEvent** event) {
 }
 DeviceResult DestroyEvent(DeviceEvent* event) { return Failed(cudaEventDestroy(Native(event))); }
 DeviceResult Record(DeviceEvent* event, DeviceStream* stream) { return Failed(cudaEventRecord(Native(event), Native(stream))); }
+DeviceResult RecordInGraph(DeviceEvent* event, DeviceStream* stream) {
+  return Failed(cudaEventRecordWithFlags(Native(event), Native(stream), cudaEventRecordExternal));
+}
 DeviceResult WaitFor(DeviceStream* stream, DeviceEvent* event) {
   return Failed(cudaStreamWaitEvent(Native(stream), Native(event), cudaEventWaitDefault));
 }
@@ -193,6 +196,7 @@ extern "C" __attribute__((visibility("default"))) const shoal::DeviceApi* shoal_
                                        .create_event = &CreateEvent,
                                        .destroy_event = &DestroyEvent,
                                        .record = &Record,
+                                       .record_in_graph = &RecordInGraph,
                                        .wait_for = &WaitFor,
                                        .query_event = &QueryEvent,
                                        .wait_event = &WaitEvent,

@@ -12,50 +12,76 @@ namespace {
 // Elements of one partial sum, whatever the number of threads.
 constexpr int64_t kSumBlock = 16384;
 
-AdamWCoefficients CoefficientsOf(const AdamWStep& step, float grad_scale) {
-  const double n = static_cast<double>(step.update);
-  return {.grad_scale = grad_scale,
+AdamWCoefficients CoefficientsOf(const AdamWStep& step, const double* numbers) {
+  return {.grad_scale = static_cast<float>(numbers[kGradScale]),
           .beta1 = static_cast<float>(step.beta1),
           .one_minus_beta1 = static_cast<float>(1 - step.beta1),
           .beta2 = static_cast<float>(step.beta2),
           .one_minus_beta2 = static_cast<float>(1 - step.beta2),
-          .decay = static_cast<float>(step.learning_rate * step.weight_decay),
-          .step_size = static_cast<float>(step.learning_rate / (1 - std::pow(step.beta1, n))),
-          .root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(step.beta2, n))),
+          .decay = static_cast<float>(numbers[kLearningRate] * step.weight_decay),
+          .step_size = static_cast<float>(numbers[kStepSize]),
+          .root_scale = static_cast<float>(numbers[kRootScale]),
           .epsilon = static_cast<float>(step.epsilon)};
 }
 
 }  // namespace
 
-void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
-           const Tensor& copy, Stream& stream) {
-  Tensor grad_scale(const_cast<float*>(&step.grad_scale), {1}, DType::kF32);
-  if (stream.device() != nullptr) grad_scale = Upload(grad_scale, stream);
-  AdamW(step, grad_scale, grad, master, m, v, copy, stream);
+Tensor AdamWNumbersOf(const AdamWStep& step) {
+  SHOAL_CHECK_GE(step.update, 1);
+  const double n = static_cast<double>(step.update);
+  const Tensor numbers = Zeros({kAdamWNumbers}, DType::kF64);
+  double* const to = numbers.data<double>();
+  to[kLearningRate] = step.learning_rate;
+  to[kStepSize] = step.learning_rate / (1 - std::pow(step.beta1, n));
+  to[kRootScale] = 1 / std::sqrt(1 - std::pow(step.beta2, n));
+  to[kGradScale] = static_cast<double>(step.grad_scale);
+  to[kApply] = 1;
+  return numbers;
 }
 
-void AdamW(const AdamWStep& step, const Tensor& grad_scale, const Tensor& grad, const Tensor& master, const Tensor& m,
+void AdamW(const AdamWStep& step, const Tensor& grad, const Tensor& master, const Tensor& m, const Tensor& v,
+           const Tensor& copy, Stream& stream) {
+  AdamW(step, ToDevice(AdamWNumbersOf(step), stream), grad, master, m, v, copy, stream);
+}
+
+void AdamW(const AdamWStep& step, const Tensor& numbers, const Tensor& grad, const Tensor& master, const Tensor& m,
            const Tensor& v, const Tensor& copy, Stream& stream) {
   const int64_t N = master.elements();
-  CheckTensor(grad_scale, DType::kF32, {1}, "grad_scale");
+  CheckTensor(numbers, DType::kF64, {kAdamWNumbers}, "numbers");
   for (const Tensor* tensor : {&grad, &master, &m, &v}) {
     SHOAL_CHECK_EQ(tensor->elements(), N);
     SHOAL_CHECK(tensor->dtype() == DType::kF32) << "AdamW on " << Name(tensor->dtype());
   }
-  SHOAL_CHECK_GE(step.update, 1);
   SHOAL_CHECK(copy.empty() || copy.elements() == N) << copy.elements() << " elements of the copy for " << N;
   const InnerAct act = copy.empty() ? kInnerF32 : CheckAct(copy.Reshape({N}), {N}, "copy");
-  if (Offloaded(stream, &DeviceKernels::adamw, step.learning_rate, step.beta1, step.beta2, step.epsilon, step.weight_decay,
-                step.update, grad_scale, grad, master, m, v, copy)) {
+  if (Offloaded(stream, &DeviceKernels::adamw, step.beta1, step.beta2, step.epsilon, step.weight_decay, numbers, grad, master, m, v,
+                copy)) {
     return;
   }
-  const AdamWCoefficients coefficients = CoefficientsOf(step, grad_scale.data<float>()[0]);
+  if (numbers.data<double>()[kApply] == 0) return;
+  const AdamWCoefficients coefficients = CoefficientsOf(step, numbers.data<double>());
   const auto update = Inner().adamw[act];
   ParallelFor(N, kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
     void* to = copy.empty() ? nullptr : static_cast<char*>(copy.raw()) + begin * SizeOf(copy.dtype());
     update(coefficients, grad.data<float>() + begin, master.data<float>() + begin, m.data<float>() + begin,
            v.data<float>() + begin, to, end - begin);
   });
+}
+
+void ClipGradients(const Tensor& squares, const Tensor& losses, double clip, const Tensor& numbers, Stream& stream) {
+  CheckTensor(squares, DType::kF64, {squares.elements()}, "squares");
+  CheckTensor(losses, DType::kF64, {losses.elements()}, "losses");
+  CheckTensor(numbers, DType::kF64, {kAdamWNumbers}, "numbers");
+  if (Offloaded(stream, &DeviceKernels::clip_gradients, squares, losses, clip, numbers)) return;
+  double total = 0;
+  for (double square : squares.span<double>()) total += square;
+  const double norm = std::sqrt(total);
+  bool finite = std::isfinite(norm);
+  for (double loss : losses.span<double>()) finite = finite && std::isfinite(loss);
+  double* const to = numbers.data<double>();
+  to[kGradScale] = clip > 0 && norm > clip ? static_cast<double>(static_cast<float>(clip / (norm + 1e-6))) : 1;
+  to[kApply] = finite ? 1 : 0;
+  to[kGradNorm] = norm;
 }
 
 void SumOfSquares(const Tensor& x, const Tensor& sum, Stream& stream) {

@@ -51,7 +51,7 @@ const DeviceKernels* EmulatedKernels() {
   g_own = cuda::OwnKernels();
   g_own.matmul = MatMulOnCpu;
   SetAllQueued<&K::convert, &K::add_to, &K::fill_normal, &K::embedding, &K::embedding_backward, &K::rms_norm, &K::rms_norm_backward,
-               &K::rope, &K::swiglu, &K::swiglu_backward, &K::adamw, &K::sum_of_squares, &K::cross_entropy, &K::gather_rows,
+               &K::rope, &K::swiglu, &K::swiglu_backward, &K::adamw, &K::clip_gradients, &K::sum_of_squares, &K::cross_entropy, &K::gather_rows,
                &K::sum_slots, &K::combine_slots, &K::combine_slots_backward, &K::topk_softmax, &K::topk_softmax_backward, &K::softmax,
                &K::softmax_backward, &K::topk_sigmoid, &K::topk_sigmoid_backward, &K::sum_shares, &K::top_tokens, &K::normalize_rows,
                &K::normalize_rows_backward, &K::sum_over_tokens, &K::order_by_expert, &K::matmul, &K::grouped_matmul,

@@ -94,7 +94,7 @@ TEST(CudaFillNormal, IsTheCpusFunctionOfTheIndex) {
   }
 }
 
-void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool with_copy, bool scale_on_device, bool odd) {
+void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool with_copy, bool numbers_there, bool odd) {
   SCOPED_TRACE(N);
   const std::unique_ptr<Stream> stream = TestStream();
   Stream cpu;
@@ -106,12 +106,12 @@ void ExpectAdamWMatches(int64_t N, const AdamWStep& step, DType copy_type, bool 
   ref::AdamW(step, grad, want_master, want_m, want_v, Tensor(), cpu);
   const Tensor got_master = place(master), got_m = place(m), got_v = place(v);
   const Tensor copy = with_copy ? Empty({N}, copy_type, *stream) : Tensor();
-  if (scale_on_device) {
+  if (numbers_there) {
     AdamWStep other = step;
-    other.grad_scale = 77;  // Not read.
-    const Tensor scale = Empty({1}, DType::kF32);
-    scale.data<float>()[0] = step.grad_scale;
-    AdamW(other, ToDevice(scale, *stream), place(grad), got_master, got_m, got_v, copy, *stream);
+    other.grad_scale = 77;  // Not read; nor are these.
+    other.learning_rate = 88;
+    other.update = 99;
+    AdamW(other, ToDevice(AdamWNumbersOf(step), *stream), place(grad), got_master, got_m, got_v, copy, *stream);
   } else {
     AdamW(step, place(grad), got_master, got_m, got_v, copy, *stream);
   }
@@ -129,10 +129,48 @@ TEST(CudaAdamW, MatchesReference) {
                           .grad_scale = 0.37f};
   for (const int64_t N : {0, 1, 3, 33, 257, 20003}) {
     for (const bool odd : {false, true}) {
-      ExpectAdamWMatches(N, step, DType::kBF16, /*with_copy=*/true, /*scale_on_device=*/true, odd);
-      ExpectAdamWMatches(N, step, DType::kF32, /*with_copy=*/true, /*scale_on_device=*/false, odd);
-      ExpectAdamWMatches(N, {.learning_rate = 1e-3}, DType::kF32, /*with_copy=*/false, /*scale_on_device=*/false, odd);
+      ExpectAdamWMatches(N, step, DType::kBF16, /*with_copy=*/true, /*numbers_there=*/true, odd);
+      ExpectAdamWMatches(N, step, DType::kF32, /*with_copy=*/true, /*numbers_there=*/false, odd);
+      ExpectAdamWMatches(N, {.learning_rate = 1e-3}, DType::kF32, /*with_copy=*/false, /*numbers_there=*/false, odd);
     }
+  }
+}
+
+// The update that clipping forbids changes nothing, in no type.
+TEST(CudaAdamW, LeavesAllAsItIsWhereItIsNotToBeApplied) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const Tensor numbers = AdamWNumbersOf({.learning_rate = 0.1, .update = 3}), x = Random({1001}, DType::kF32, 1);
+  numbers.data<double>()[kApply] = 0;
+  const Tensor narrow = As(x, DType::kBF16);
+  std::vector<Tensor> got;
+  for (int i = 0; i < 4; ++i) got.push_back(ToDevice(i < 3 ? x : narrow, *stream));
+  AdamW({}, ToDevice(numbers, *stream), ToDevice(x, *stream), got[0], got[1], got[2], got[3], *stream);
+  for (int i = 0; i < 4; ++i) ExpectSameBits(ToHost(got[static_cast<size_t>(i)], *stream), i < 3 ? x : narrow, "untouched");
+}
+
+// The host's bits: sums of any length, what is above the bound and what is not, and what is not finite.
+TEST(CudaClipGradients, HasTheBitsOfTheHost) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream cpu;
+  const double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (const int64_t B : {0, 1, 5, 1024, 3001}) {
+    const Tensor squares = As(Random({B}, DType::kF32, 7), DType::kF64), losses = As(Random({3}, DType::kF32, 8), DType::kF64);
+    for (double& square : squares.span<double>()) square *= square;
+    for (const double clip : {0.0, 1e-3, 1e9}) {
+      for (const double loss : {1.0, infinity, nan}) {
+        losses.data<double>()[2] = loss;
+        const Tensor numbers = AdamWNumbersOf({.learning_rate = 0.1, .update = 3}), got = ToDevice(numbers, *stream);
+        ClipGradients(squares, losses, clip, numbers, cpu);
+        ClipGradients(ToDevice(squares, *stream), ToDevice(losses, *stream), clip, got, *stream);
+        ExpectSameBits(ToHost(got, *stream), numbers, "numbers");
+        EXPECT_EQ(numbers.data<double>()[kApply], std::isfinite(loss) ? 1 : 0);
+      }
+    }
+    if (B == 0) continue;
+    squares.data<double>()[B - 1] = nan;
+    const Tensor got = ToDevice(AdamWNumbersOf({}), *stream);
+    ClipGradients(ToDevice(squares, *stream), Tensor(nullptr, {0}, DType::kF64), 1, got, *stream);
+    EXPECT_EQ(ToHost(got, *stream).data<double>()[kApply], 0);
   }
 }
 

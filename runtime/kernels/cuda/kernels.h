@@ -22,9 +22,9 @@ DeviceResult RmsNormBackward(TensorArg dy, TensorArg x, TensorArg weight, Tensor
 DeviceResult Rope(TensorArg x, int32_t heads, int32_t dim, TensorArg cos, TensorArg sin, bool backward, StreamArg stream);
 DeviceResult SwiGlu(TensorArg gate_up, TensorArg h, StreamArg stream);
 DeviceResult SwiGluBackward(TensorArg dh, TensorArg gate_up, TensorArg dgate_up, TensorArg h, StreamArg stream);
-DeviceResult AdamW(double learning_rate, double beta1, double beta2, double epsilon, double weight_decay, int64_t update,
-                   TensorArg grad_scale, TensorArg grad, TensorArg master, TensorArg m, TensorArg v, TensorArg copy,
-                   StreamArg stream);
+DeviceResult AdamW(double beta1, double beta2, double epsilon, double weight_decay, TensorArg numbers, TensorArg grad,
+                   TensorArg master, TensorArg m, TensorArg v, TensorArg copy, StreamArg stream);
+DeviceResult ClipGradients(TensorArg squares, TensorArg losses, double clip, TensorArg numbers, StreamArg stream);
 DeviceResult SumOfSquares(TensorArg x, TensorArg sum, StreamArg stream);
 DeviceResult CrossEntropy(TensorArg logits, TensorArg targets, float scale, TensorArg loss, TensorArg dlogits, StreamArg stream);
 DeviceResult GatherRows(TensorArg x, TensorArg token, TensorArg rows, StreamArg stream);
@@ -74,6 +74,7 @@ inline DeviceKernels OwnKernels() {
   kernels.swiglu = SwiGlu;
   kernels.swiglu_backward = SwiGluBackward;
   kernels.adamw = AdamW;
+  kernels.clip_gradients = ClipGradients;
   kernels.sum_of_squares = SumOfSquares;
   kernels.cross_entropy = CrossEntropy;
   kernels.gather_rows = GatherRows;

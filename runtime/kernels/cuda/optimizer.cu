@@ -1,5 +1,4 @@
-#include <cmath>
-
+#include "runtime/kernels/adamw_numbers.h"
 #include "runtime/kernels/cuda/kernels.h"
 #include "runtime/kernels/cuda/pack.h"
 
@@ -8,9 +7,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// As AdamWCoefficients of cpu/inner.h.
+using kernels::AdamWNumber;
+
+// As AdamWCoefficients of cpu/inner.h. The last three are made of the step's numbers.
 struct Coefficients {
-  float beta1, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, root_scale, epsilon;
+  float beta1, one_minus_beta1, beta2, one_minus_beta2, epsilon;
+  double weight_decay;
+  float decay, step_size, root_scale;
 };
 
 // An element: its gradient, scaled; master, m and v before and after.
@@ -22,9 +25,13 @@ __device__ __forceinline__ void Update(const Coefficients& c, float g, float& ma
 }
 
 template <typename C, int N>
-__global__ void __launch_bounds__(kThreads) AdamWAll(Coefficients c, const float* grad_scale, const float* grad, float* master, float* m,
+__global__ void __launch_bounds__(kThreads) AdamWAll(Coefficients c, const double* numbers, const float* grad, float* master, float* m,
                                                      float* v, C* copy, int64_t n) {
-  const float scale = grad_scale == nullptr ? 1.0f : *grad_scale;
+  if (numbers[AdamWNumber::kApply] == 0) return;
+  const float scale = static_cast<float>(numbers[AdamWNumber::kGradScale]);
+  c.decay = static_cast<float>(numbers[AdamWNumber::kLearningRate] * c.weight_decay);
+  c.step_size = static_cast<float>(numbers[AdamWNumber::kStepSize]);
+  c.root_scale = static_cast<float>(numbers[AdamWNumber::kRootScale]);
   ForEachPack<N, 1>(
       n, [=](int64_t i, auto width) { return Load<width()>(grad + i); },
       [=](int64_t i, auto width, const auto& g) {
@@ -82,30 +89,56 @@ __global__ void AddPartials(const double* partial, int64_t partials, double* sum
   if (threadIdx.x == 0) *sum = own;
 }
 
+__device__ bool Finite(double value) { return value - value == 0; }
+
+// By one block: the sum is in the order of the host's, so that both have the same bits.
+__global__ void Clip(const double* squares, int64_t n, const double* losses, int64_t losses_n, double clip, double* numbers) {
+  constexpr int kTile = 1024;
+  SHOAL_SHARED(double, tile, [kTile]);
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int count = static_cast<int>(n - begin < kTile ? n - begin : kTile);
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) tile[i] = squares[begin + i];
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < count; ++i) total += tile[i];
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const double norm = sqrt(total);
+  bool finite = Finite(norm);
+  for (int64_t i = 0; i < losses_n; ++i) finite = finite && Finite(losses[i]);
+  numbers[AdamWNumber::kGradScale] = clip > 0 && norm > clip ? static_cast<double>(static_cast<float>(clip / (norm + 1e-6))) : 1.0;
+  numbers[AdamWNumber::kApply] = finite ? 1.0 : 0.0;
+  numbers[AdamWNumber::kGradNorm] = norm;
+}
+
 }  // namespace
 
-DeviceResult AdamW(double learning_rate, double beta1, double beta2, double epsilon, double weight_decay, int64_t update,
-                   TensorArg grad_scale, TensorArg grad, TensorArg master, TensorArg m, TensorArg v, TensorArg copy,
-                   StreamArg stream) {
+DeviceResult AdamW(double beta1, double beta2, double epsilon, double weight_decay, TensorArg numbers, TensorArg grad,
+                   TensorArg master, TensorArg m, TensorArg v, TensorArg copy, StreamArg stream) {
   const int64_t n = master.elements;
   if (n == 0) return {};
-  const double number = static_cast<double>(update);
   const Coefficients c = {.beta1 = static_cast<float>(beta1),
                           .one_minus_beta1 = static_cast<float>(1 - beta1),
                           .beta2 = static_cast<float>(beta2),
                           .one_minus_beta2 = static_cast<float>(1 - beta2),
-                          .decay = static_cast<float>(learning_rate * weight_decay),
-                          .step_size = static_cast<float>(learning_rate / (1 - std::pow(beta1, number))),
-                          .root_scale = static_cast<float>(1 / std::sqrt(1 - std::pow(beta2, number))),
-                          .epsilon = static_cast<float>(epsilon)};
+                          .epsilon = static_cast<float>(epsilon),
+                          .weight_decay = weight_decay};
   return WithType(copy, [&](auto type) {
     using C = decltype(type);
     constexpr int N = kWidth<float>;
     return WithWidth<N>(CanPack(N, N, grad, master, m, v, copy), [&](auto width) {
       return Launch({.blocks = WalkingBlocks(Blocks(n, width()), kThreads), .threads = kThreads}, stream, AdamWAll<C, width()>, c,
-                    Data<float>(grad_scale), Data<float>(grad), Data<float>(master), Data<float>(m), Data<float>(v), Data<C>(copy), n);
+                    Data<double>(numbers), Data<float>(grad), Data<float>(master), Data<float>(m), Data<float>(v), Data<C>(copy), n);
     });
   });
+}
+
+DeviceResult ClipGradients(TensorArg squares, TensorArg losses, double clip, TensorArg numbers, StreamArg stream) {
+  return Launch({.threads = kThreads}, stream, Clip, Data<double>(squares), squares.elements, Data<double>(losses), losses.elements,
+                clip, Data<double>(numbers));
 }
 
 DeviceResult SumOfSquares(TensorArg x, TensorArg sum, StreamArg stream) {
