@@ -12,6 +12,7 @@
 
 #include "collectives/backend/nccl_meeting.h"
 #include "collectives/backend/nccl_plan.h"
+#include "collectives/backend/operation_group.h"
 #include "collectives/backend/staged_group.h"
 #include "collectives/engine/arguments.h"
 #include "collectives/engine/op.h"
@@ -20,7 +21,6 @@
 #include "runtime/base/mutex.h"
 #include "runtime/base/status.h"
 #include "runtime/device/plugin.h"
-#include "runtime/kernels/device_kernels.h"
 
 namespace shoal {
 namespace {
@@ -30,8 +30,6 @@ using Code = DeviceResult::Code;
 // Between two looks at what is under way: some without a pause, for small operations, then with one.
 constexpr int kLooks = 200;
 constexpr std::chrono::microseconds kPause(50);
-// Tensors that one call of sum_tensors takes.
-constexpr size_t kSummedMax = 256;
 
 // ---- The group.
 
@@ -45,7 +43,7 @@ struct Flight {
   Event passed;   // From when all of it is on the stream.
 };
 
-class NcclGroup final : public Communicator {
+class NcclGroup final : public OperationGroup {
  public:
   // `transfers` does Send and Receive on `host`, which it owns.
   NcclGroup(std::unique_ptr<Communicator> transfers, Communicator& host, Device& device, const NcclApi& api, NcclComm* comm,
@@ -56,7 +54,7 @@ class NcclGroup final : public Communicator {
         api_(api),
         comm_(comm),
         stream_(std::move(stream)),
-        memory_(std::move(memory)),
+        memory_(device, std::move(memory)),
         transfers_(std::move(transfers)) {
     host_.OnAbort([this](const absl::Status& cause) { End(cause); });
     runner_ = std::thread([this] { Run(); });
@@ -66,37 +64,17 @@ class NcclGroup final : public Communicator {
   int index() const override { return host_.index(); }
   int size() const override { return host_.size(); }
   Epoch epoch() const override { return host_.epoch(); }
-  absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override;
-
-  Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override;
-  Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
-                     const OpOptions& options) override;
-  Work AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, const OpOptions& options) override;
-  Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
-                absl::Span<const int64_t> recv_counts, const OpOptions& options) override;
-  Work Broadcast(const Tensor& in_out, int root, const OpOptions& options) override;
-  Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override;
-  Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) override;
-  Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) override;
-  Work Barrier(const OpOptions& options) override { return host_.Barrier(options); }
-  Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override {
-    return transfers_->Send(in, to, tag, options);
+  absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override {
+    SHOAL_RETURN_IF_ERROR(status());
+    return memory_.Allocate(std::move(shape), dtype);
   }
-  Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override {
-    return transfers_->Receive(out, from, tag, options);
-  }
-  Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, const OpOptions& options) override;
-  Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
-                           const OpOptions& options) override;
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override;
   void Abort(const absl::Status& cause) override { host_.Abort(cause); }
   absl::Status status() const override { return host_.status(); }
   void OnAbort(std::function<void(const absl::Status&)> callback) override { host_.OnAbort(std::move(callback)); }
 
  private:
-  Work Issue(Operation op, const OpOptions& options);
-  Work IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
-                   const OpOptions& options);
+  Work Issue(Operation op, const OpOptions& options) override;
 
   // Of the runner: the only thread that uses comm_ and stream_.
   void Run();
@@ -106,7 +84,7 @@ class NcclGroup final : public Communicator {
   bool LookAtFirst();
   absl::Status Begin(Flight* flight);
   absl::Status Complete(Flight* flight);
-  absl::Status Add(const NcclPlan::Summed& sum);
+  void Add(const NcclPlan::Summed& sum);
   void FinishFirst(const absl::Status& result);
   void Tear();
   void Close();
@@ -143,8 +121,7 @@ class NcclGroup final : public Communicator {
   size_t on_stream_ = 0;    // Of flights_: wholly on the stream.
   bool beginning_ = false;  // The next one is on its way there.
 
-  Mutex memory_mutex_;
-  const std::unique_ptr<Stream> memory_ ABSL_PT_GUARDED_BY(memory_mutex_);
+  GroupMemory memory_;
   const std::unique_ptr<Communicator> transfers_;  // Owns host_, which calls back: ends first.
   std::thread runner_;
 };
@@ -164,30 +141,13 @@ NcclGroup::~NcclGroup() {
   runner_.join();
 }
 
-absl::StatusOr<Tensor> NcclGroup::Allocate(Shape shape, DType dtype) {
-  SHOAL_RETURN_IF_ERROR(status());
-  const int64_t bytes = ElementCount(shape) * SizeOf(dtype);
-  const MutexLock lock(&memory_mutex_);
-  SHOAL_ASSIGN_OR_RETURN(const std::shared_ptr<void> memory, device_.memory().Allocate(bytes, *memory_));
-  const Tensor tensor(memory.get(), std::move(shape), dtype, memory);
-  FillWithZeros(tensor, *memory_);
-  SHOAL_RETURN_IF_ERROR(memory_->Wait(), "allocating");
-  return tensor;
-}
-
 Work NcclGroup::Issue(Operation op, const OpOptions& options) {
-  op.wire = options.wire;
-  op.order = options.order;
-  op.algorithm = std::string(options.algorithm);
-  op.label = std::string(options.label);
+  if (op.kind == OpKind::kBarrier) return host_.Barrier(options);
+  if (op.kind == OpKind::kSend || op.kind == OpKind::kReceive) return IssueOn(*transfers_, op, options.deadline);
   absl::Status refused = CheckArguments(op, index(), size());
   if (refused.ok()) refused = CheckForNccl(op);
   if (refused.ok()) refused = status();
-  if (!refused.ok()) {
-    std::string name(OpKindName(op.kind));
-    if (!op.label.empty()) absl::StrAppend(&name, " \"", op.label, "\"");
-    return EndedWork(Annotate(refused, name));
-  }
+  if (!refused.ok()) return RefusedWork(op, refused);
   const bool limited = options.deadline != absl::InfiniteFuture();
   op.deadline_ns = SteadyDeadlineNs(limited ? options.deadline : absl::Now() + options_.timeout);
   op.state = std::make_shared<QueuedWork>(std::weak_ptr<WorkRunner>());
@@ -307,26 +267,18 @@ absl::Status NcclGroup::Begin(Flight* flight) {
 
 // What comes after NCCL's calls.
 absl::Status NcclGroup::Complete(Flight* flight) {
-  for (const NcclPlan::Summed& sum : flight->plan.sums) SHOAL_RETURN_IF_ERROR(Add(sum), OpName(flight->op));
+  for (const NcclPlan::Summed& sum : flight->plan.sums) Add(sum);
   flight->passed = stream_->Record();
   return Annotate(stream_->status(), OpName(flight->op));
 }
 
-absl::Status NcclGroup::Add(const NcclPlan::Summed& sum) {
-  const auto described = [](const Tensor& tensor) {
-    return DeviceTensor{.data = tensor.raw(), .elements = tensor.elements(), .shape = {tensor.elements()}, .rank = 1,
-                        .dtype = tensor.dtype()};
-  };
-  const DeviceTensor owner = described(sum.owner);
-  device_.Use();
+void NcclGroup::Add(const NcclPlan::Summed& sum) {
   for (size_t begin = 0; begin < sum.contributions.size(); begin += kSummedMax - 1) {
-    std::vector<DeviceTensor> from = {owner};
+    std::vector<Tensor> from = {sum.owner};
     const size_t end = std::min(begin + kSummedMax - 1, sum.contributions.size());
-    for (size_t i = begin; i < end; ++i) from.push_back(described(sum.contributions[i]));
-    SHOAL_RETURN_IF_ERROR(device_.StatusOf(
-        device_.kernels().sum_tensors(from.data(), static_cast<int32_t>(from.size()), owner, stream_->handle()), "adding"));
+    for (size_t i = begin; i < end; ++i) from.push_back(sum.contributions[i]);
+    SumOnDevice(from, sum.owner, *stream_);
   }
-  return absl::OkStatus();
 }
 
 // Ends the first operation if it is done here and begun everywhere.
@@ -400,72 +352,6 @@ void NcclGroup::Close() {
   if (!destroyed.ok()) SHOAL_LOG(kWarning) << std::string(destroyed.message());
 }
 
-// ---- Operations.
-
-Work NcclGroup::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
-  return Issue({.kind = OpKind::kAllReduce, .reduce = op, .dtype = in.dtype(), .in = in, .out = out}, options);
-}
-
-Work NcclGroup::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
-                              const OpOptions& options) {
-  return Issue({.kind = OpKind::kReduceScatter, .reduce = op, .dtype = in.dtype(), .in = in, .out = out,
-                .counts = {counts.begin(), counts.end()}}, options);
-}
-
-Work NcclGroup::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, const OpOptions& options) {
-  return Issue({.kind = OpKind::kAllGather, .dtype = out.dtype(), .in = in, .out = out, .counts = {counts.begin(), counts.end()}},
-               options);
-}
-
-Work NcclGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
-                         absl::Span<const int64_t> recv_counts, const OpOptions& options) {
-  Operation op = {.kind = OpKind::kAllToAll, .dtype = in.dtype(), .in = in, .out = out,
-                  .counts = {send_counts.begin(), send_counts.end()}, .recv_counts = {recv_counts.begin(), recv_counts.end()},
-                  .even = send_counts.empty() && recv_counts.empty()};
-  if (op.even) {
-    op.counts.assign(static_cast<size_t>(size()), in.elements() / size());
-    op.recv_counts = op.counts;
-  }
-  return Issue(std::move(op), options);
-}
-
-Work NcclGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
-  return Issue({.kind = OpKind::kBroadcast, .root = root, .dtype = in_out.dtype(), .in = in_out, .out = in_out}, options);
-}
-
-Work NcclGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
-  return Issue({.kind = OpKind::kReduce, .reduce = op, .root = root, .dtype = in.dtype(), .in = in,
-                .out = root == index() ? out : Tensor()}, options);
-}
-
-Work NcclGroup::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) {
-  return Issue({.kind = OpKind::kGather, .root = root, .dtype = in.dtype(), .in = in, .out = root == index() ? out : Tensor(),
-                .counts = {counts.begin(), counts.end()}}, options);
-}
-
-Work NcclGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) {
-  return Issue({.kind = OpKind::kScatter, .root = root, .dtype = out.dtype(), .in = root == index() ? in : Tensor(), .out = out,
-                .counts = {counts.begin(), counts.end()}}, options);
-}
-
-Work NcclGroup::IssueSparse(OpKind kind, absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp reduce,
-                            const OpOptions& options) {
-  Operation op = {.kind = kind, .reduce = reduce, .chunks = {chunks.begin(), chunks.end()}, .moves = {moves.begin(), moves.end()}};
-  for (const Tensor& chunk : chunks) {
-    if (!chunk.empty()) op.dtype = chunk.dtype();
-  }
-  return Issue(std::move(op), options);
-}
-
-Work NcclGroup::SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, const OpOptions& options) {
-  return IssueSparse(OpKind::kSparseAllGather, chunks, moves, ReduceOp::kSum, options);
-}
-
-Work NcclGroup::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
-                                    const OpOptions& options) {
-  return IssueSparse(OpKind::kSparseReduceScatter, chunks, moves, op, options);
-}
-
 // ---- Connecting.
 
 absl::StatusOr<std::unique_ptr<Communicator>> Connect(std::unique_ptr<Communicator> host, Device& device, const NcclApi& api,
@@ -510,15 +396,6 @@ absl::StatusOr<const NcclApi*> LoadNccl(const Device& device) {
                                                       kNcclApiVersion, ": they must come from one build"));
   }
   return api;
-}
-
-absl::StatusOr<std::unique_ptr<Communicator>> DeviceGroup(std::unique_ptr<Communicator> host, Device& device,
-                                                          const absl::StatusOr<const NcclApi*>& nccl, const NcclOptions& options) {
-  const absl::Time deadline = absl::Now() + options.connect_timeout;
-  SHOAL_ASSIGN_OR_RETURN(const std::string obstacle, FindNcclObstacle(*host, device, nccl, deadline));
-  if (obstacle.empty()) return Connect(std::move(host), device, **nccl, options, deadline);
-  if (host->index() == 0) SHOAL_LOG(kInfo) << "collectives are staged through the host's memory, not by NCCL: " << obstacle;
-  return StageThroughHost(std::move(host), device);
 }
 
 }  // namespace shoal

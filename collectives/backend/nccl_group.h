@@ -42,10 +42,4 @@ absl::StatusOr<std::unique_ptr<Communicator>> ConnectNccl(std::unique_ptr<Commun
 // The NCCL of a device's plug-in. UNAVAILABLE, NOT_FOUND or FAILED_PRECONDITION says what is missing. Thread-safe.
 absl::StatusOr<const NcclApi*> LoadNccl(const Device& device);
 
-// NCCL where every rank has a `nccl` (of LoadNccl) and a device of its own, otherwise staged through the host's memory; rank 0 logs
-// why. Collective.
-absl::StatusOr<std::unique_ptr<Communicator>> DeviceGroup(std::unique_ptr<Communicator> host, Device& device,
-                                                          const absl::StatusOr<const NcclApi*>& nccl,
-                                                          const NcclOptions& options = {});
-
 }  // namespace shoal

@@ -8,12 +8,11 @@
 
 #include "absl/strings/str_cat.h"
 #include "collectives/backend/fake_nccl.h"
-#include "collectives/engine/reduce.h"
+#include "collectives/backend/fake_sum.h"
 #include "collectives/operation_checker.h"
 #include "runtime/base/status.h"
 #include "runtime/device/fake_device.h"
 #include "runtime/device/stream.h"
-#include "runtime/kernels/device_kernels.h"
 #include "tests/harness/ranks.h"
 
 namespace shoal {
@@ -24,28 +23,13 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 
-DeviceResult SumTensors(const DeviceTensor* from, int32_t count, const DeviceTensor& to, DeviceStream* stream) {
-  return FakeDevice::Current().Submit(stream, [from = std::vector<DeviceTensor>(from, from + count), to] {
-    std::vector<const std::byte*> sources;
-    for (const DeviceTensor& tensor : from) sources.push_back(static_cast<const std::byte*>(tensor.data));
-    std::byte* const out = static_cast<std::byte*>(to.data);
-    Reduce(to.dtype, ReduceOp::kSum, sources, absl::MakeConstSpan(&out, 1), to.elements);
-    return DeviceResult{};
-  });
-}
-
-const DeviceKernels& Kernels() {
-  static const DeviceKernels kernels = {.sum_tensors = &SumTensors};
-  return kernels;
-}
-
 // Ranks with a device of their own each, and what is beneath them.
 class NcclJob {
  public:
   explicit NcclJob(int size, int devices = 0)
       : size_(size),
         devices_(devices == 0 ? size : devices),
-        device_({.devices = devices_, .protect = false, .kernels = &Kernels()}),
+        device_({.devices = devices_, .protect = false, .kernels = &SumKernels()}),
         nccl_(device_) {}
   ~NcclJob() { EXPECT_THAT(nccl_.Faults(), IsEmpty()); }
 
@@ -276,22 +260,7 @@ TEST(NcclGroup, RanksThatShareADeviceAreRefused) {
   EXPECT_EQ(job.nccl().Calls("connect", 0), 0);
 }
 
-TEST(DeviceGroup, IsOfNcclWhereItCanBe) {
-  for (const std::string why : {"", "shared device", "no library on rank 1"}) {
-    NcclJob job(2, /*devices=*/why == "shared device" ? 1 : 2);
-    job.Run([&](Communicator& world, std::unique_ptr<Communicator> host, Device& device) {
-      absl::StatusOr<const NcclApi*> nccl = &job.nccl().api();
-      if (why == "no library on rank 1" && world.index() == 1) nccl = absl::UnavailableError("NCCL is missing");
-      auto group = DeviceGroup(std::move(host), device, nccl);
-      ASSERT_TRUE(group.ok()) << group.status();
-      Checker(**group, Place::kShared).AllReduce(100, DType::kF32, ReduceOp::kSum, 1);
-      EXPECT_EQ((*group)->Barrier({}).Await(), absl::OkStatus());
-    });
-    EXPECT_EQ(job.nccl().Calls("all_reduce", 0), why.empty() ? 1 : 0) << why;
-  }
-}
-
-TEST(DeviceGroup, ADeviceWithoutPlugInHasNoNccl) {
+TEST(NcclGroup, ADeviceWithoutPlugInHasNoNccl) {
   FakeDevice fake;
   const auto device = Device::Create(fake.api(), 0);
   ASSERT_TRUE(device.ok());

@@ -1,15 +1,13 @@
 #include "collectives/backend/nccl_meeting.h"
 
-#include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <string_view>
 #include <thread>
 #include <vector>
 
 #include "absl/time/clock.h"
+#include "collectives/backend/rank_messages.h"
 #include "runtime/base/status.h"
-#include "runtime/tensor/tensor.h"
 
 namespace shoal {
 namespace {
@@ -30,12 +28,6 @@ struct Invitation {
   NcclId id;
 };
 
-template <size_t kSize> void SetText(char (&to)[kSize], absl::string_view text) {
-  const size_t size = std::min(text.size(), kSize - 1);
-  std::memcpy(to, text.data(), size);
-  to[size] = '\0';
-}
-
 // Why these ranks cannot have a communicator of NCCL; "": they can.
 std::string ObstacleOf(absl::Span<const Introduction> ranks) {
   for (size_t rank = 0; rank < ranks.size(); ++rank) {
@@ -51,19 +43,6 @@ std::string ObstacleOf(absl::Span<const Introduction> ranks) {
     }
   }
   return "";
-}
-
-// What each rank has said.
-template <class Message>
-absl::StatusOr<std::vector<Message>> FromAll(Communicator& host, const Message& own, absl::Time deadline, std::string_view label) {
-  constexpr int64_t kBytes = sizeof(Message);
-  const Tensor in = Zeros({kBytes}, DType::kU8), out = Zeros({kBytes * host.size()}, DType::kU8);
-  std::memcpy(in.raw(), &own, sizeof(own));
-  std::vector<Message> all(static_cast<size_t>(host.size()));
-  const std::vector<int64_t> counts(all.size(), kBytes);
-  SHOAL_RETURN_IF_ERROR(host.AllGather(in, counts, out, {.deadline = deadline, .label = label}).Await());
-  std::memcpy(all.data(), out.raw(), static_cast<size_t>(out.bytes()));
-  return all;
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "collectives/backend/staged_group.h"
 
-#include <algorithm>
 #include <deque>
 #include <map>
 #include <string>
@@ -8,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/backend/operation_group.h"
 #include "collectives/engine/work_state.h"
 #include "runtime/base/log.h"
 #include "runtime/base/mutex.h"
@@ -17,20 +17,6 @@
 
 namespace shoal {
 namespace {
-
-// OpOptions that outlive the call.
-struct KeptOptions {
-  explicit KeptOptions(const OpOptions& options)
-      : given(options), label(options.label), algorithm(options.algorithm) {}
-  OpOptions get() const {
-    OpOptions options = given;
-    options.label = label;
-    options.algorithm = algorithm;
-    return options;
-  }
-  OpOptions given;
-  std::string label, algorithm;
-};
 
 std::byte* Begin(const Tensor& tensor) { return static_cast<std::byte*>(tensor.raw()); }
 
@@ -66,7 +52,7 @@ class Twins {
   std::map<std::byte*, Tensor> twins_ ABSL_GUARDED_BY(mutex_);
 };
 
-class StagedGroup final : public Communicator {
+class StagedGroup final : public OperationGroup {
  public:
   StagedGroup(std::unique_ptr<Communicator> host, Device& device, std::unique_ptr<Stream> in, std::unique_ptr<Stream> out)
       : host_(std::move(host)), device_(device), in_(std::move(in)), out_(std::move(out)) {
@@ -80,22 +66,6 @@ class StagedGroup final : public Communicator {
   Epoch epoch() const override { return host_->epoch(); }
   absl::StatusOr<Tensor> Allocate(Shape shape, DType dtype) override;
 
-  Work AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) override;
-  Work ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
-                     const OpOptions& options) override;
-  Work AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, const OpOptions& options) override;
-  Work AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
-                absl::Span<const int64_t> recv_counts, const OpOptions& options) override;
-  Work Broadcast(const Tensor& in_out, int root, const OpOptions& options) override;
-  Work Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) override;
-  Work Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) override;
-  Work Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) override;
-  Work Barrier(const OpOptions& options) override;
-  Work Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) override;
-  Work Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) override;
-  Work SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, const OpOptions& options) override;
-  Work SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
-                           const OpOptions& options) override;
   absl::StatusOr<std::unique_ptr<Communicator>> Split(absl::Span<const int> members) override {
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> host, host_->Split(members));
     return StageThroughHost(std::move(host), device_);
@@ -109,25 +79,22 @@ class StagedGroup final : public Communicator {
     Tensor device, host;
   };
   // One operation: what is copied before and after it, and what it is.
-  struct Operation {
+  struct Flight {
+    Operation op;  // Its tensors are the host's.
+    absl::Time deadline;
     std::vector<Pair> before, after;
     std::vector<Pair> borrowed;  // Host memory for tensors without twins.
-    std::function<Work()> issue;
     Event copied;
     std::shared_ptr<QueuedWork> work;
   };
 
+  Work Issue(Operation op, const OpOptions& options) override;
   // The host's memory for a tensor; a tensor that lies in an earlier one of the operation gets a part of that one's.
-  Tensor HostOf(const Tensor& tensor, Operation* operation);
-  Tensor In(const Tensor& tensor, Operation* operation);
-  Tensor Out(const Tensor& tensor, Operation* operation);
-  std::vector<Tensor> ChunksOf(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, bool from_owner,
-                               Operation* operation);
-  Work Run(Operation operation, std::function<Work()> issue);
+  Tensor HostOf(const Tensor& tensor, Flight* flight);
 
   void IssueAll();
   void FinishAll();
-  absl::Status CopyBack(const Operation& operation);
+  absl::Status CopyBack(const Flight& flight);
   // Ends the group, because of the device.
   absl::Status Failed(const absl::Status& cause);
 
@@ -139,8 +106,8 @@ class StagedGroup final : public Communicator {
   CondVar changed_;
   const std::unique_ptr<Stream> in_;  // Used under the mutex.
   const std::unique_ptr<Stream> out_;  // The finisher's.
-  std::deque<Operation> to_issue_ ABSL_GUARDED_BY(mutex_);
-  std::deque<std::pair<Operation, absl::Status>> to_finish_ ABSL_GUARDED_BY(mutex_);
+  std::deque<Flight> to_issue_ ABSL_GUARDED_BY(mutex_);
+  std::deque<std::pair<Flight, absl::Status>> to_finish_ ABSL_GUARDED_BY(mutex_);
   int64_t open_ ABSL_GUARDED_BY(mutex_) = 0;  // Operations that have not ended.
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
   std::thread issuer_, finisher_;
@@ -184,40 +151,34 @@ absl::StatusOr<Tensor> StagedGroup::Allocate(Shape shape, DType dtype) {
   return tensor;
 }
 
-Tensor StagedGroup::HostOf(const Tensor& tensor, Operation* operation) {
+Tensor StagedGroup::HostOf(const Tensor& tensor, Flight* flight) {
   if (tensor.empty()) return tensor;
   const Tensor twin = twins_->Of(tensor);
   if (!twin.empty()) return twin;
-  for (const Pair& pair : operation->borrowed) {
+  for (const Pair& pair : flight->borrowed) {
     const int64_t offset = Begin(tensor) - Begin(pair.device);
     if (offset >= 0 && offset + tensor.bytes() <= pair.device.bytes()) return View(pair.host, offset, tensor);
   }
   const MutexLock lock(&mutex_);
-  operation->borrowed.push_back({tensor, EmptyHost(tensor.shape(), tensor.dtype(), *in_)});
-  return operation->borrowed.back().host;
+  flight->borrowed.push_back({tensor, EmptyHost(tensor.shape(), tensor.dtype(), *in_)});
+  return flight->borrowed.back().host;
 }
 
-Tensor StagedGroup::In(const Tensor& tensor, Operation* operation) {
-  const Tensor host = HostOf(tensor, operation);
-  if (!tensor.empty()) operation->before.push_back({tensor, host});
-  return host;
-}
-
-Tensor StagedGroup::Out(const Tensor& tensor, Operation* operation) {
-  const Tensor host = HostOf(tensor, operation);
-  if (!tensor.empty()) operation->after.push_back({tensor, host});
-  return host;
-}
-
-Work StagedGroup::Run(Operation operation, std::function<Work()> issue) {
-  operation.issue = std::move(issue);
-  operation.work = std::make_shared<QueuedWork>(std::weak_ptr<WorkRunner>());
-  const Work work(operation.work);
+Work StagedGroup::Issue(Operation op, const OpOptions& options) {
+  Flight flight = {.op = std::move(op), .deadline = options.deadline};
+  ReplaceTensors(&flight.op, index(), [&](const Tensor& tensor, bool reads, bool writes) {
+    const Tensor host = HostOf(tensor, &flight);
+    if (reads && !tensor.empty()) flight.before.push_back({tensor, host});
+    if (writes && !tensor.empty()) flight.after.push_back({tensor, host});
+    return host;
+  });
+  flight.work = std::make_shared<QueuedWork>(std::weak_ptr<WorkRunner>());
+  const Work work(flight.work);
   {
     const MutexLock lock(&mutex_);
-    for (const Pair& pair : operation.before) Copy(pair.device, pair.host, *in_);
-    operation.copied = in_->Record();
-    to_issue_.push_back(std::move(operation));
+    for (const Pair& pair : flight.before) Copy(pair.device, pair.host, *in_);
+    flight.copied = in_->Record();
+    to_issue_.push_back(std::move(flight));
     ++open_;
   }
   changed_.NotifyAll();
@@ -227,18 +188,18 @@ Work StagedGroup::Run(Operation operation, std::function<Work()> issue) {
 // Issues the host's operations, in the order of the calls, when their inputs are there.
 void StagedGroup::IssueAll() {
   while (true) {
-    Operation operation;
+    Flight flight;
     {
       MutexLock lock(&mutex_);
       while (to_issue_.empty() && !closing_) changed_.Wait(&mutex_);
       if (to_issue_.empty()) return;
-      operation = std::move(to_issue_.front());
+      flight = std::move(to_issue_.front());
       to_issue_.pop_front();
     }
-    absl::Status copied = operation.copied.Wait();
+    absl::Status copied = flight.copied.Wait();
     if (!copied.ok()) copied = Failed(copied);
-    const Work work = copied.ok() ? operation.issue() : EndedWork(copied);
-    const auto kept = std::make_shared<Operation>(std::move(operation));
+    const Work work = copied.ok() ? IssueOn(*host_, flight.op, flight.deadline) : EndedWork(copied);
+    const auto kept = std::make_shared<Flight>(std::move(flight));
     work.OnDone([this, kept](const absl::Status& result) {
       {
         const MutexLock lock(&mutex_);
@@ -252,7 +213,7 @@ void StagedGroup::IssueAll() {
 // Copies results back and ends operations, until the group closes and none is open.
 void StagedGroup::FinishAll() {
   while (true) {
-    std::pair<Operation, absl::Status> ended;
+    std::pair<Flight, absl::Status> ended;
     {
       MutexLock lock(&mutex_);
       while (to_finish_.empty() && !(closing_ && open_ == 0)) changed_.Wait(&mutex_);
@@ -260,10 +221,10 @@ void StagedGroup::FinishAll() {
       ended = std::move(to_finish_.front());
       to_finish_.pop_front();
     }
-    auto& [operation, result] = ended;
-    if (result.ok()) result = CopyBack(operation);
-    const std::shared_ptr<QueuedWork> work = std::move(operation.work);
-    operation = Operation();  // Buffers are the caller's again.
+    auto& [flight, result] = ended;
+    if (result.ok()) result = CopyBack(flight);
+    const std::shared_ptr<QueuedWork> work = std::move(flight.work);
+    flight = Flight();  // Buffers are the caller's again.
     {
       const MutexLock lock(&mutex_);
       --open_;
@@ -273,9 +234,9 @@ void StagedGroup::FinishAll() {
   }
 }
 
-absl::Status StagedGroup::CopyBack(const Operation& operation) {
-  for (const Pair& pair : operation.after) Copy(pair.host, pair.device, *out_);
-  const absl::Status copied = operation.after.empty() ? absl::OkStatus() : out_->Record().Wait();
+absl::Status StagedGroup::CopyBack(const Flight& flight) {
+  for (const Pair& pair : flight.after) Copy(pair.host, pair.device, *out_);
+  const absl::Status copied = flight.after.empty() ? absl::OkStatus() : out_->Record().Wait();
   return copied.ok() ? copied : Failed(copied);
 }
 
@@ -283,121 +244,6 @@ absl::Status StagedGroup::Failed(const absl::Status& cause) {
   const absl::Status aborted = absl::AbortedError(absl::StrCat("rank ", index(), ": ", cause.message()));
   host_->Abort(aborted);
   return aborted;
-}
-
-// ---- Operations. A tensor that another one may lie in comes first.
-
-Work StagedGroup::AllReduce(const Tensor& in, const Tensor& out, ReduceOp op, const OpOptions& options) {
-  Operation operation;
-  const Tensor from = In(in, &operation), to = Out(out, &operation);
-  return Run(std::move(operation), [=, this, kept = KeptOptions(options)] { return host_->AllReduce(from, to, op, kept.get()); });
-}
-
-Work StagedGroup::ReduceScatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, ReduceOp op,
-                                const OpOptions& options) {
-  Operation operation;
-  const Tensor from = In(in, &operation), to = Out(out, &operation);
-  return Run(std::move(operation),
-             [=, this, counts = std::vector<int64_t>(counts.begin(), counts.end()), kept = KeptOptions(options)] {
-               return host_->ReduceScatter(from, counts, to, op, kept.get());
-             });
-}
-
-Work StagedGroup::AllGather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, const OpOptions& options) {
-  Operation operation;
-  const Tensor to = Out(out, &operation), from = In(in, &operation);
-  return Run(std::move(operation),
-             [=, this, counts = std::vector<int64_t>(counts.begin(), counts.end()), kept = KeptOptions(options)] {
-               return host_->AllGather(from, counts, to, kept.get());
-             });
-}
-
-Work StagedGroup::AllToAll(const Tensor& in, absl::Span<const int64_t> send_counts, const Tensor& out,
-                           absl::Span<const int64_t> recv_counts, const OpOptions& options) {
-  Operation operation;
-  const Tensor from = In(in, &operation), to = Out(out, &operation);
-  return Run(std::move(operation), [=, this, sent = std::vector<int64_t>(send_counts.begin(), send_counts.end()),
-                                    received = std::vector<int64_t>(recv_counts.begin(), recv_counts.end()),
-                                    kept = KeptOptions(options)] { return host_->AllToAll(from, sent, to, received, kept.get()); });
-}
-
-Work StagedGroup::Broadcast(const Tensor& in_out, int root, const OpOptions& options) {
-  Operation operation;
-  const Tensor both = index() == root ? In(in_out, &operation) : Out(in_out, &operation);
-  return Run(std::move(operation), [=, this, kept = KeptOptions(options)] { return host_->Broadcast(both, root, kept.get()); });
-}
-
-Work StagedGroup::Reduce(const Tensor& in, const Tensor& out, int root, ReduceOp op, const OpOptions& options) {
-  Operation operation;
-  const Tensor from = In(in, &operation), to = index() == root ? Out(out, &operation) : Tensor();
-  return Run(std::move(operation), [=, this, kept = KeptOptions(options)] { return host_->Reduce(from, to, root, op, kept.get()); });
-}
-
-Work StagedGroup::Gather(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) {
-  Operation operation;
-  const Tensor to = index() == root ? Out(out, &operation) : Tensor(), from = In(in, &operation);
-  return Run(std::move(operation),
-             [=, this, counts = std::vector<int64_t>(counts.begin(), counts.end()), kept = KeptOptions(options)] {
-               return host_->Gather(from, counts, to, root, kept.get());
-             });
-}
-
-Work StagedGroup::Scatter(const Tensor& in, absl::Span<const int64_t> counts, const Tensor& out, int root, const OpOptions& options) {
-  Operation operation;
-  const Tensor from = index() == root ? In(in, &operation) : Tensor(), to = Out(out, &operation);
-  return Run(std::move(operation),
-             [=, this, counts = std::vector<int64_t>(counts.begin(), counts.end()), kept = KeptOptions(options)] {
-               return host_->Scatter(from, counts, to, root, kept.get());
-             });
-}
-
-Work StagedGroup::Barrier(const OpOptions& options) {
-  return Run({}, [this, kept = KeptOptions(options)] { return host_->Barrier(kept.get()); });
-}
-
-Work StagedGroup::Send(const Tensor& in, int to, uint32_t tag, const OpOptions& options) {
-  Operation operation;
-  const Tensor from = In(in, &operation);
-  return Run(std::move(operation), [=, this, kept = KeptOptions(options)] { return host_->Send(from, to, tag, kept.get()); });
-}
-
-Work StagedGroup::Receive(const Tensor& out, int from, uint32_t tag, const OpOptions& options) {
-  Operation operation;
-  const Tensor to = Out(out, &operation);
-  return Run(std::move(operation), [=, this, kept = KeptOptions(options)] { return host_->Receive(to, from, tag, kept.get()); });
-}
-
-std::vector<Tensor> StagedGroup::ChunksOf(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, bool from_owner,
-                                          Operation* operation) {
-  std::vector<Tensor> host(chunks.size());
-  for (const SparseMove& move : moves) {
-    const size_t chunk = static_cast<size_t>(move.chunk);
-    if (chunk >= chunks.size()) continue;  // The host's group says so.
-    const bool owner = move.owner == index();
-    if (!owner && !std::binary_search(move.holders.begin(), move.holders.end(), index())) continue;
-    // A gather goes from the owner to holders; a reduction from all to the owner.
-    const bool reads = !from_owner || owner, writes = from_owner != owner;
-    host[chunk] = HostOf(chunks[chunk], operation);
-    if (chunks[chunk].empty()) continue;
-    if (reads) operation->before.push_back({chunks[chunk], host[chunk]});
-    if (writes) operation->after.push_back({chunks[chunk], host[chunk]});
-  }
-  return host;
-}
-
-Work StagedGroup::SparseAllGather(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, const OpOptions& options) {
-  Operation operation;
-  std::vector<Tensor> host = ChunksOf(chunks, moves, /*from_owner=*/true, &operation);
-  return Run(std::move(operation), [=, this, host = std::move(host), moves = std::vector<SparseMove>(moves.begin(), moves.end()),
-                                    kept = KeptOptions(options)] { return host_->SparseAllGather(host, moves, kept.get()); });
-}
-
-Work StagedGroup::SparseReduceScatter(absl::Span<const Tensor> chunks, absl::Span<const SparseMove> moves, ReduceOp op,
-                                      const OpOptions& options) {
-  Operation operation;
-  std::vector<Tensor> host = ChunksOf(chunks, moves, /*from_owner=*/false, &operation);
-  return Run(std::move(operation), [=, this, host = std::move(host), moves = std::vector<SparseMove>(moves.begin(), moves.end()),
-                                    kept = KeptOptions(options)] { return host_->SparseReduceScatter(host, moves, op, kept.get()); });
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "absl/strings/str_join.h"
-#include "collectives/backend/nccl_group.h"
+#include "collectives/backend/device_group.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
 #include "runtime/device/cpu.h"

@@ -43,6 +43,7 @@ class BlockTable {
   Block* Find(const void* address);
   // Of the segment of a taken block.
   int OwnerOf(const Block& block) const { return segments_.at(block.segment).owner; }
+  void* BaseOf(const Block& block) const { return segments_.at(block.segment).base; }
 
   void AddSegment(void* base, int64_t bytes, int owner);
   void RemoveSegment(void* base);  // Idle.

@@ -71,6 +71,8 @@ struct FakeDevice::State {
   struct Range {
     int64_t bytes;
     int device;
+    int opened = 0;         // By others.
+    bool released = false;  // By whom it was allocated.
   };
   struct Failure {
     int nth;
@@ -166,6 +168,10 @@ struct FakeDevice::State {
     auto found = pinned.upper_bound(const_cast<char*>(static_cast<const char*>(address)));
     return found != pinned.begin() && static_cast<const char*>(address) < (--found)->first + found->second;
   }
+  void Unmap(std::map<char*, Range>::iterator range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
+    munmap(range->first, static_cast<size_t>(range->second.bytes + kPage));
+    memory.erase(range);
+  }
   int64_t Allocated(int device) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     int64_t bytes = 0;
     for (const auto& [base, range] : memory) bytes += range.device == device ? range.bytes : 0;
@@ -233,9 +239,9 @@ DeviceResult Release(void* memory) {
   ++state.waits;
   state.RunAll();
   const auto found = state.memory.find(static_cast<char*>(memory));
-  if (found == state.memory.end()) return Say(Code::kFailed, "not an allocation");
-  munmap(memory, static_cast<size_t>(found->second.bytes + kPage));
-  state.memory.erase(found);
+  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "not an allocation");
+  found->second.released = true;
+  if (found->second.opened == 0) state.Unmap(found);
   return {};
 }
 
@@ -327,12 +333,6 @@ DeviceResult Record(DeviceEvent* event, DeviceStream* stream) {
   return {};
 }
 
-DeviceResult WaitFor(DeviceStream* stream, DeviceEvent* event) {
-  SHOAL_FAKE_ENTER("wait_for");
-  if (event->mark == nullptr) return {};
-  const std::shared_ptr<Capture>& capture = event->mark->capture;
-  if (capture == nullptr) {
-    if (stream->capture != nullptr) return Say(Code::kFailed, "a stream that records cannot wait for work that is not recorded");
 DeviceResult RecordInGraph(DeviceEvent* event, DeviceStream* stream) {
   SHOAL_FAKE_ENTER("record_in_graph");
   if (stream->capture == nullptr || !event->timed) return Say(Code::kFailed, "not a timed event on a stream that records");
@@ -341,6 +341,12 @@ DeviceResult RecordInGraph(DeviceEvent* event, DeviceStream* stream) {
   return {};
 }
 
+DeviceResult WaitFor(DeviceStream* stream, DeviceEvent* event) {
+  SHOAL_FAKE_ENTER("wait_for");
+  if (event->mark == nullptr) return {};
+  const std::shared_ptr<Capture>& capture = event->mark->capture;
+  if (capture == nullptr) {
+    if (stream->capture != nullptr) return Say(Code::kFailed, "a stream that records cannot wait for work that is not recorded");
     state.Put(stream, {.after = event->mark});
     return {};
   }
@@ -435,7 +441,8 @@ DeviceResult DestroyGraph(DeviceGraph* graph) {
 
 DeviceResult ExportMemory(void* memory, DeviceIpcHandle* handle) {
   SHOAL_FAKE_ENTER("export_memory");
-  if (!state.memory.contains(static_cast<char*>(memory))) return Say(Code::kFailed, "not the start of an allocation");
+  const auto found = state.memory.find(static_cast<char*>(memory));
+  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "not the start of an allocation");
   std::memcpy(handle->bytes, &memory, sizeof(memory));
   return {};
 }
@@ -443,11 +450,17 @@ DeviceResult ExportMemory(void* memory, DeviceIpcHandle* handle) {
 DeviceResult OpenMemory(const DeviceIpcHandle* handle, void** memory) {
   SHOAL_FAKE_ENTER("open_memory");
   std::memcpy(memory, handle->bytes, sizeof(*memory));
+  const auto found = state.memory.find(static_cast<char*>(*memory));
+  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "the memory of this handle is gone");
+  ++found->second.opened;
   return {};
 }
 
-DeviceResult CloseMemory(void*) {
+DeviceResult CloseMemory(void* memory) {
   SHOAL_FAKE_ENTER("close_memory");
+  const auto found = state.memory.find(static_cast<char*>(memory));
+  if (found == state.memory.end() || found->second.opened == 0) return Say(Code::kFailed, "not opened");
+  if (--found->second.opened == 0 && found->second.released) state.Unmap(found);
   return {};
 }
 
@@ -473,6 +486,7 @@ FakeDevice::FakeDevice(const FakeDeviceOptions& options)
            .create_event = &CreateEvent,
            .destroy_event = &DestroyEvent,
            .record = &Record,
+           .record_in_graph = &RecordInGraph,
            .wait_for = &WaitFor,
            .query_event = &QueryEvent,
            .wait_event = &WaitEvent,
@@ -486,7 +500,6 @@ FakeDevice::FakeDevice(const FakeDeviceOptions& options)
            .export_memory = &ExportMemory,
            .open_memory = &OpenMemory,
            .close_memory = &CloseMemory,
-           .record_in_graph = &RecordInGraph,
            .kernels = options.kernels},
       state_(std::make_unique<State>()) {
   SHOAL_CHECK(g_current == nullptr) << "there is a fake device already";

@@ -1,6 +1,7 @@
 // A device for tests: a table of functions on host memory. Streams note their work and do it when they are told, so that what waits for
 // too little shows; device memory cannot be touched by the host (PROT_NONE) while no work of the device runs; every call can be made to
-// fail, and is counted. One at a time per process.
+// fail, and is counted. What another "process" opens is the same memory; it lives until the last one has closed it. One at a time per
+// process.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +34,7 @@ struct FakeDeviceOptions {
 class FakeDevice {
  public:
   explicit FakeDevice(const FakeDeviceOptions& options = {});
-  ~FakeDevice();  // CHECKs that all memory was given back.
+  ~FakeDevice();  // CHECKs that all memory was given back, and that what was opened was closed.
   static FakeDevice& Current();
 
   const DeviceApi& api() const { return api_; }

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "runtime/base/check.h"
 #include "runtime/base/log.h"
@@ -61,6 +62,7 @@ void DevicePool::Close() {
   MutexLock lock(&mutex_);
   for (const Pending& pending : pending_) table_.Free(pending.block);
   pending_.clear();
+  exported_.clear();
   SHOAL_CHECK_EQ(table_.in_use_bytes(), 0);
   GiveBackIdle();
 }
@@ -158,6 +160,7 @@ void DevicePool::FreePassed() {
 void DevicePool::GiveBackIdle() {
   device_.Use();
   for (const BlockTable::Idle& idle : table_.AllIdle()) {
+    if (exported_.contains(idle.base)) continue;
     device_.CountAllocation();
     const absl::Status status = device_.StatusOf(device_.api().release(idle.base), "giving memory back");
     if (!status.ok()) SHOAL_LOG(kWarning) << std::string(status.message());
@@ -187,6 +190,21 @@ void DevicePool::Free(void* memory) {
   } else {
     pending_.push_back(std::move(pending));
   }
+}
+
+absl::StatusOr<DevicePool::Exported> DevicePool::Export(const void* address) {
+  MutexLock lock(&mutex_);
+  const BlockTable::Block* block = table_.Find(address);
+  if (block == nullptr) return absl::NotFoundError(absl::StrCat("not memory of ", device_.name()));
+  void* const base = table_.BaseOf(*block);
+  auto exported = exported_.find(base);
+  if (exported == exported_.end()) {
+    DeviceIpcHandle handle = {};
+    device_.Use();
+    SHOAL_RETURN_IF_ERROR(device_.StatusOf(device_.api().export_memory(base, &handle), "exporting memory"));
+    exported = exported_.emplace(base, handle).first;
+  }
+  return Exported{exported->second, static_cast<const char*>(address) - static_cast<const char*>(base)};
 }
 
 void DevicePool::HandOver(int from, int to) {

@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "runtime/base/mutex.h"
 #include "runtime/device/blocks.h"
+#include "runtime/device/device_api.h"
 #include "runtime/device/memory.h"
 #include "runtime/device/stream.h"
 
@@ -50,6 +51,14 @@ class DevicePool {
   // done. Nothing for memory of others.
   void UsedOn(const void* memory, const Stream& stream);
 
+  // Where another process finds the memory at `address`. What it lies in stays of the pool's until the device ends, because no one
+  // knows how long others have it open. NOT_FOUND: not in a block of this pool. Other errors are the device's.
+  struct Exported {
+    DeviceIpcHandle handle;  // For open_memory, which gives the address that `offset` is from.
+    int64_t offset_bytes;
+  };
+  absl::StatusOr<Exported> Export(const void* address);
+
   HostMemoryStats stats() const;  // in_use: of blocks; reserved: asked of the driver.
   void ResetPeak();
   // Gives idle memory back to the driver. Waits for the device.
@@ -79,6 +88,7 @@ class DevicePool {
   BlockTable table_ ABSL_GUARDED_BY(mutex_);
   std::vector<Pending> pending_ ABSL_GUARDED_BY(mutex_);
   std::map<void*, Event> fences_ ABSL_GUARDED_BY(mutex_);  // Of idle segments that another stream looked at.
+  std::map<void*, DeviceIpcHandle> exported_ ABSL_GUARDED_BY(mutex_);  // Segments.
   int64_t peak_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

@@ -82,6 +82,52 @@ TEST_F(PoolTest, StatisticsCountBlocksAndSegments) {
   EXPECT_EQ(fake_.allocated_bytes(), 0);
 }
 
+TEST_F(PoolTest, ExportedMemoryIsFoundByOthersAndStaysUntilTheDeviceEnds) {
+  std::shared_ptr<void> first = Take(3 * kMiB, *a_), plain = Take(30 * kMiB, *a_), second = Take(4 * kMiB, *a_);
+  const char* const inside = static_cast<const char*>(second.get()) + 5;
+  const auto exported = device_->memory().Export(inside), again = device_->memory().Export(first.get());
+  ASSERT_TRUE(exported.ok()) << exported.status();
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(fake_.Calls("export_memory"), 1) << "they lie in one segment";
+  void* base = nullptr;
+  ASSERT_EQ(fake_.api().open_memory(&exported->handle, &base).code, DeviceResult::Code::kOk);
+  EXPECT_EQ(static_cast<const char*>(base) + exported->offset_bytes, inside);
+  EXPECT_EQ(static_cast<const char*>(base) + again->offset_bytes, first.get());
+  int elsewhere = 0;
+  EXPECT_TRUE(absl::IsNotFound(device_->memory().Export(&elsewhere).status()));
+  for (std::shared_ptr<void>* block : {&first, &plain, &second}) block->reset();
+  device_->memory().Trim();
+  EXPECT_EQ(device_->memory().stats().reserved_bytes, 20 * kMiB) << "the exported segment";
+  EXPECT_EQ(fake_.api().close_memory(base).code, DeviceResult::Code::kOk);
+  EXPECT_EQ(fake_.api().close_memory(base).code, DeviceResult::Code::kFailed);
+}
+
+TEST_F(PoolTest, MemoryThatAnotherOneHasOpenOutlivesItsDevice) {
+  std::shared_ptr<void> block = Take(3 * kMiB, *a_);
+  const DeviceIpcHandle handle = device_->memory().Export(block.get())->handle;
+  void *one = nullptr, *two = nullptr;
+  ASSERT_EQ(fake_.api().open_memory(&handle, &one).code, DeviceResult::Code::kOk);
+  ASSERT_EQ(fake_.api().open_memory(&handle, &two).code, DeviceResult::Code::kOk);
+  EXPECT_EQ(one, two);
+  block.reset();
+  a_.reset();
+  b_.reset();
+  device_.reset();
+  EXPECT_EQ(fake_.api().open_memory(&handle, &two).code, DeviceResult::Code::kFailed) << "it is gone for newcomers";
+  EXPECT_GT(fake_.allocated_bytes(), 0);
+  fake_.api().close_memory(one);
+  EXPECT_GT(fake_.allocated_bytes(), 0);
+  fake_.api().close_memory(one);
+  EXPECT_EQ(fake_.allocated_bytes(), 0);
+}
+
+TEST_F(PoolTest, AnExportThatFailsSaysSoAndCanBeTriedAgain) {
+  const std::shared_ptr<void> block = Take(3 * kMiB, *a_);
+  fake_.FailCall("export_memory", 1, DeviceResult::Code::kFailed, "not here");
+  EXPECT_EQ(device_->memory().Export(block.get()).status().message(), "fake:0: exporting memory: not here");
+  EXPECT_TRUE(device_->memory().Export(block.get()).ok());
+}
+
 class SmallPoolTest : public PoolTest {
  protected:
   SmallPoolTest() : PoolTest(64 * kMiB) {}
