@@ -18,6 +18,9 @@ namespace {
 
 constexpr char kIp[] = "/usr/sbin/ip", kTc[] = "/usr/sbin/tc";
 constexpr int kSwitchByte = 254;
+// A host never loses what it sends itself (a connection whose first packet is, waits for 200 ms), as its kernel limits what
+// waits; a switch does, after 20 ms or 512 KiB.
+constexpr int64_t kHostQueue = 4 << 20, kSwitchQueueMin = 512 << 10;
 // No interface has it: frames to it reach nobody.
 constexpr char kNobody[] = "02:00:00:00:00:fe";
 
@@ -34,9 +37,9 @@ absl::Status Ip(const std::string& words) { return Run(kIp, words); }
 
 // What leaves `space` by `device`. The kernel hands out packets of many segments: small enough that one takes 0.13 ms, so
 // that flows take turns, but never below 16 KiB, as each costs the processor several microseconds. The bucket holds a
-// packet and what flows while a timer is 0.1 ms late: more would let every burst through for nothing. The queue is 5 ms
-// long, but has room for 8 packets.
-absl::Status Shape(const std::string& space, const std::string& device, int64_t bits_per_second) {
+// packet and what flows while a timer is 0.1 ms late: more would let every burst through for nothing. `queue`: bytes that
+// wait there; what finds no room is lost.
+absl::Status Shape(const std::string& space, const std::string& device, int64_t bits_per_second, int64_t queue) {
   constexpr int64_t kPacketMin = 16 << 10, kPacketMax = 64 << 10;
   const int64_t bytes = bits_per_second / 8;
   const int64_t packet =
@@ -48,7 +51,7 @@ absl::Status Shape(const std::string& space, const std::string& device, int64_t 
   Run(kTc, absl::StrCat(at, "del dev ", device, " root")).IgnoreError();  // There may be none.
   if (bytes == 0) return absl::OkStatus();
   return Run(kTc, absl::StrCat(at, "add dev ", device, " root tbf rate ", bits_per_second, "bit burst ",
-                               packet + 128 + bytes / 10'000, " limit ", std::max(bytes / 200, 8 * packet)));
+                               packet + 128 + bytes / 10'000, " limit ", queue));
 }
 
 }  // namespace
@@ -137,8 +140,9 @@ absl::Status NetworkHosts::SetCable(int host, Cable cable) {
 }
 
 absl::Status NetworkHosts::SetRate(int host, int64_t bits_per_second) {
-  SHOAL_RETURN_IF_ERROR(Shape(Name(host), "eth0", bits_per_second));
-  return Shape(Name(kSwitch), absl::StrCat("port", host), bits_per_second);
+  SHOAL_RETURN_IF_ERROR(Shape(Name(host), "eth0", bits_per_second, kHostQueue));
+  return Shape(Name(kSwitch), absl::StrCat("port", host), bits_per_second,
+               std::max(bits_per_second / 8 / 50, kSwitchQueueMin));
 }
 
 // What is lost in a full queue comes again after 10 ms, not 200. Cubic, where the kernel has it: BBR stops every 10 s to
