@@ -62,9 +62,13 @@ struct DeviceKernels {
   R (*normalize_rows)(T x, T y, T norm, S);
   R (*normalize_rows_backward)(T dy, T y, T norm, T dx, S);
   R (*sum_over_tokens)(T values, T sums, S);
-  // Counts of choices and the order of rows in one pass, for layers whose rows stay on this device: count_E (i32), first_E1 (i32,
-  // exclusive sums of the counts), slot_S and token_S (i32) with rows by expert, then by token.
-  R (*order_by_expert)(T chosen, T count, T first, T slot, T token, S);
+  R (*order_by_expert)(T chosen, T offset, T segments, T slot, T token, S);
+  R (*add_routing_sums)(T segments, T prob_sums, T logz, T counts, T probs, T z, S);
+  R (*gradient_of_counts)(T sums, int64_t first, bool all_layers, double scale, T dprob, S);
+  R (*sequence_loads)(T chosen, float scale, T load, S);
+  R (*add_sequence_loss)(T load, T shares, double scale, T loss, S);
+  R (*divide_by)(T x, T by, T y, S);
+  R (*divide_by_backward)(T dy, T y, T by, T dby, S);
 
   // matmul.h
   R (*matmul)(T a, bool transpose_a, T b, bool transpose_b, bool add, T c, S);

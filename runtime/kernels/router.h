@@ -51,6 +51,31 @@ void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm
 // sums_E (f64) = sum over tokens of probs_TE, in an order that does not depend on the number of threads.
 void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream);
 
+// What follows lets a device route without its host, which never learns the counts.
+
+// Pairs of tokens and experts, T * K of them, all of which stay: offset_T1 (i32), where the pairs of each token begin; segments_E3
+// (i32), rows of expert, first slot and choices, as grouped products take them; slot of each pair and token of each slot (i32, T * K),
+// slots by expert, then by token.
+void OrderByExpert(const Tensor& chosen, const Tensor& offset, const Tensor& segments, const Tensor& slot, const Tensor& token,
+                   Stream& stream);
+// Adds to f64 sums: to counts_E the choices of segments_E3, to probs_E prob_sums_E (f64; empty: nothing), to z_1 the squares of
+// logz_T (f32; empty: nothing).
+void AddRoutingSums(const Tensor& segments, const Tensor& prob_sums, const Tensor& logz, const Tensor& counts, const Tensor& probs,
+                    const Tensor& z, Stream& stream);
+// dprob_LE (f32) = scale * counts_LE, which are the columns from `first` of sums_LN (f64); kAllLayers: their sums over L.
+enum class CountsOf : uint8_t { kEachLayer, kAllLayers };
+void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream);
+
+// load_QE (f32) = scale * choices of an expert in a sequence over its fair share, (T / Q) * K / E.
+void SequenceLoads(const Tensor& chosen, float scale, const Tensor& load, Stream& stream);
+// loss_1 (f64) += scale * sum of load_QE (f32) * shares_QE (f64).
+void AddSequenceLoss(const Tensor& load, const Tensor& shares, double scale, const Tensor& loss, Stream& stream);
+
+// y_RN = x_RN / by_1, all f32. y may be x. The gradient by x is that by y, divided likewise.
+void DivideBy(const Tensor& x, const Tensor& by, const Tensor& y, Stream& stream);
+// dby_1 (f32) += the gradient by the divisor.
+void DivideByBackward(const Tensor& dy, const Tensor& y, const Tensor& by, const Tensor& dby, Stream& stream);
+
 namespace ref {
 void Softmax(const Tensor& logits, const Tensor& probs, const Tensor& logz, Stream& stream);
 void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dprobs, float z_scale, const Tensor& dlogits,

@@ -335,4 +335,114 @@ void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream) {
   }
 }
 
+void OrderByExpert(const Tensor& chosen, const Tensor& offset, const Tensor& segments, const Tensor& slot, const Tensor& token,
+                   Stream& stream) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1), E = segments.dim(0);
+  SHOAL_CHECK(T * K < INT32_MAX) << T << " tokens with " << K << " choices";
+  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
+  CheckTensor(offset, DType::kI32, {T + 1}, "offset");
+  CheckTensor(segments, DType::kI32, {E, 3}, "segments");
+  CheckTensor(slot, DType::kI32, {T * K}, "slot");
+  CheckTensor(token, DType::kI32, {T * K}, "token");
+  if (Offloaded(stream, &DeviceKernels::order_by_expert, chosen, offset, segments, slot, token)) return;
+  for (int64_t t = 0; t <= T; ++t) offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
+  std::vector<int32_t> count(static_cast<size_t>(E)), next(static_cast<size_t>(E));
+  for (const int32_t expert : chosen.span<int32_t>()) ++count[static_cast<size_t>(expert)];
+  int32_t first = 0;
+  for (int64_t e = 0; e < E; ++e) {
+    const size_t at = static_cast<size_t>(e);
+    int32_t* segment = segments.data<int32_t>() + 3 * e;
+    segment[0] = static_cast<int32_t>(e);
+    segment[1] = next[at] = first;
+    segment[2] = count[at];
+    first += count[at];
+  }
+  for (int64_t pair = 0; pair < T * K; ++pair) {
+    const int32_t place = next[static_cast<size_t>(chosen.data<int32_t>()[pair])]++;
+    slot.data<int32_t>()[pair] = place;
+    token.data<int32_t>()[place] = static_cast<int32_t>(pair / K);
+  }
+}
+
+void AddRoutingSums(const Tensor& segments, const Tensor& prob_sums, const Tensor& logz, const Tensor& counts, const Tensor& probs,
+                    const Tensor& z, Stream& stream) {
+  const int64_t E = segments.dim(0);
+  CheckTensor(segments, DType::kI32, {E, 3}, "segments");
+  if (!prob_sums.empty()) CheckTensor(prob_sums, DType::kF64, {E}, "prob_sums");
+  if (!logz.empty()) CheckTensor(logz, DType::kF32, {logz.elements()}, "logz");
+  CheckTensor(counts, DType::kF64, {E}, "counts");
+  CheckTensor(probs, DType::kF64, {E}, "probs");
+  CheckTensor(z, DType::kF64, {1}, "z");
+  if (Offloaded(stream, &DeviceKernels::add_routing_sums, segments, prob_sums, logz, counts, probs, z)) return;
+  for (int64_t e = 0; e < E; ++e) {
+    counts.data<double>()[e] += segments.data<int32_t>()[3 * e + 2];
+    if (!prob_sums.empty()) probs.data<double>()[e] += prob_sums.data<double>()[e];
+  }
+  if (logz.empty()) return;
+  double sum = 0;
+  for (const float value : logz.span<float>()) sum += static_cast<double>(value) * static_cast<double>(value);
+  *z.data<double>() += sum;
+}
+
+void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream) {
+  const int64_t L = sums.dim(0), N = sums.dim(1), E = dprob.dim(1);
+  SHOAL_CHECK(first >= 0 && first + E <= N) << first << "+" << E << " of " << N << " columns";
+  CheckTensor(sums, DType::kF64, {L, N}, "sums");
+  CheckTensor(dprob, DType::kF32, {L, E}, "dprob");
+  const bool all = counts == CountsOf::kAllLayers;
+  if (Offloaded(stream, &DeviceKernels::gradient_of_counts, sums, first, all, scale, dprob)) return;
+  for (int64_t at = 0; at < L * E; ++at) {
+    const int64_t begin = all ? 0 : at / E, end = all ? L : at / E + 1;
+    double count = 0;
+    for (int64_t layer = begin; layer < end; ++layer) count += sums.data<double>()[layer * N + first + at % E];
+    dprob.data<float>()[at] = static_cast<float>(scale * count);
+  }
+}
+
+void SequenceLoads(const Tensor& chosen, float scale, const Tensor& load, Stream& stream) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1), Q = load.dim(0), E = load.dim(1);
+  SHOAL_CHECK(Q == 0 ? T == 0 : T % Q == 0) << T << " tokens of " << Q << " sequences";
+  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
+  CheckTensor(load, DType::kF32, {Q, E}, "load");
+  if (Offloaded(stream, &DeviceKernels::sequence_loads, chosen, scale, load)) return;
+  if (Q == 0) return;
+  const int64_t pairs = T / Q * K;
+  const float fair = static_cast<float>(pairs) / static_cast<float>(E);
+  std::fill_n(load.data<float>(), Q * E, 0.0f);
+  for (int64_t i = 0; i < T * K; ++i) ++load.data<float>()[i / pairs * E + chosen.data<int32_t>()[i]];
+  for (float& value : load.span<float>()) value = scale * (value / fair);
+}
+
+void AddSequenceLoss(const Tensor& load, const Tensor& shares, double scale, const Tensor& loss, Stream& stream) {
+  const int64_t Q = load.dim(0), E = load.dim(1);
+  CheckTensor(load, DType::kF32, {Q, E}, "load");
+  CheckTensor(shares, DType::kF64, {Q, E}, "shares");
+  CheckTensor(loss, DType::kF64, {1}, "loss");
+  if (Offloaded(stream, &DeviceKernels::add_sequence_loss, load, shares, scale, loss)) return;
+  double sum = 0;
+  for (int64_t i = 0; i < load.elements(); ++i) sum += static_cast<double>(load.data<float>()[i]) * shares.data<double>()[i];
+  *loss.data<double>() += scale * sum;
+}
+
+void DivideBy(const Tensor& x, const Tensor& by, const Tensor& y, Stream& stream) {
+  const int64_t R = x.dim(0), N = x.dim(1);
+  CheckTensor(x, DType::kF32, {R, N}, "x");
+  CheckTensor(y, DType::kF32, {R, N}, "y");
+  CheckTensor(by, DType::kF32, {1}, "by");
+  if (Offloaded(stream, &DeviceKernels::divide_by, x, by, y)) return;
+  for (int64_t i = 0; i < y.elements(); ++i) y.data<float>()[i] = x.data<float>()[i] / *by.data<float>();
+}
+
+void DivideByBackward(const Tensor& dy, const Tensor& y, const Tensor& by, const Tensor& dby, Stream& stream) {
+  const int64_t R = y.dim(0), N = y.dim(1);
+  CheckTensor(dy, DType::kF32, {R, N}, "dy");
+  CheckTensor(y, DType::kF32, {R, N}, "y");
+  CheckTensor(by, DType::kF32, {1}, "by");
+  CheckTensor(dby, DType::kF32, {1}, "dby");
+  if (Offloaded(stream, &DeviceKernels::divide_by_backward, dy, y, by, dby)) return;
+  double dot = 0;
+  for (int64_t i = 0; i < y.elements(); ++i) dot += static_cast<double>(dy.data<float>()[i]) * static_cast<double>(y.data<float>()[i]);
+  *dby.data<float>() -= static_cast<float>(dot / static_cast<double>(*by.data<float>()));
+}
+
 }  // namespace shoal::kernels

@@ -77,7 +77,7 @@ __device__ __forceinline__ int32_t WarpInclusiveSum(int32_t value) {
 }
 
 // A warp per bucket: the counts of its blocks become exclusive sums of them; total [buckets].
-__global__ void SumBlocks(int32_t* table, int64_t blocks, int32_t* total, int32_t* count, int buckets) {
+__global__ void SumBlocks(int32_t* table, int64_t blocks, int32_t* total, int buckets) {
   const int bucket = static_cast<int>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
   if (bucket >= buckets) return;
   int32_t* row = table + bucket * blocks;
@@ -87,9 +87,7 @@ __global__ void SumBlocks(int32_t* table, int64_t blocks, int32_t* total, int32_
     if (base + lane < blocks) row[base + lane] = sum + inclusive - own;
     sum += __shfl_sync(0xffffffffu, inclusive, 31);
   }
-  if (lane != 0) return;
-  total[bucket] = sum;
-  if (count != nullptr) count[bucket] = sum;
+  if (lane == 0) total[bucket] = sum;
 }
 
 // The sum of the values of the threads before the caller's, in a block; *all receives that of all.
@@ -121,7 +119,11 @@ __global__ void Place(CountingSort s, const int32_t* table, const int32_t* total
     const int32_t first = base + BlockExclusiveSum(bucket < s.buckets ? total[bucket] : 0, warp_sums, &sum);
     base += sum;
     if (bucket >= s.buckets) continue;
-    if (blockIdx.x == 0 && s.first != nullptr) s.first[bucket] = first;
+    if (blockIdx.x == 0 && s.segments != nullptr) {
+      s.segments[3 * bucket] = bucket;
+      s.segments[3 * bucket + 1] = first;
+      s.segments[3 * bucket + 2] = total[bucket];
+    }
     int32_t place = first + table[static_cast<int64_t>(bucket) * gridDim.x + blockIdx.x];
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
       int32_t& cell = places[CellOf(warp, s.buckets, bucket)];
@@ -130,13 +132,15 @@ __global__ void Place(CountingSort s, const int32_t* table, const int32_t* total
       place += count;
     }
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && s.first != nullptr) s.first[s.buckets] = base;
+  if (blockIdx.x == 0 && threadIdx.x == 0 && s.first != nullptr) s.first[s.n / s.items_per_name] = static_cast<int32_t>(s.n);
   __syncthreads();
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
     const int32_t place = CountRound(places + CellOf(threadIdx.x / 32, s.buckets, 0), tile.bucket[round]);
     if (tile.item[round] < 0) continue;
-    if (s.sorted != nullptr) s.sorted[place] = tile.item[round] / s.items_per_name;
+    const int32_t name = tile.item[round] / s.items_per_name;
+    if (s.sorted != nullptr) s.sorted[place] = name;
+    if (s.first != nullptr && name * s.items_per_name == tile.item[round]) s.first[name] = tile.item[round];
     if (s.place != nullptr) s.place[tile.item[round]] = place;
   }
 }
@@ -159,23 +163,22 @@ DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream)
   const LaunchShape tiles = {.blocks = blocks, .threads = warps * 32, .shared_bytes = int64_t{4} * warps * sort.buckets};
   DeviceResult launched = Launch(tiles, stream, CountBlocks, sort, table);
   if (launched.code != DeviceResult::Code::kOk) return launched;
-  launched = Launch({.blocks = Blocks(sort.buckets, 4), .threads = 128}, stream, SumBlocks, table, blocks, total, sort.count,
-                    sort.buckets);
+  launched = Launch({.blocks = Blocks(sort.buckets, 4), .threads = 128}, stream, SumBlocks, table, blocks, total, sort.buckets);
   if (launched.code != DeviceResult::Code::kOk) return launched;
   return Launch(tiles, stream, Place, sort, static_cast<const int32_t*>(table), static_cast<const int32_t*>(total));
 }
 
 // A pair's place in `chosen` is its number, so items are in order of tokens.
-DeviceResult OrderByExpert(TensorArg chosen, TensorArg count, TensorArg first, TensorArg slot, TensorArg token, StreamArg stream) {
+DeviceResult OrderByExpert(TensorArg chosen, TensorArg offset, TensorArg segments, TensorArg slot, TensorArg token, StreamArg stream) {
   CountingSort sort;
   sort.keys = Data<int32_t>(chosen);
   sort.n = chosen.elements;
-  sort.buckets = static_cast<int>(count.elements);
+  sort.buckets = static_cast<int>(segments.shape[0]);
   sort.items_per_name = std::max(1, static_cast<int>(chosen.shape[1]));
   sort.sorted = Data<int32_t>(token);
   sort.place = Data<int32_t>(slot);
-  sort.count = Data<int32_t>(count);
-  sort.first = Data<int32_t>(first);
+  sort.segments = Data<int32_t>(segments);
+  sort.first = Data<int32_t>(offset);
   void* scratch = nullptr;
   const DeviceResult got = Scratch(stream, CountingSortBytes(sort.n, sort.buckets), &scratch);
   return got.code != DeviceResult::Code::kOk ? got : Sort(sort, scratch, stream);

@@ -13,13 +13,13 @@ struct CountingSort {
   int shift = 0;
   int32_t mask = 0x7fffffff;
   int buckets = 0;
-  int items_per_name = 1;  // `sorted` receives item / items_per_name.
+  int items_per_name = 1;  // Items of a name stand together: `sorted` receives names, item / items_per_name.
 
   // Results; null: not wanted.
   int32_t* sorted = nullptr;  // [n], of the item at each place.
   int32_t* place = nullptr;   // [n], of each item.
-  int32_t* count = nullptr;   // [buckets]
-  int32_t* first = nullptr;   // [buckets + 1]: exclusive sums of the counts.
+  int32_t* segments = nullptr;  // [buckets, 3]: the bucket, the place of its first item, its items.
+  int32_t* first = nullptr;     // [names + 1]: the first item of each name, and their number.
 };
 
 constexpr int kBucketsMax = 50 * 1024;

@@ -49,7 +49,14 @@ DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, Tens
 DeviceResult NormalizeRows(TensorArg x, TensorArg y, TensorArg norm, StreamArg stream);
 DeviceResult NormalizeRowsBackward(TensorArg dy, TensorArg y, TensorArg norm, TensorArg dx, StreamArg stream);
 DeviceResult SumOverTokens(TensorArg values, TensorArg sums, StreamArg stream);
-DeviceResult OrderByExpert(TensorArg chosen, TensorArg count, TensorArg first, TensorArg slot, TensorArg token, StreamArg stream);
+DeviceResult OrderByExpert(TensorArg chosen, TensorArg offset, TensorArg segments, TensorArg slot, TensorArg token, StreamArg stream);
+DeviceResult AddRoutingSums(TensorArg segments, TensorArg prob_sums, TensorArg logz, TensorArg counts, TensorArg probs, TensorArg z,
+                            StreamArg stream);
+DeviceResult GradientOfCounts(TensorArg sums, int64_t first, bool all_layers, double scale, TensorArg dprob, StreamArg stream);
+DeviceResult SequenceLoads(TensorArg chosen, float scale, TensorArg load, StreamArg stream);
+DeviceResult AddSequenceLoss(TensorArg load, TensorArg shares, double scale, TensorArg loss, StreamArg stream);
+DeviceResult DivideBy(TensorArg x, TensorArg by, TensorArg y, StreamArg stream);
+DeviceResult DivideByBackward(TensorArg dy, TensorArg y, TensorArg by, TensorArg dby, StreamArg stream);
 DeviceResult GroupedMatMul(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream);
 DeviceResult GroupedMatMulGradInput(TensorArg dy, TensorArg weights, TensorArg segments, TensorArg dx, StreamArg stream);
 DeviceResult GroupedMatMulGradWeight(TensorArg dy, TensorArg x, TensorArg segments, bool add, TensorArg weight_grads,
@@ -93,6 +100,12 @@ inline DeviceKernels OwnKernels() {
   kernels.normalize_rows_backward = NormalizeRowsBackward;
   kernels.sum_over_tokens = SumOverTokens;
   kernels.order_by_expert = OrderByExpert;
+  kernels.add_routing_sums = AddRoutingSums;
+  kernels.gradient_of_counts = GradientOfCounts;
+  kernels.sequence_loads = SequenceLoads;
+  kernels.add_sequence_loss = AddSequenceLoss;
+  kernels.divide_by = DivideBy;
+  kernels.divide_by_backward = DivideByBackward;
   kernels.grouped_matmul = GroupedMatMul;
   kernels.grouped_matmul_grad_input = GroupedMatMulGradInput;
   kernels.grouped_matmul_grad_weight = GroupedMatMulGradWeight;

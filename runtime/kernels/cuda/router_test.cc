@@ -231,5 +231,91 @@ TEST(CudaSumOverTokens, AddsInF64) {
   }
 }
 
+// On the device and on the CPU, against the definition.
+class RoutingWithoutTheHost : public ::testing::TestWithParam<bool> {
+ protected:
+  Stream& stream() { return GetParam() ? *device_ : cpu_; }
+
+ private:
+  std::unique_ptr<Stream> device_ = TestStream();
+  Stream cpu_;
+};
+INSTANTIATE_TEST_SUITE_P(Devices, RoutingWithoutTheHost, ::testing::Bool());
+
+TEST_P(RoutingWithoutTheHost, SumsAreAddedToWhatIsThere) {
+  for (const auto& [T, E] : {std::pair(0, 3), {7, 1}, {1500, 700}}) {
+    SCOPED_TRACE(ShapeString({T, E}));
+    const Tensor segments = Zeros({E, 3}, DType::kI32), logz = Random({T}, DType::kF32, 1), prob_sums = Random({E}, DType::kF64, 2);
+    for (int e = 0; e < E; ++e) segments.data<int32_t>()[3 * e + 2] = 5 * e + 1;
+    double squares = 0;
+    for (int64_t t = 0; t < T; ++t) squares += Get(logz, t) * Get(logz, t);
+    const Tensor start = Empty({1 + 2 * E}, DType::kF64);
+    std::fill_n(start.data<double>(), start.elements(), 0.5);
+    const Tensor sums = Upload(start, stream()), counts = sums.Rows(1, E), probs = sums.Rows(1 + E, E);
+    AddRoutingSums(Upload(segments, stream()), Upload(prob_sums, stream()), Upload(logz, stream()), counts, probs, sums.Rows(0, 1), stream());
+    AddRoutingSums(Upload(segments, stream()), Tensor(), Tensor(), counts, probs, sums.Rows(0, 1), stream());
+    const Tensor got = ToHost(sums, stream());
+    EXPECT_NEAR(Get(got, 0), 0.5 + squares, 1e-12 * (squares + 1));
+    for (int e = 0; e < E; ++e) {
+      EXPECT_EQ(Get(got, 1 + e), 0.5 + 2 * (5 * e + 1)) << e;
+      EXPECT_DOUBLE_EQ(Get(got, 1 + E + e), 0.5 + Get(prob_sums, e)) << e;
+    }
+  }
+}
+
+TEST_P(RoutingWithoutTheHost, GradientsOfCountsAreOfALayerOrOfAll) {
+  const int64_t L = 3, N = 40, first = 7, E = 30;
+  const Tensor sums = Random({L, N}, DType::kF64, 1), each = Empty({L, E}, DType::kF32, stream()), all = Empty({L, E}, DType::kF32, stream());
+  GradientOfCounts(Upload(sums, stream()), first, CountsOf::kEachLayer, 0.25, each, stream());
+  GradientOfCounts(Upload(sums, stream()), first, CountsOf::kAllLayers, 0.25, all, stream());
+  const Tensor of_layer = ToHost(each, stream()), of_all = ToHost(all, stream());
+  for (int64_t at = 0; at < L * E; ++at) {
+    const int64_t column = first + at % E;
+    EXPECT_FLOAT_EQ(of_layer.data<float>()[at], static_cast<float>(0.25 * Get(sums, at / E * N + column)));
+    const double sum = Get(sums, column) + Get(sums, N + column) + Get(sums, 2 * N + column);
+    EXPECT_NEAR(of_all.data<float>()[at], 0.25 * sum, 1e-6);
+  }
+}
+
+TEST_P(RoutingWithoutTheHost, SequencesAreCountedAndTheirLossIsAdded) {
+  for (const auto& [Q, seq, E, K] : {std::tuple(0, 4, 3, 2), {1, 1, 1, 1}, {3, 50, 8, 2}, {2, 300, 600, 6}}) {
+    SCOPED_TRACE(ShapeString({Q, seq, E, K}));
+    const Tensor chosen = Empty({Q * seq, K}, DType::kI32), shares = Random({Q, E}, DType::kF64, 1), want = Zeros({Q, E}, DType::kF64);
+    double loss = 3;
+    for (int64_t i = 0; i < chosen.elements(); ++i) {
+      const int64_t expert = (i * i + 3 * i) % E, at = i / (seq * K) * E + expert;
+      chosen.data<int32_t>()[i] = static_cast<int32_t>(expert);
+      Set(want, at, Get(want, at) + 1.5 * E / (seq * K));
+    }
+    for (int64_t i = 0; i < want.elements(); ++i) loss += 0.125 * Get(want, i) * Get(shares, i);
+    const Tensor load = Empty({Q, E}, DType::kF32, stream()), start = Empty({1}, DType::kF64);
+    *start.data<double>() = 3;
+    const Tensor sum = Upload(start, stream());
+    SequenceLoads(Upload(chosen, stream()), 1.5f, load, stream());
+    AddSequenceLoss(load, Upload(shares, stream()), 0.125, sum, stream());
+    ExpectNear(ToHost(load, stream()), want, 3 * 0x1p-24, 0, "load");
+    EXPECT_NEAR(Get(ToHost(sum, stream()), 0), loss, 1e-6 * (Q * E + 1));
+  }
+}
+
+TEST_P(RoutingWithoutTheHost, TheGradientByADivisorIsTheSlope) {
+  for (const auto& [R, N] : {std::pair(1, 1), {40, 33}}) {
+    SCOPED_TRACE(ShapeString({R, N}));
+    const Tensor x = Random({R, N}, DType::kF32, 1), dy = Random({R, N}, DType::kF32, 2), by = Empty({1}, DType::kF32);
+    *by.data<float>() = 0.3f;
+    const Tensor y = Upload(x, stream()), divisor = Upload(by, stream()), dby = Upload(by, stream());
+    DivideBy(y, divisor, y, stream());
+    DivideByBackward(Upload(dy, stream()), y, divisor, dby, stream());
+    const Tensor got = ToHost(y, stream());
+    double slope = 0, size = 1;  // Of sum(dy * x / by).
+    for (int64_t i = 0; i < x.elements(); ++i) {
+      EXPECT_FLOAT_EQ(got.data<float>()[i], x.data<float>()[i] / 0.3f);
+      slope -= Get(dy, i) * Get(x, i) / (0.3 * 0.3);
+      size += std::abs(Get(dy, i) * Get(x, i)) / (0.3 * 0.3);
+    }
+    EXPECT_NEAR(Get(ToHost(dby, stream()), 0), 0.3 + slope, 1e-6 * size);
+  }
+}
+
 }  // namespace
 }  // namespace shoal::kernels

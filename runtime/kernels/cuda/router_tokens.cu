@@ -137,6 +137,72 @@ __global__ void FillNone(int64_t experts, float* score, int64_t* token) {
   if (expert < experts) score[expert] = INFINITY, token[expert] = -1;
 }
 
+constexpr int kSumThreads = 512;  // Of the one block that adds a layer's sums.
+
+__global__ void __launch_bounds__(kSumThreads) AddSums(const int32_t* segments, const double* prob_sums, const float* logz, int64_t tokens,
+                                                       int experts, double* counts, double* probs, double* z) {
+  SHOAL_SHARED(double, scratch, [33]);
+  for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kSumThreads) {
+    counts[expert] += segments[3 * expert + 2];
+    if (prob_sums != nullptr) probs[expert] += prob_sums[expert];
+  }
+  if (logz == nullptr) return;
+  double squares = 0;
+#pragma unroll 4
+  for (int64_t token = threadIdx.x; token < tokens; token += kSumThreads) {
+    const double value = static_cast<double>(logz[token]);
+    squares += value * value;
+  }
+  squares = BlockSum(squares, scratch);
+  if (threadIdx.x == 0) *z += squares;
+}
+
+// `counts` of a layer are the first `experts` of its `width` sums.
+__global__ void ScaleCounts(const double* counts, int64_t width, int layers, int experts, bool all_layers, double scale, float* dprob) {
+  const int at = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), expert = at % experts;
+  if (at >= layers * experts) return;
+  double count = 0;
+  for (int layer = 0; layer < layers; ++layer) {
+    if (all_layers || layer == at / experts) count += counts[layer * width + expert];
+  }
+  dprob[at] = static_cast<float>(scale * count);
+}
+
+// A block per sequence.
+__global__ void CountSequences(const int32_t* chosen, int64_t pairs, int experts, float fair, float scale, float* load) {
+  SHOAL_DYNAMIC_SHARED(uint32_t, counts);
+  for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kThreads) counts[expert] = 0;
+  __syncthreads();
+  for (int64_t pair = threadIdx.x; pair < pairs; pair += kThreads) atomicAdd(&counts[chosen[blockIdx.x * pairs + pair]], 1u);
+  __syncthreads();
+  for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kThreads) {
+    load[static_cast<int64_t>(blockIdx.x) * experts + expert] = scale * (static_cast<float>(counts[expert]) / fair);
+  }
+}
+
+// One block: *sum += scale * dot(a, b).
+__global__ void __launch_bounds__(kSumThreads) AddDot(const float* a, const double* b, int64_t n, double scale, double* sum) {
+  SHOAL_SHARED(double, scratch, [33]);
+  double dot = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kSumThreads) dot += static_cast<double>(a[i]) * b[i];
+  dot = BlockSum(dot, scratch);
+  if (threadIdx.x == 0) *sum += scale * dot;
+}
+
+__global__ void Divide(const float* x, const float* by, float* y, int64_t n) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step) y[i] = x[i] / *by;
+}
+
+// One block: the divisor's growth takes y / by off each quotient.
+__global__ void __launch_bounds__(kSumThreads) DivisorGradient(const float* dy, const float* y, const float* by, int64_t n, float* dby) {
+  SHOAL_SHARED(double, scratch, [33]);
+  double dot = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kSumThreads) dot += static_cast<double>(dy[i]) * static_cast<double>(y[i]);
+  dot = BlockSum(dot, scratch);
+  if (threadIdx.x == 0) *dby -= static_cast<float>(dot / static_cast<double>(*by));
+}
+
 constexpr float kNormMin = 1e-12f;  // As router.h.
 
 // A block per row.
@@ -208,6 +274,42 @@ DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, Tens
   }
   return Launch({.blocks = experts, .threads = kSelectThreads}, stream, Select, Data<float>(scores), tokens, experts, capacity,
                 Data<float>(score), Data<int64_t>(token));
+}
+
+DeviceResult AddRoutingSums(TensorArg segments, TensorArg prob_sums, TensorArg logz, TensorArg counts, TensorArg probs, TensorArg z,
+                            StreamArg stream) {
+  return Launch({.threads = kSumThreads}, stream, AddSums, Data<int32_t>(segments), Data<double>(prob_sums), Data<float>(logz),
+                logz.elements, static_cast<int>(segments.shape[0]), Data<double>(counts), Data<double>(probs), Data<double>(z));
+}
+
+DeviceResult GradientOfCounts(TensorArg sums, int64_t first, bool all_layers, double scale, TensorArg dprob, StreamArg stream) {
+  return Launch({.blocks = Blocks(dprob.elements, kThreads), .threads = kThreads}, stream, ScaleCounts, Data<double>(sums) + first,
+                sums.shape[1], static_cast<int>(dprob.shape[0]), static_cast<int>(dprob.shape[1]), all_layers, scale,
+                Data<float>(dprob));
+}
+
+DeviceResult SequenceLoads(TensorArg chosen, float scale, TensorArg load, StreamArg stream) {
+  const int64_t sequences = load.shape[0], experts = load.shape[1];
+  if (sequences == 0) return {};
+  const int64_t pairs = chosen.elements / sequences;
+  const float fair = static_cast<float>(pairs) / static_cast<float>(experts);
+  return Launch({.blocks = sequences, .threads = kThreads, .shared_bytes = 4 * experts}, stream, CountSequences, Data<int32_t>(chosen),
+                pairs, static_cast<int>(experts), fair, scale, Data<float>(load));
+}
+
+DeviceResult AddSequenceLoss(TensorArg load, TensorArg shares, double scale, TensorArg loss, StreamArg stream) {
+  return Launch({.threads = kSumThreads}, stream, AddDot, Data<float>(load), Data<double>(shares), load.elements, scale,
+                Data<double>(loss));
+}
+
+DeviceResult DivideBy(TensorArg x, TensorArg by, TensorArg y, StreamArg stream) {
+  return Launch({.blocks = WalkingBlocks(y.elements, kThreads), .threads = kThreads}, stream, Divide, Data<float>(x), Data<float>(by),
+                Data<float>(y), y.elements);
+}
+
+DeviceResult DivideByBackward(TensorArg dy, TensorArg y, TensorArg by, TensorArg dby, StreamArg stream) {
+  return Launch({.threads = kSumThreads}, stream, DivisorGradient, Data<float>(dy), Data<float>(y), Data<float>(by), y.elements,
+                Data<float>(dby));
 }
 
 DeviceResult NormalizeRows(TensorArg x, TensorArg y, TensorArg norm, StreamArg stream) {

@@ -2,9 +2,9 @@
 #include <numeric>
 
 #include "runtime/kernels/cuda/device_testing.h"
-#include "runtime/kernels/device_dispatch.h"
 #include "runtime/kernels/embedding.h"
 #include "runtime/kernels/permute.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal::kernels {
 namespace {
@@ -151,9 +151,8 @@ TEST(CudaCombineSlots, ATokenWithoutPairsKeepsItsResidual) {
 }
 
 // chosen [T, K] of E experts, `favour` of them with most tokens.
-void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour) {
+void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour, Stream& stream) {
   SCOPED_TRACE(ShapeString({T, K, E}));
-  const std::unique_ptr<Stream> stream = TestStream();
   std::mt19937_64 random(5);
   const Tensor chosen = Empty({T, K}, DType::kI32);
   std::vector<int32_t> want_count(static_cast<size_t>(E)), want_first(static_cast<size_t>(E) + 1);
@@ -163,19 +162,20 @@ void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour) {
     ++want_count[static_cast<size_t>(expert)];
   }
   std::partial_sum(want_count.begin(), want_count.end(), want_first.begin() + 1);
-  const auto i32 = [&](int64_t n) { return Empty({n}, DType::kI32, *stream); };
-  const Tensor on_device = ToDevice(chosen, *stream), count = i32(E), first = i32(E + 1), slot = i32(T * K), token = i32(T * K);
-  TestDevice().Use();
-  const DeviceResult result =
-      TestDevice().kernels().order_by_expert(ToDeviceTensor(on_device), ToDeviceTensor(count), ToDeviceTensor(first),
-                                             ToDeviceTensor(slot), ToDeviceTensor(token), stream->handle());
-  ASSERT_EQ(result.code, DeviceResult::Code::kOk) << result.message;
+  const auto i32 = [&](Shape shape) { return Empty(std::move(shape), DType::kI32, stream); };
+  const Tensor offset = i32({T + 1}), segments = i32({E, 3}), slot = i32({T * K}), token = i32({T * K});
+  OrderByExpert(Upload(chosen, stream), offset, segments, slot, token, stream);
   const auto host = [&](const Tensor& tensor) {
-    const Tensor copy = ToHost(tensor, *stream);
+    const Tensor copy = ToHost(tensor, stream);
     return std::vector<int32_t>(copy.span<int32_t>().begin(), copy.span<int32_t>().end());
   };
-  EXPECT_EQ(host(count), want_count);
-  EXPECT_EQ(host(first), want_first);
+  const std::vector<int32_t> offsets = host(offset), segment = host(segments);
+  for (int64_t t = 0; t <= T; ++t) ASSERT_EQ(offsets[static_cast<size_t>(t)], t * K);
+  for (size_t e = 0; e < want_count.size(); ++e) {
+    ASSERT_EQ(segment[3 * e], static_cast<int32_t>(e));
+    ASSERT_EQ(segment[3 * e + 1], want_first[e]);
+    ASSERT_EQ(segment[3 * e + 2], want_count[e]);
+  }
   const std::vector<int32_t> slots = host(slot), tokens = host(token);
   std::vector<int32_t> next = want_first;
   for (size_t pair = 0; pair < slots.size(); ++pair) {
@@ -185,14 +185,18 @@ void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour) {
   }
 }
 
-TEST(CudaOrderByExpert, IsByExpertThenByToken) {
-  ExpectOrderIsStable(0, 2, 8, 0);
-  ExpectOrderIsStable(1, 1, 1, 0);
-  ExpectOrderIsStable(33, 3, 5, 0);
-  ExpectOrderIsStable(700, 8, 64, 3);
-  ExpectOrderIsStable(5000, 2, 8, 1);
-  ExpectOrderIsStable(600, 4, 512, 0);
-  ExpectOrderIsStable(300, 2, 3000, 10);  // Fewer warps per block, because each counts every expert.
+TEST(CudaOrderByExpert, IsByExpertThenByTokenAsOnTheCpu) {
+  const std::unique_ptr<Stream> device = TestStream();
+  Stream cpu;
+  for (Stream* stream : {device.get(), &cpu}) {
+    ExpectOrderIsStable(0, 2, 8, 0, *stream);
+    ExpectOrderIsStable(1, 1, 1, 0, *stream);
+    ExpectOrderIsStable(33, 3, 5, 0, *stream);
+    ExpectOrderIsStable(700, 8, 64, 3, *stream);
+    ExpectOrderIsStable(5000, 2, 8, 1, *stream);
+    ExpectOrderIsStable(600, 4, 512, 0, *stream);
+    ExpectOrderIsStable(300, 2, 3000, 10, *stream);  // Fewer warps per block, because each counts every expert.
+  }
 }
 
 }  // namespace
