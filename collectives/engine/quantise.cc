@@ -6,6 +6,7 @@
 
 #include "runtime/base/check.h"
 #include "runtime/tensor/dtype.h"
+#include "runtime/tensor/e4m3.h"
 
 // A body that is inlined into one function per instruction set and vectorised there.
 #define SHOAL_INLINE inline __attribute__((always_inline))
@@ -14,7 +15,6 @@ namespace shoal {
 namespace {
 
 constexpr float kInt8Max = 127.0f;
-constexpr float kFp8Max = 448.0f;
 // Below it a scale or its inverse would leave the range of normal numbers.
 constexpr uint32_t kZeroBelow = std::bit_cast<uint32_t>(0x1p-118f);
 constexpr uint32_t kInfinity = 0x7f800000u;
@@ -28,32 +28,12 @@ SHOAL_INLINE int8_t ToInt8(float scaled) {
   return static_cast<int8_t>(std::bit_cast<uint32_t>(scaled + kRounder) - std::bit_cast<uint32_t>(kRounder));
 }
 
-SHOAL_INLINE uint8_t ToFp8(float scaled) {
-  const uint32_t magnitude = Magnitude(scaled);
-  // Normal numbers: to nearest, ties to even, at the third bit of the mantissa; then the exponent's other bias.
-  const uint32_t normal = ((magnitude + 0x7ffffu + ((magnitude >> 20) & 1u)) >> 20) - (120u << 3);
-  // Multiples of 2^-9: the unit of the last place at 2^14.
-  const uint32_t subnormal =
-      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0x1p14f) - std::bit_cast<uint32_t>(0x1p14f);
-  const uint32_t code = magnitude < std::bit_cast<uint32_t>(0x1p-6f) ? subnormal : normal;
-  const uint32_t sign = (std::bit_cast<uint32_t>(scaled) >> 24) & 0x80u;
-  return static_cast<uint8_t>(sign | std::min(code, 0x7eu));
-}
-
-SHOAL_INLINE float FromFp8(uint8_t code) {
-  const uint32_t magnitude = code & 0x7fu;
-  const float normal = std::bit_cast<float>((magnitude << 20) + (120u << 23));
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-9f;
-  const uint32_t bits = std::bit_cast<uint32_t>(magnitude < 8 ? subnormal : normal);
-  return std::bit_cast<float>(bits | (static_cast<uint32_t>(code & 0x80u) << 24));
-}
-
 // Returns the block's scale.
 template <WireFormat format>
 SHOAL_INLINE float QuantiseBlock(const float* in, int64_t count, std::byte* codes) {
   uint32_t largest = 0;  // As an integer, so that a NaN is larger than an infinity, and that than all else.
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, Magnitude(in[i]));
-  constexpr float kMax = format == WireFormat::kInt8 ? kInt8Max : kFp8Max;
+  constexpr float kMax = format == WireFormat::kInt8 ? kInt8Max : kE4m3Max;
   if (largest < kZeroBelow || largest >= kInfinity) {
     std::memset(codes, 0, count);
     return largest < kZeroBelow ? 0.0f : std::bit_cast<float>(0x7fc00000u);
@@ -63,7 +43,7 @@ SHOAL_INLINE float QuantiseBlock(const float* in, int64_t count, std::byte* code
     if constexpr (format == WireFormat::kInt8) {
       codes[i] = static_cast<std::byte>(ToInt8(in[i] * inverse));
     } else {
-      codes[i] = static_cast<std::byte>(ToFp8(in[i] * inverse));
+      codes[i] = static_cast<std::byte>(ToE4m3(in[i] * inverse));
     }
   }
   return std::bit_cast<float>(largest) / kMax;
@@ -75,7 +55,7 @@ SHOAL_INLINE void DequantiseBlock(const std::byte* codes, int64_t count, float s
     if constexpr (format == WireFormat::kInt8) {
       out[i] = static_cast<float>(static_cast<int8_t>(codes[i])) * scale;
     } else {
-      out[i] = FromFp8(static_cast<uint8_t>(codes[i])) * scale;
+      out[i] = FromE4m3(static_cast<uint8_t>(codes[i])) * scale;
     }
   }
 }

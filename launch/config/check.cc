@@ -106,6 +106,10 @@ class Checker {
                         Mention("train.global_batch_size", train.global_batch_size()), "; ",
                         WouldFit(Divisors(train.global_batch_size()), train.gradient_accumulation_steps())));
     }
+    if (train.matmul() == "fp8" && train.precision() != "bf16") {
+      Fail("train.matmul", absl::StrCat("fp8 does not go with ", Mention("train.precision", train.precision()),
+                                        "; same, or train.precision = bf16, would fit"));
+    }
     if (train.eval_interval() > 0 && ValidationFraction(config_.data()) == 0) {
       Fail("train.eval_interval", absl::StrCat(train.eval_interval(), " has nothing to validate on with ",
                                                Mention("data.validation_fraction", 0), "; 0 would fit"));

@@ -317,6 +317,13 @@ TEST_F(LoadConfigTest, PinnedSumsAreOfUndividedWork) {
   EXPECT_EQ(config.schedule().waves(), 1);
 }
 
+TEST_F(LoadConfigTest, ProductsInFp8NeedBf16) {
+  EXPECT_EQ(Error(std::string(kRandom) + "train: {matmul: fp8, precision: bf16}\n"), "");
+  EXPECT_THAT(Error(std::string(kRandom) + "train: {matmul: fp8}\n"),
+              HasSubstr("train.matmul: fp8 does not go with train.precision = fp32 (default); same, or train.precision = bf16, "
+                        "would fit"));
+}
+
 TEST_F(LoadConfigTest, TakesWhatIsUnusualButPossible) {
   EXPECT_EQ(Error(std::string(kRandom) + "model: {dense_layers: [0, 1, 2, 3]}\n"), "");
   EXPECT_EQ(Error(std::string(kRandom) + "model: {hidden_size: 100, head_dim: 4}\n"), "");

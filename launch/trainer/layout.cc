@@ -132,6 +132,10 @@ Numerics NumericsFor(const Config& config) {
   return config.train().numerics() == "pinned" ? Numerics::kPinned : Numerics::kFast;
 }
 
+kernels::Products ProductsFor(const Config& config) {
+  return config.train().matmul() == "fp8" ? kernels::Products::kFp8 : kernels::Products::kSame;
+}
+
 DispatchRule DispatchRuleFor(const Config& config) {
   const bool fill = config.parallel().dispatch() == "water_fill";
   if (NumericsFor(config) == Numerics::kPinned) return fill ? DispatchRule::kWaterFillWhole : DispatchRule::kNearestWhole;

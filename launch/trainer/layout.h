@@ -10,6 +10,7 @@
 #include "parallel/placement/owners.h"
 #include "parallel/placement/placement.h"
 #include "parallel/schedule/step_graph.h"
+#include "runtime/kernels/fp8.h"
 #include "runtime/kernels/numerics.h"
 
 namespace shoal {
@@ -30,6 +31,7 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
 DensePolicy DensePolicyFor(const Config& config);
 ExpertPolicy ExpertPolicyFor(const Config& config);
 Numerics NumericsFor(const Config& config);
+kernels::Products ProductsFor(const Config& config);
 DispatchRule DispatchRuleFor(const Config& config);
 OwnerPolicy OwnerPolicyFor(const Config& config);
 

@@ -44,7 +44,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .copies = sparse ? ExpertMoves::FirstRoom(config) : -1,
                                                  .topology = rank_model->topology_,
                                                  .numerics = NumericsFor(config),
-                                                 .stream = rank_model->stream_.get()}));
+                                                 .stream = rank_model->stream_.get(),
+                                                 .products = ProductsFor(config)}));
   const bool several = rank_model->topology_.hosts() > 1;
   TokenExchange::Streams lanes;
   for (std::unique_ptr<Stream>& lane : lanes) {

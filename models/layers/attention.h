@@ -1,11 +1,9 @@
 // The attention half of a decoder layer: x + W_o attention(rope(W_qkv norm(x))). T tokens, D width.
 #pragma once
 
+#include "models/layers/projection.h"
 #include "models/model_config.h"
-#include "models/optimizer/parameter_store.h"
-#include "runtime/device/stream.h"
 #include "runtime/kernels/attention.h"
-#include "runtime/kernels/matmul.h"
 #include "runtime/kernels/rope.h"
 
 namespace shoal {
@@ -20,11 +18,11 @@ class AttentionLayer {
     Tensor normed, rstd, qkv, out, lse;
   };
   // x_TD (f32), T = rows * seq. Returns the layer's output before the residual sum, [T, D] of the compute type.
-  Tensor Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream) const;
+  Tensor Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream);
 
   // gradient_TD (f32): by the residual sum on entry, by x on return. Weight gradients are overwritten or added to.
   void Backward(const Tensor& x, int64_t rows, const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient,
-                Stream& stream) const;
+                Stream& stream);
 
  private:
   kernels::AttentionShape ShapeFor(int64_t rows, int64_t tokens) const;
@@ -34,7 +32,8 @@ class AttentionLayer {
   kernels::AttentionShape shape_;
   int64_t width_;
   float epsilon_;
-  std::string norm_, qkv_, out_;  // Names; q stands for q, k and v, which lie side by side.
+  std::string norm_;
+  Projection qkv_, out_;  // q, k and v lie side by side.
 };
 
 }  // namespace shoal

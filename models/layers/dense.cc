@@ -12,18 +12,17 @@ DenseLayer::DenseLayer(const ModelConfig& config, int layer, const ParameterStor
       norm_(absl::StrCat("model.layers.", layer, ".post_attention_layernorm.weight")),
       mlp_(absl::StrCat("model.layers.", layer, ".mlp."), config.hidden_size, config.dense_intermediate_size, store) {}
 
-Tensor DenseLayer::Forward(const Tensor& x, const Tensor& delta, Saved* saved, Stream& stream) const {
+Tensor DenseLayer::Forward(const Tensor& x, const Tensor& delta, Saved* saved, Stream& stream) {
   saved->x = Empty(x.shape(), DType::kF32, stream);
   saved->normed = Empty(x.shape(), delta.dtype(), stream);
   saved->rstd = Empty({x.dim(0)}, DType::kF32, stream);
   kernels::RmsNorm(x, delta, store_->Weight(norm_, {width_}), epsilon_, saved->x, saved->normed, saved->rstd, stream);
   const Tensor out = Empty(x.shape(), DType::kF32, stream);
-  kernels::Convert(saved->x, out, stream);
-  mlp_.Forward(saved->normed, &saved->gate_up, out, stream);
+  mlp_.Forward(saved->normed, saved->x, &saved->gate_up, out, stream);
   return out;
 }
 
-void DenseLayer::Backward(const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient, Stream& stream) const {
+void DenseLayer::Backward(const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient, Stream& stream) {
   const DType act = saved.normed.dtype();
   Tensor dy = gradient;
   if (act != DType::kF32) {

@@ -15,9 +15,9 @@ class DenseLayer {
     Tensor x, normed, rstd, gate_up;
   };
   // Returns x + delta + mlp(norm(x + delta)) [T, D] f32, with x f32 and delta of the compute type.
-  Tensor Forward(const Tensor& x, const Tensor& delta, Saved* saved, Stream& stream) const;
+  Tensor Forward(const Tensor& x, const Tensor& delta, Saved* saved, Stream& stream);
   // gradient_TD (f32): by the output on entry, by x + delta on return.
-  void Backward(const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient, Stream& stream) const;
+  void Backward(const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient, Stream& stream);
 
  private:
   const ParameterStore* store_;

@@ -4,9 +4,7 @@
 
 #include <string>
 
-#include "models/optimizer/parameter_store.h"
-#include "runtime/device/stream.h"
-#include "runtime/kernels/matmul.h"
+#include "models/layers/projection.h"
 
 namespace shoal {
 
@@ -16,18 +14,17 @@ class GatedMlp {
   // calls below run.
   GatedMlp(const std::string& prefix, int64_t width, int64_t inner, const ParameterStore& store);
 
-  // out_TD (f32) += mlp(normed_TD). `gate_up` [T, 2F] is what the backward pass needs.
-  void Forward(const Tensor& normed, Tensor* gate_up, const Tensor& out, Stream& stream) const;
+  // out_TD = residual_TD + mlp(normed_TD), in f32; both may be one tensor. `gate_up` [T, 2F] is what the backward pass needs.
+  void Forward(const Tensor& normed, const Tensor& residual, Tensor* gate_up, const Tensor& out, Stream& stream);
   // Weight gradients from dy_TD (compute type), overwritten or added to. gate_up becomes its own gradient.
   void Backward(const Tensor& dy, const Tensor& normed, const Tensor& gate_up, kernels::Accumulate accumulate,
-                Stream& stream) const;
+                Stream& stream);
   // dnormed_TD (+)= the gradient by the input, from what Backward left in gate_up.
-  void BackwardInput(const Tensor& gate_up, kernels::Accumulate accumulate, const Tensor& dnormed, Stream& stream) const;
+  void BackwardInput(const Tensor& gate_up, kernels::Accumulate accumulate, const Tensor& dnormed, Stream& stream);
 
  private:
-  const ParameterStore* store_;
-  int64_t width_, inner_;
-  std::string gate_up_, down_;
+  int64_t inner_;
+  Projection gate_up_, down_;
 };
 
 }  // namespace shoal

@@ -54,7 +54,9 @@ MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, 
       context_(&context),
       epsilon_(static_cast<float>(config.rms_norm_eps)),
       norm_(absl::StrCat("model.layers.", layer, ".post_attention_layernorm.weight")),
-      router_(MakeRouter(config, layer, store)) {
+      router_(MakeRouter(config, layer, store)),
+      gate_up_(store),
+      down_(store) {
   if (config.shared_intermediate_size > 0) {
     shared_.emplace(absl::StrCat("model.layers.", layer, ".mlp.shared_experts."), config.hidden_size,
                     config.shared_intermediate_size, store);
@@ -183,12 +185,11 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
     std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kForward, chunk);
     for (kernels::Segment& segment : segments) segment.begin -= run.begin;
     const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
-    kernels::GroupedMatMul(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream,
-                           context_->numerics);
+    gate_up_.Forward(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream,
+                     context_->numerics);
     const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype(), stream);
     kernels::SwiGlu(gate_up, h, stream);
-    kernels::GroupedMatMul(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream,
-                           context_->numerics);
+    down_.Forward(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream, context_->numerics);
     rows += run.rows;  // A forward chunk is one run.
   }
   return rows;
@@ -196,8 +197,7 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
 
 void MoeLayer::Shared(Saved* saved, Stream& stream) {
   saved->out = Empty(saved->x.shape(), DType::kF32, stream);
-  kernels::Convert(saved->x, saved->out, stream);
-  shared_->Forward(saved->normed, &saved->shared_gate_up, saved->out, stream);
+  shared_->Forward(saved->normed, saved->x, &saved->shared_gate_up, saved->out, stream);
 }
 
 int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
@@ -233,14 +233,14 @@ absl::StatusOr<int64_t> MoeLayer::PackBackward(int chunk, const Tensor& gradient
 
 int64_t MoeLayer::ExpertsBackward(int chunk, Saved* saved, Stream& stream) {
   const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
-  kernels::GroupedMatMulGradInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream, context_->numerics);
+  down_.BackwardInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream, context_->numerics);
   int64_t rows = 0;
   for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kBackward, chunk, /*sends=*/false)) {
     const Tensor dh = saved->dh.Rows(run.begin, run.rows), gate_up = saved->gate_up.Rows(run.begin, run.rows);
     kernels::SwiGluBackward(dh, gate_up, gate_up, dh, stream);  // gate_up: its gradient; dh: h.
     rows += run.rows;
   }
-  kernels::GroupedMatMulGradInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream, context_->numerics);
+  gate_up_.BackwardInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream, context_->numerics);
   return rows;
 }
 

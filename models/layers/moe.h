@@ -110,6 +110,7 @@ class MoeLayer {
   const std::string norm_;
   std::unique_ptr<Router> router_;
   std::optional<GatedMlp> shared_;
+  ExpertProjection gate_up_, down_;
 };
 
 }  // namespace shoal

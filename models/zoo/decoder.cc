@@ -61,6 +61,7 @@ std::vector<Router*> Decoder::routers() {
 
 void Decoder::Begin(Pass pass, Stream& stream) {
   pass_ = std::move(pass);
+  if (pass_.part == 0) store_->BeginPass();
   const bool next_logits = pass_.mode == Pass::Mode::kNextLogits;
   seq_ = next_logits ? pass_.tokens.dim(1) : pass_.tokens.dim(1) - 1;
   SHOAL_CHECK_LE(seq_, options_.seq);

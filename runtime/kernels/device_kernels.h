@@ -71,13 +71,23 @@ struct DeviceKernels {
   R (*divide_by_backward)(T dy, T y, T by, T dby, S);
 
   // matmul.h
-  R (*matmul)(T a, bool transpose_a, T b, bool transpose_b, bool add, T c, S);
+  // c = addend + product; addend is c, or another f32 tensor like it, or none.
+  R (*matmul)(T a, bool transpose_a, T b, bool transpose_b, T addend, T c, S);
   // Segments are rows (expert, begin, count) of an i32 tensor [segments, 3]; weights are addresses, i64 [experts], of row-major
   // matrices of `x`'s type; both in device memory, so counts need not be known to the host. Segments with count 0 are allowed.
   R (*grouped_matmul)(T x, T weights, T segments, T y, S);
   R (*grouped_matmul_grad_input)(T dy, T weights, T segments, T dx, S);
   // weight_grads: addresses, i64 [experts], of f32 [N, K] with N, K the widths of dy and x.
   R (*grouped_matmul_grad_weight)(T dy, T x, T segments, bool add, T weight_grads, S);
+
+  // fp8.h. x bf16 [R, K]; codes u8 [R, ceil(K / 128) 128] (zeros behind K), scales f32 [R, ceil(K / 128)]. kUnavailable: the device
+  // cannot multiply codes.
+  R (*quantise_rows)(T x, T codes, T scales, S);
+  // `count` matrices of bf16 [N, K] (host array); codes, transposed and scales as in Fp8Weights.
+  R (*quantise_weights)(const DeviceTensor* weights, int32_t count, T codes, T transposed, T scales, S);
+  // y = addend + x w^T, or with `transposed` x w, of codes [E, n, k] (or those transposed) by segments as above; none: all rows by the
+  // first matrix. weight_scales are those of the matrices as they lie, not transposed. addend as in `matmul`.
+  R (*fp8_matmul)(T x, T x_scales, T weights, T weight_scales, bool transposed, T segments, T addend, T y, S);
 
   // attention.h. Its AttentionShape.
   R (*attention)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, S);

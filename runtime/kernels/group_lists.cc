@@ -23,7 +23,15 @@ void CheckRows(const Tensor& in, const Tensor& out) {
       << Name(in.dtype()) << ShapeString(in.shape()) << " to " << Name(out.dtype()) << ShapeString(out.shape());
 }
 
-// Lists on the host, for the CPU.
+// On the host, for the CPU.
+std::vector<Tensor> MatricesOf(const Tensor& list, const Shape& shape, DType dtype) {
+  std::vector<Tensor> matrices;
+  for (const int64_t address : list.span<int64_t>()) matrices.emplace_back(reinterpret_cast<void*>(address), shape, dtype);
+  return matrices;
+}
+
+}  // namespace
+
 std::vector<Segment> SegmentsOf(const Tensor& list) {
   std::vector<Segment> segments;
   for (int64_t s = 0; s < list.dim(0); ++s) {
@@ -32,14 +40,6 @@ std::vector<Segment> SegmentsOf(const Tensor& list) {
   }
   return segments;
 }
-
-std::vector<Tensor> MatricesOf(const Tensor& list, const Shape& shape, DType dtype) {
-  std::vector<Tensor> matrices;
-  for (const int64_t address : list.span<int64_t>()) matrices.emplace_back(reinterpret_cast<void*>(address), shape, dtype);
-  return matrices;
-}
-
-}  // namespace
 
 GroupLists UploadLists(absl::Span<const Tensor> matrices, absl::Span<const Segment> segments, Stream& stream) {
   constexpr int64_t kRowBytes = 3 * sizeof(int32_t);

@@ -1,6 +1,8 @@
 // The lists of a grouped product in the memory of a stream.
 #pragma once
 
+#include <vector>
+
 #include "absl/types/span.h"
 #include "runtime/kernels/matmul.h"
 
@@ -13,5 +15,8 @@ struct GroupLists {
 
 // Both in one copy, without waiting.
 GroupLists UploadLists(absl::Span<const Tensor> matrices, absl::Span<const Segment> segments, Stream& stream);
+
+// Of a list in host memory.
+std::vector<Segment> SegmentsOf(const Tensor& list);
 
 }  // namespace shoal::kernels

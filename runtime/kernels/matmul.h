@@ -16,6 +16,11 @@ enum class Accumulate : uint8_t { kOverwrite, kAdd };  // kAdd: c += product; c 
 // c[M,N] (+)= op(a)[M,K] op(b)[K,N]. c is f32 or the operands' type. M, N or K may be 0 (K == 0 overwrites with 0).
 void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, Accumulate accumulate,
             const Tensor& c, Stream& stream);
+// c = addend + op(a) op(b): addend f32 as c, maybe c itself; empty: none.
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, const Tensor& addend, const Tensor& c,
+            Stream& stream);
+// CHECKs that such an addend fits.
+void CheckAddend(const Tensor& addend, const Tensor& c);
 
 // One expert's rows: rows [begin, begin + count) of the row-sorted operands belong to weights[expert]. Segments
 // do not overlap; an expert may have several or none.

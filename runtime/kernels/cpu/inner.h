@@ -130,6 +130,10 @@ struct InnerKernels {
   void (*add_to[2])(const void* x, float* sum, int64_t n);
   void (*to_bf16)(const float* from, uint16_t* to, int64_t n);
   void (*to_f32)(const uint16_t* from, float* to, int64_t n);
+  // fp8.h. The largest magnitude of n bf16, as bits: a NaN is larger than an infinity, and that than all else.
+  uint32_t (*largest_bf16)(const uint16_t* x, int64_t n);
+  // What n bf16 mean once they are e4m3 with this scale, a power of two that brings all of them to at most 448.
+  void (*round_e4m3)(const uint16_t* from, float scale, uint16_t* to, int64_t n);
 };
 
 extern const InnerKernels kInnerPlain;

@@ -8,6 +8,7 @@
 #include "runtime/base/check.h"
 #include "runtime/device/cpu.h"
 #include "runtime/kernels/cpu/gemm.h"
+#include "runtime/kernels/cpu/parallel.h"
 #include "runtime/kernels/cpu/tasks.h"
 #include "runtime/kernels/device_dispatch.h"
 #include "runtime/kernels/group_lists.h"
@@ -119,10 +120,20 @@ void GroupedRows(const Tensor& in, absl::Span<const Tensor> weights, bool transp
 
 }  // namespace
 
+void CheckAddend(const Tensor& addend, const Tensor& c) {
+  SHOAL_CHECK(addend.empty() || (c.dtype() == DType::kF32 && addend.dtype() == DType::kF32 && addend.shape() == c.shape()))
+      << Name(addend.dtype()) << ShapeString(addend.shape()) << " to " << Name(c.dtype()) << ShapeString(c.shape());
+}
+
 void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b,
             Accumulate accumulate, const Tensor& c, Stream& stream) {
+  MatMul(a, transpose_a, b, transpose_b, accumulate == Accumulate::kAdd ? c : Tensor(), c, stream);
+}
+
+void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose transpose_b, const Tensor& addend,
+            const Tensor& c, Stream& stream) {
   CheckTypes(a, b, c);
-  SHOAL_CHECK(accumulate == Accumulate::kOverwrite || c.dtype() == DType::kF32);
+  CheckAddend(addend, c);
   Gemm gemm;
   gemm.transpose_a = transpose_a == Transpose::kYes;
   gemm.transpose_b = transpose_b == Transpose::kYes;
@@ -132,14 +143,19 @@ void MatMul(const Tensor& a, Transpose transpose_a, const Tensor& b, Transpose t
   SHOAL_CHECK(b.dim(gemm.transpose_b ? 1 : 0) == gemm.k && c.dim(0) == gemm.m && c.dim(1) == gemm.n)
       << ShapeString(a.shape()) << (gemm.transpose_a ? "^T" : "") << " times " << ShapeString(b.shape())
       << (gemm.transpose_b ? "^T" : "") << " to " << ShapeString(c.shape());
-  if (Offloaded(stream, &DeviceKernels::matmul, a, gemm.transpose_a, b, gemm.transpose_b, accumulate == Accumulate::kAdd, c)) return;
+  if (Offloaded(stream, &DeviceKernels::matmul, a, gemm.transpose_a, b, gemm.transpose_b, addend, c)) return;
   gemm.a = a.raw();
   gemm.b = b.raw();
   gemm.c = c.raw();
   gemm.lda = a.dim(1);
   gemm.ldb = b.dim(1);
   gemm.ldc = c.dim(1);
-  gemm.accumulate = accumulate == Accumulate::kAdd;
+  gemm.accumulate = !addend.empty();
+  if (gemm.accumulate && addend.raw() != c.raw()) {
+    ParallelFor(c.elements(), kElementsPerThreadMin, [&](int64_t begin, int64_t end) {
+      std::memcpy(c.data<float>() + begin, addend.data<float>() + begin, static_cast<size_t>(end - begin) * sizeof(float));
+    });
+  }
   gemm.in = a.dtype();
   gemm.out = c.dtype();
   cpu::RunGemm(gemm);

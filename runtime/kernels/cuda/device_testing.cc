@@ -36,13 +36,12 @@ DeviceResult QueueSumTensors(const DeviceTensor* from, int32_t count, const Devi
   });
 }
 
-DeviceResult MatMulOnCpu(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, bool add,
+DeviceResult MatMulOnCpu(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, const DeviceTensor& addend,
                          const DeviceTensor& c, DeviceStream*) {
   const auto host = [](const DeviceTensor& tensor) { return Tensor(tensor.data, {tensor.shape[0], tensor.shape[1]}, tensor.dtype); };
   const auto transpose = [](bool wanted) { return wanted ? Transpose::kYes : Transpose::kNo; };
   Stream cpu;
-  MatMul(host(a), transpose(transpose_a), host(b), transpose(transpose_b), add ? Accumulate::kAdd : Accumulate::kOverwrite, host(c),
-         cpu);
+  MatMul(host(a), transpose(transpose_a), host(b), transpose(transpose_b), host(addend), host(c), cpu);
   return {};
 }
 

@@ -214,14 +214,17 @@ DeviceResult MatMulReady() {
   return {Code::kUnavailable, Lt().missing.c_str()};
 }
 
-DeviceResult MatMul(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, bool add, const DeviceTensor& c,
-                    DeviceStream* stream) {
+DeviceResult MatMul(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, const DeviceTensor& addend,
+                    const DeviceTensor& c, DeviceStream* stream) {
   if (const DeviceResult ready = MatMulReady(); ready.code != Code::kOk) return ready;
   const ColumnProduct product = ByColumns(a, transpose_a, b, transpose_b, c);
   if (product.m == 0 || product.n == 0) return {};
+  const bool add = addend.elements > 0;
   if (product.k == 0) {
-    if (add) return {};
-    return Failed(cudaMemsetAsync(c.data, 0, static_cast<size_t>(c.elements * SizeOf(c.dtype)), Native(stream)));
+    const auto bytes = static_cast<size_t>(c.elements * SizeOf(c.dtype));
+    if (!add) return Failed(cudaMemsetAsync(c.data, 0, bytes, Native(stream)));
+    if (addend.data == c.data) return {};
+    return Failed(cudaMemcpyAsync(c.data, addend.data, bytes, cudaMemcpyDeviceToDevice, Native(stream)));
   }
   const Key key = {.device = Device(),
                    .m = product.m,
@@ -233,15 +236,15 @@ DeviceResult MatMul(const DeviceTensor& a, bool transpose_a, const DeviceTensor&
                    .out = c.dtype,
                    .first_alignment = Alignment(b.data),
                    .second_alignment = Alignment(a.data),
-                   .result_alignment = Alignment(c.data)};
+                   .result_alignment = std::min(Alignment(c.data), Alignment(add ? addend.data : c.data))};
   cublasLtHandle_t handle = nullptr;
   void* workspace = nullptr;
   std::shared_ptr<const Plan> plan;
   if (const DeviceResult prepared = Context::Get().Prepare(key, product, &handle, &plan); prepared.code != Code::kOk) return prepared;
   if (const DeviceResult got = Scratch(stream, kWorkspaceBytes, &workspace); got.code != Code::kOk) return got;
   const float one = 1, old = add ? 1 : 0;
-  return Check(Lt().matmul(handle, plan->product, &one, b.data, plan->first, a.data, plan->second, &old, c.data, plan->result, c.data,
-                           plan->result, &plan->algorithm, workspace, kWorkspaceBytes, Native(stream)),
+  return Check(Lt().matmul(handle, plan->product, &one, b.data, plan->first, a.data, plan->second, &old, add ? addend.data : c.data,
+                           plan->result, c.data, plan->result, &plan->algorithm, workspace, kWorkspaceBytes, Native(stream)),
                "multiplying");
 }
 

@@ -7,7 +7,7 @@ namespace shoal::cuda {
 
 // f32 in f32 (TF32 with SHOAL_CUDA_TF32=1), bf16 with f32 sums. Algorithms are chosen by cuBLASLt's heuristics once per shape, among
 // those that add parts in f32 and in a fixed order.
-DeviceResult MatMul(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, bool add, const DeviceTensor& c,
-                    DeviceStream* stream);
+DeviceResult MatMul(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, const DeviceTensor& addend,
+                    const DeviceTensor& c, DeviceStream* stream);
 
 }  // namespace shoal::cuda

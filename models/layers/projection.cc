@@ -1,0 +1,70 @@
+#include "models/layers/projection.h"
+
+namespace shoal {
+
+using kernels::Fp8Weights;
+using kernels::MatMul;
+using kernels::Products;
+using kernels::Segment;
+using kernels::Transpose;
+
+const Fp8Weights& QuantisedWeights::Of(absl::Span<const Tensor> weights, const ParameterStore& store, bool kept, Stream& stream) {
+  if (kept && pass_ == store.pass()) return weights_;
+  if (!kept) weights_ = Fp8Weights();
+  kernels::QuantiseWeights(weights, &weights_, stream);
+  pass_ = store.pass();
+  return weights_;
+}
+
+const Fp8Weights& Projection::Quantised(Stream& stream) {
+  const Tensor weight = store_->Weight(name_, shape_);
+  return quantised_.Of({&weight, 1}, *store_, store_->keeps_dense(), stream);
+}
+
+void Projection::Forward(const Tensor& x, const Tensor& addend, const Tensor& y, Stream& stream) {
+  if (store_->products() == Products::kFp8) return MatMul(x, Quantised(stream), addend, y, stream);
+  MatMul(x, Transpose::kNo, store_->Weight(name_, shape_), Transpose::kYes, addend, y, stream);
+}
+
+void Projection::BackwardInput(const Tensor& dy, const Tensor& addend, const Tensor& dx, Stream& stream) {
+  if (store_->products() == Products::kFp8) return MatMulGradInput(dy, Quantised(stream), addend, dx, stream);
+  MatMul(dy, Transpose::kNo, store_->Weight(name_, shape_), Transpose::kNo, addend, dx, stream);
+}
+
+void Projection::BackwardWeight(const Tensor& dy, const Tensor& x, kernels::Accumulate accumulate, Stream& stream) {
+  MatMul(dy, Transpose::kYes, x, Transpose::kNo, accumulate, store_->Gradient(name_, shape_), stream);
+}
+
+const Fp8Weights& ExpertProjection::Quantised(absl::Span<const Tensor> weights, Stream& stream) {
+  return quantised_.Of(weights, *store_, store_->keeps_experts(), stream);
+}
+
+void ExpertProjection::Forward(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments, const Tensor& y,
+                               Stream& stream, Numerics numerics) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMul(x, Quantised(weights, stream), segments, y, stream, numerics);
+  kernels::GroupedMatMul(x, weights, segments, y, stream, numerics);
+}
+
+void ExpertProjection::BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
+                                     const Tensor& dx, Stream& stream, Numerics numerics) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMulGradInput(dy, Quantised(weights, stream), segments, dx, stream, numerics);
+  kernels::GroupedMatMulGradInput(dy, weights, segments, dx, stream, numerics);
+}
+
+void ExpertProjection::Forward(const Tensor& x, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& y,
+                               Stream& stream) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMul(x, Quantised(weights, stream), segments, y, stream);
+  kernels::GroupedMatMul(x, kernels::MatrixList(weights, stream), segments, y, stream);
+}
+
+void ExpertProjection::BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& dx,
+                                     Stream& stream) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMulGradInput(dy, Quantised(weights, stream), segments, dx, stream);
+  kernels::GroupedMatMulGradInput(dy, kernels::MatrixList(weights, stream), segments, dx, stream);
+}
+
+}  // namespace shoal
