@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "runtime/base/status.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal {
 namespace {
@@ -40,30 +41,41 @@ RoutingTotals StepRouting::TotalsOf(const Tensor& sums) const {
   return totals;
 }
 
-std::vector<RoutingGradient> StepRouting::GradientsOf(const BalanceLoss& balance) const {
-  const double share = 1.0 / static_cast<double>(parts_);
+void StepRouting::SumOnStream(const Tensor& routing, Stream& stream) {
+  on_stream_ = routing;
+  sums_.push_back(EmptyHost(routing.shape(), DType::kF64, stream));
+  Copy(routing, sums_.back(), stream);
+}
+
+BalanceGradient StepRouting::Balance() const {
+  return ComputeBalanceGradient(model_, NumMoeLayers(model_), sequences_ * seq_, sequences_);
+}
+
+std::vector<RoutingGradient> StepRouting::GradientsOf(const BalanceGradient& balance, const Tensor& dprob) const {
+  const float share = 1.0f / static_cast<float>(parts_);
   std::vector<RoutingGradient> gradients(static_cast<size_t>(NumMoeLayers(model_)));
   for (size_t layer = 0; layer < gradients.size(); ++layer) {
-    gradients[layer].z_scale = balance.z_scale * static_cast<float>(share);
-    gradients[layer].seq_aux_scale = balance.seq_aux_scale * static_cast<float>(share);
-    if (balance.dprob.empty()) continue;
-    gradients[layer].dprob = Empty({model_.num_local_experts}, DType::kF32);
-    for (int e = 0; e < model_.num_local_experts; ++e) {
-      gradients[layer].dprob.data<float>()[e] = balance.dprob[layer][static_cast<size_t>(e)] * static_cast<float>(share);
-    }
+    gradients[layer].z_scale = balance.z_scale * share;
+    gradients[layer].seq_aux_scale = balance.seq_aux_scale * share;
+    if (!dprob.empty()) gradients[layer].dprob = dprob.Rows(static_cast<int64_t>(layer), 1).Reshape({dprob.dim(1)});
   }
   return gradients;
 }
 
-std::vector<RoutingGradient> StepRouting::Gradients() const {
-  return GradientsOf(ComputeBalanceLoss(model_, TotalsOf(sums_.back())));
+std::vector<RoutingGradient> StepRouting::Gradients(Stream& stream) const {
+  const BalanceGradient balance = Balance();
+  if (balance.by_count == 0) return GradientsOf(balance, Tensor());
+  Stream cpu;
+  Stream& where = on_stream_.empty() ? cpu : stream;
+  const Tensor sums = on_stream_.empty() ? sums_.back() : on_stream_;
+  const Tensor dprob = Empty({NumMoeLayers(model_), model_.num_local_experts}, DType::kF32, where);
+  kernels::GradientOfCounts(sums, RoutingSums::kCounts,
+                            balance.of_all_layers ? kernels::CountsOf::kAllLayers : kernels::CountsOf::kEachLayer,
+                            balance.by_count / parts_, dprob, where);
+  return GradientsOf(balance, on_stream_.empty() ? ToDevice(dprob, stream) : dprob);
 }
 
-std::vector<RoutingGradient> StepRouting::GradientsWithoutSums() const {
-  RoutingTotals totals{.tokens = sequences_ * seq_, .sequences = sequences_};
-  totals.counts.resize(static_cast<size_t>(NumMoeLayers(model_)));
-  return GradientsOf(ComputeBalanceLoss(model_, totals));
-}
+std::vector<RoutingGradient> StepRouting::GradientsWithoutSums() const { return GradientsOf(Balance(), Tensor()); }
 
 void StepRouting::Finish(RoutingReport* report) const {
   const size_t layers = static_cast<size_t>(NumMoeLayers(model_));

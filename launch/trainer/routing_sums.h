@@ -28,25 +28,29 @@ class StepRouting {
   // Bytes of the sums of all layers.
   static int64_t Bytes(const ModelConfig& model);
 
-  // The next part's sums, routing [layers, RoutingSums::Width] (f64), become those over all ranks. Collective and blocking, unless
-  // `control` is null: one rank.
-  absl::StatusOr<double> Sum(const Tensor& routing, Communicator* control, Order order);  // Bytes.
-  // How auxiliary losses enter the backward pass of that part, by MoE layer.
-  std::vector<RoutingGradient> Gradients() const;
+  // The next part's sums, routing [layers, RoutingSums::Width] (f64) in host memory, become those over all ranks. Collective and
+  // blocking, unless `control` is null: one rank. Bytes.
+  absl::StatusOr<double> Sum(const Tensor& routing, Communicator* control, Order order);
+  // The same of one rank whose sums are in memory of the stream: they come to the host without anybody waiting.
+  void SumOnStream(const Tensor& routing, Stream& stream);
+  // How auxiliary losses enter the backward pass of that part, by MoE layer. Never waits.
+  std::vector<RoutingGradient> Gradients(Stream& stream) const;
   // The same where they need no sums (StepShape::balance); before Sum.
   std::vector<RoutingGradient> GradientsWithoutSums() const;
 
-  // Of all parts.
+  // Of all parts, when the streams of SumOnStream have been waited for.
   void Finish(RoutingReport* report) const;
 
  private:
   RoutingTotals TotalsOf(const Tensor& sums) const;
-  std::vector<RoutingGradient> GradientsOf(const BalanceLoss& balance) const;
+  std::vector<RoutingGradient> GradientsOf(const BalanceGradient& balance, const Tensor& dprob) const;
+  BalanceGradient Balance() const;
 
   ModelConfig model_;
   int parts_;
   int64_t sequences_, seq_;
-  std::vector<Tensor> sums_;  // By part.
+  std::vector<Tensor> sums_;  // By part, in host memory.
+  Tensor on_stream_;          // Of the last part where SumOnStream has them.
 };
 
 }  // namespace shoal

@@ -26,13 +26,19 @@ struct RoutingTotals {
 };
 
 struct BalanceLoss {
-  double aux = 0;                         // Before its coefficient.
-  double z = 0, seq_aux = 0;              // Likewise.
-  std::vector<std::vector<float>> dprob;  // [layer][expert]: d(coefficient * aux) / d(a token's probability).
-  float z_scale = 0;                      // d(coefficient * z) / d(a token's logsumexp^2).
-  float seq_aux_scale = 0;                // d(coefficient * seq_aux) / d(a sequence's loss).
+  double aux = 0, z = 0, seq_aux = 0;  // Before their coefficients.
 };
 
 BalanceLoss ComputeBalanceLoss(const ModelConfig& config, const RoutingTotals& totals);
+
+// Their gradients, from the numbers of layers, tokens and sequences alone; no tokens: none.
+struct BalanceGradient {
+  double by_count = 0;      // d(coefficient * aux) / d(a token's probability of an expert), over the expert's choices.
+  bool of_all_layers = false;  // Choices in all layers (kHf), or in the layer of the token's router.
+  float z_scale = 0;        // d(coefficient * z) / d(a token's logsumexp^2).
+  float seq_aux_scale = 0;  // d(coefficient * seq_aux) / d(a sequence's loss).
+};
+
+BalanceGradient ComputeBalanceGradient(const ModelConfig& config, int layers, int64_t tokens, int64_t sequences);
 
 }  // namespace shoal

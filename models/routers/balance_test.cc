@@ -41,10 +41,11 @@ TEST(BalanceLoss, SequencesAreAveragedAndLayersAdded) {
   totals.prob_sums.clear();
   totals.sequences = 8;
   totals.seq_aux_sums = {8, 12, 16};
-  const BalanceLoss loss = ComputeBalanceLoss(config, totals);
-  EXPECT_DOUBLE_EQ(loss.seq_aux, 1 + 1.5 + 2);
-  EXPECT_FLOAT_EQ(loss.seq_aux_scale, 0.02f / 8);
-  EXPECT_TRUE(loss.dprob.empty());
+  EXPECT_DOUBLE_EQ(ComputeBalanceLoss(config, totals).seq_aux, 1 + 1.5 + 2);
+  const BalanceGradient gradient = ComputeBalanceGradient(config, 3, 64, 8);
+  EXPECT_FLOAT_EQ(gradient.seq_aux_scale, 0.02f / 8);
+  EXPECT_FLOAT_EQ(gradient.z_scale, 0.1f / 64);
+  EXPECT_EQ(gradient.by_count, 0);
 }
 
 TEST(BalanceLoss, GradientIsThatOfTheLoss) {
@@ -57,13 +58,16 @@ TEST(BalanceLoss, GradientIsThatOfTheLoss) {
     std::uniform_real_distribution<double> uniform(1, 40);
     for (auto& layer : totals.counts) for (double& count : layer) count = std::floor(uniform(random));
     for (auto& layer : totals.prob_sums) for (double& prob : layer) prob = uniform(random);
-    const BalanceLoss loss = ComputeBalanceLoss(config, totals);
+    const double loss = ComputeBalanceLoss(config, totals).aux;
+    const BalanceGradient gradient = ComputeBalanceGradient(config, 2, 50, 0);
+    EXPECT_EQ(gradient.of_all_layers, kind == AuxLoss::kHf);
     for (size_t layer = 0; layer < 2; ++layer) {
       for (size_t e = 0; e < 4; ++e) {
         RoutingTotals moved = totals;
         moved.prob_sums[layer][e] += 1.0;  // One token's probability by 1: the loss is linear in it.
-        const double slope = config.router_aux_loss_coef * (ComputeBalanceLoss(config, moved).aux - loss.aux);
-        EXPECT_NEAR(loss.dprob[layer][e], slope, 1e-6);
+        const double slope = config.router_aux_loss_coef * (ComputeBalanceLoss(config, moved).aux - loss);
+        const double choices = gradient.of_all_layers ? totals.counts[0][e] + totals.counts[1][e] : totals.counts[layer][e];
+        EXPECT_NEAR(gradient.by_count * choices, slope, 1e-9);
       }
     }
   }

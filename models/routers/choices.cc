@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "parallel/placement/placement.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal {
 
@@ -58,6 +59,19 @@ RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const 
   for (int64_t t = 0; t <= T; ++t) routed.offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
   const absl::Span<const int32_t> counts = summaries.span<int32_t>();
   routed.rows.assign(counts.begin(), counts.end());
+  return routed;
+}
+
+RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, int experts, Stream& stream) {
+  const int64_t T = chosen.dim(0), pairs = chosen.elements();
+  RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32, stream),
+                      .expert = chosen.Reshape({pairs}),
+                      .weight = weights.Reshape({pairs}),
+                      .rows = {},
+                      .segments = Empty({experts, 3}, DType::kI32, stream),
+                      .slot = Empty({pairs}, DType::kI32, stream),
+                      .token = Empty({pairs}, DType::kI32, stream)};
+  kernels::OrderByExpert(chosen, routed.offset, routed.segments, routed.slot, routed.token, stream);
   return routed;
 }
 

@@ -1,5 +1,5 @@
 // From choices to the list of pairs that stay, for the routers of this folder. Pure, in integers: every rank computes the same
-// from the counts of all. Tensors are in host memory.
+// from the counts of all. Tensors are in host memory unless said otherwise.
 //
 // A rank's summary is its counts of choices, [pieces, E] or, where the choices' order decides who finds room, [pieces, K, E] (i32).
 #pragma once
@@ -24,6 +24,9 @@ double SumOfSquaredLogz(const Tensor& logz, Stream& stream);
 
 // The list in which every choice stays. `summaries` by CountByPiece; `weights` may be anywhere.
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
+
+// The same where the host does not know the choices: the list of chosen_TK and weights_TK, with the order of its rows.
+RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, int experts, Stream& stream);
 
 // Tokens that an expert takes of a whole part of the batch: ceil(factor * tokens / experts), at most all.
 int64_t ExpertCapacity(double factor, int64_t tokens, int experts);

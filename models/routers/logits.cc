@@ -51,7 +51,6 @@ class LinearLogits : public RouterLogits {
 struct CosineSaved : RouterLogits::Saved {
   Tensor token_units, token_norms;                     // [T, P], [T]
   Tensor expert_units, expert_norms, directions;       // [E, P], [E], [E, P]
-  float temperature = 1;
 };
 
 // cos(projection x, embedding_e) / temperature, in f32 whatever the type of x.
@@ -66,7 +65,6 @@ class CosineLogits : public RouterLogits {
   Tensor Forward(const Tensor& normed, std::unique_ptr<Saved>* saved, Stream& stream) const override {
     auto kept = std::make_unique<CosineSaved>();
     const int64_t T = normed.dim(0), E = gate_shape_[0], P = gate_shape_[1];
-    kept->temperature = ToHost(parameters_.weight(prefix_ + "router_temperature", {1}), stream).data<float>()[0];
     const Tensor gate = AsType(parameters_.weight(prefix_ + "gate.weight", gate_shape_), DType::kF32, stream);
     kept->token_units = Empty({T, P}, DType::kF32, stream);
     kept->token_norms = Empty({T}, DType::kF32, stream);
@@ -76,7 +74,8 @@ class CosineLogits : public RouterLogits {
     kept->expert_units = Empty({E, P}, DType::kF32, stream);
     kept->expert_norms = Empty({E}, DType::kF32, stream);
     kernels::NormalizeRows(gate, kept->expert_units, kept->expert_norms, stream);
-    kept->directions = OverTemperature(kept->expert_units, kept->temperature, stream);
+    kept->directions = Empty({E, P}, DType::kF32, stream);
+    kernels::DivideBy(kept->expert_units, Temperature(), kept->directions, stream);
     const Tensor logits = Empty({T, E}, DType::kF32, stream);
     MatMul(kept->token_units, Transpose::kNo, kept->directions, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
     *saved = std::move(kept);
@@ -96,10 +95,10 @@ class CosineLogits : public RouterLogits {
     const Tensor ddirections = Empty(gate_shape_, DType::kF32, stream);
     MatMul(dlogits, Transpose::kYes, kept.token_units, Transpose::kNo, Accumulate::kOverwrite, ddirections, stream);
     // Gradients of vectors are always added to: they are zeroed together.
-    const Tensor less = Empty({1}, DType::kF32);
-    less.data<float>()[0] = -AlongDirections(ddirections, kept, stream);
-    kernels::AddTo(ToDevice(less, stream), parameters_.gradient(prefix_ + "router_temperature", {1}), stream);
-    const Tensor dgate = OverTemperature(ddirections, kept.temperature, stream);
+    kernels::DivideByBackward(ddirections, kept.directions, Temperature(), parameters_.gradient(prefix_ + "router_temperature", {1}),
+                              stream);
+    const Tensor dgate = Empty(gate_shape_, DType::kF32, stream);
+    kernels::DivideBy(ddirections, Temperature(), dgate, stream);
     kernels::NormalizeRowsBackward(dgate, kept.expert_units, kept.expert_norms, dgate, stream);
     const Tensor gradient = parameters_.gradient(prefix_ + "gate.weight", gate_shape_);
     if (accumulate == Accumulate::kOverwrite) {
@@ -114,22 +113,7 @@ class CosineLogits : public RouterLogits {
   Tensor Projection(Stream& stream) const {
     return AsType(parameters_.weight(prefix_ + "router_proj.weight", projection_shape_), DType::kF32, stream);
   }
-
-  static Tensor OverTemperature(const Tensor& x, float temperature, Stream& stream) {
-    const Tensor from = ToHost(x, stream), scaled = Empty(x.shape(), DType::kF32);
-    for (int64_t i = 0; i < x.elements(); ++i) scaled.data<float>()[i] = from.data<float>()[i] / temperature;
-    return ToDevice(scaled, stream);
-  }
-
-  // What the temperature's growth takes off the loss: it divides every direction.
-  static float AlongDirections(const Tensor& ddirections, const CosineSaved& kept, Stream& stream) {
-    const Tensor gradient = ToHost(ddirections, stream), directions = ToHost(kept.directions, stream);
-    double sum = 0;
-    for (int64_t i = 0; i < gradient.elements(); ++i) {
-      sum += static_cast<double>(gradient.data<float>()[i]) * static_cast<double>(directions.data<float>()[i]);
-    }
-    return static_cast<float>(sum / static_cast<double>(kept.temperature));
-  }
+  Tensor Temperature() const { return parameters_.weight(prefix_ + "router_temperature", {1}); }
 
   RouterParameters parameters_;
   std::string prefix_;

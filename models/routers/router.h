@@ -25,10 +25,12 @@
 namespace shoal {
 
 // What a router did with tokens, as sums that it adds to; sums over ranks make auxiliary losses (balance.h). All in one row of f64
-// (counts are exact in it), in host memory: a view, which lives with the tensor that it is of.
+// (counts are exact in it), a view, which lives with the tensor that it is of.
 class RoutingSums {
  public:
-  static int64_t Width(int64_t experts) { return kHead + 3 * experts; }
+  static int64_t Width(int64_t experts) { return kCounts + 3 * experts; }
+  // Where the counts of a row begin.
+  static constexpr int64_t kCounts = 3;
   explicit RoutingSums(Tensor row) : row_(std::move(row)) {}  // [Width(E)] f64.
   // Of sums [layers, Width(E)].
   static RoutingSums Row(const Tensor& sums, int64_t layer) {
@@ -43,10 +45,9 @@ class RoutingSums {
   Tensor dropped() const { return OfExperts(2); }      // [E]: choices refused for capacity.
 
  private:
-  static constexpr int64_t kHead = 3;
   Tensor OfExperts(int64_t which) const {
-    const int64_t experts = (row_.elements() - kHead) / 3;
-    return row_.Rows(kHead + which * experts, experts);
+    const int64_t experts = (row_.elements() - kCounts) / 3;
+    return row_.Rows(kCounts + which * experts, experts);
   }
 
   Tensor row_;
@@ -54,19 +55,22 @@ class RoutingSums {
 
 // How auxiliary losses enter the backward pass of one layer.
 struct RoutingGradient {
-  Tensor dprob;             // [E] f32, on the host: d loss / d probability, the same for every token; empty: none.
+  Tensor dprob;             // [E] f32, where the stream computes: d loss / d probability, the same for every token; empty: none.
   float z_scale = 0;        // Coefficient of a token's logsumexp^2.
   float seq_aux_scale = 0;  // Coefficient of a sequence's balance loss.
 };
 
-// The ragged list, by token, and within a token by the order of its choices. Lists are in host memory, weights where the stream
-// computes.
+// The ragged list, by token, and within a token by the order of its choices. The host knows it: lists are in host memory, weights
+// where the stream computes. Or it does not: then all is where the stream computes, every choice stays, and the order of rows by expert
+// is there too (kernels::OrderByExpert).
 struct RoutedTokens {
   Tensor offset;  // [T + 1] i32: the pairs of token t are [offset[t], offset[t + 1]).
   Tensor expert;  // [S] i32
   Tensor weight;  // [S] f32
-  // Pairs that stay, of every rank, piece and expert: [ranks, pieces, E] row-major. The same on every rank.
+  // Pairs that stay, of every rank, piece and expert: [ranks, pieces, E] row-major. The same on every rank. Empty where the host does
+  // not know.
   std::vector<int64_t> rows;
+  Tensor segments, slot, token;  // [E, 3], [S], [S] i32. Empty where the host knows.
 };
 
 class Router {
@@ -89,8 +93,10 @@ class Router {
   virtual DType SummaryType() const = 0;
 
   // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`, a
-  // host tensor: on a device's stream it waits.
-  // Adds to `sums` unless null.
+  // host tensor: on a device's stream it waits. Adds to `sums` (in host memory) unless null.
+  //
+  // Without a summary (no elements) neither half waits, and nobody but the stream learns what is chosen: for one rank and a router
+  // without capacity. Sums are then where the stream computes.
   virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, const RoutingSums* sums,
                                        Stream& stream) = 0;
   // `summaries`: those of all ranks, in rank order; where the router has no capacity (ModelConfig::has_capacity) this rank's alone

@@ -12,7 +12,7 @@ namespace {
 struct SigmoidSaved : Router::Saved {
   Tensor normed, scores, chosen, weights;
   Tensor choices;  // `chosen` in host memory.
-  Tensor load;  // [sequences, E] f32, in host memory: choices of an expert in a sequence over its fair share; empty without the loss.
+  int64_t seq = 0;
   std::unique_ptr<RouterLogits::Saved> logits;
 };
 
@@ -33,34 +33,39 @@ class SigmoidRouter : public Router {
     auto kept = std::make_unique<SigmoidSaved>();
     const int64_t tokens = normed.dim(0);
     kept->normed = normed;
+    kept->seq = batch.seq;
     const Tensor logits = logits_->Forward(normed, &kept->logits, stream);
     kept->scores = Empty({tokens, experts()}, DType::kF32, stream);
     kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
-    kernels::TopKSigmoid(logits, ToDevice(bias_, stream), scale_, kept->scores, kept->chosen, kept->weights, stream);
+    kernels::TopKSigmoid(logits, BiasFor(stream), scale_, kept->scores, kept->chosen, kept->weights, stream);
+    if (summary.empty()) return kept;
     kept->choices = ToHost(kept->chosen, stream);
     CountByPiece(kept->choices, batch.pieces, experts(), summary);
-    if (config_.seq_aux_loss_coef > 0) kept->load = LoadOfSequences(kept->choices, batch.seq);
     if (sums == nullptr) return kept;
     CountChoices(kept->choices, sums->counts());
-    if (!kept->load.empty()) *sums->seq_aux().data<double>() += SequenceLoss(*kept, batch.seq, stream);
+    const Tensor loss = Zeros({1}, DType::kF64, stream);
+    AddSequenceLoss(*kept, loss, stream);
+    AddSums(ToHost(loss, stream), sums->seq_aux());
     return kept;
   }
 
-  RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, const RoutingSums*, Stream&) override {
+  RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     const SigmoidSaved& kept = static_cast<const SigmoidSaved&>(saved);
-    return KeepEveryChoice(kept.choices, kept.weights, summaries);
+    if (!summaries.empty()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
+    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, experts(), stream);
+    if (sums == nullptr) return routed;
+    kernels::AddRoutingSums(routed.segments, /*prob_sums=*/Tensor(), /*logz=*/Tensor(), sums->counts(), sums->probs(), sums->z(), stream);
+    AddSequenceLoss(kept, sums->seq_aux(), stream);
+    return routed;
   }
 
   void Backward(const Saved& saved, const Tensor& dweight, const RoutingGradient& routing, kernels::Accumulate accumulate,
                 const Tensor& dnormed, Stream& stream) override {
     const SigmoidSaved& kept = static_cast<const SigmoidSaved&>(saved);
     Tensor dshare;
-    if (routing.seq_aux_scale != 0 && !kept.load.empty()) {
-      dshare = Empty(kept.load.shape(), DType::kF32);
-      const float by_token = routing.seq_aux_scale * static_cast<float>(kept.load.dim(0)) / static_cast<float>(kept.scores.dim(0));
-      for (int64_t i = 0; i < dshare.elements(); ++i) dshare.data<float>()[i] = by_token * kept.load.data<float>()[i];
-      dshare = ToDevice(dshare, stream);
+    if (routing.seq_aux_scale != 0 && config_.seq_aux_loss_coef > 0) {
+      dshare = Loads(kept, routing.seq_aux_scale / static_cast<float>(kept.seq), stream);
     }
     const Tensor dlogits = Empty(kept.scores.shape(), DType::kF32, stream);
     kernels::TopKSigmoidBackward(kept.scores, kept.chosen, kept.weights, scale_, dweight.Reshape(kept.chosen.shape()), dshare,
@@ -86,32 +91,44 @@ class SigmoidRouter : public Router {
   int experts() const { return config_.num_local_experts; }
   int choices() const { return config_.num_experts_per_tok; }
 
-  Tensor LoadOfSequences(const Tensor& chosen, int64_t seq) const {
-    const int64_t tokens = chosen.dim(0), K = choices();
-    SHOAL_CHECK(seq > 0 && tokens % seq == 0) << tokens << " tokens in sequences of " << seq;
-    const Tensor load = Zeros({tokens / seq, experts()}, DType::kF32);
-    for (int64_t i = 0; i < tokens * K; ++i) ++load.data<float>()[i / (seq * K) * experts() + chosen.data<int32_t>()[i]];
-    const float fair = static_cast<float>(seq * K) / static_cast<float>(experts());
-    for (float& value : load.span<float>()) value /= fair;
-    return load;
+  // The bias where the stream computes. A device copies it from memory that stays the router's, so that recorded copies have what it
+  // is when they are done.
+  Tensor BiasFor(Stream& stream) {
+    if (stream.device() == nullptr) return bias_;
+    if (!pinned_) {
+      const Tensor pinned = EmptyHost(bias_.shape(), DType::kF32, stream);
+      if (!stream.status().ok()) return bias_;
+      std::memcpy(pinned.raw(), bias_.raw(), static_cast<size_t>(bias_.bytes()));
+      bias_ = pinned;
+      pinned_ = true;
+    }
+    const Tensor bias = Empty(bias_.shape(), DType::kF32, stream);
+    Copy(bias_, bias, stream);
+    return bias;
   }
 
-  // Summed over sequences: sum over experts of load times mean share.
-  double SequenceLoss(const SigmoidSaved& kept, int64_t seq, Stream& stream) const {
-    const Tensor summed = Empty(kept.load.shape(), DType::kF64, stream);
-    kernels::SumShares(kept.scores, summed, stream);
-    const Tensor shares = ToHost(summed, stream);
-    double sum = 0;
-    for (int64_t i = 0; i < shares.elements(); ++i) {
-      sum += static_cast<double>(kept.load.data<float>()[i]) * shares.data<double>()[i];
-    }
-    return sum / static_cast<double>(seq);
+  // [sequences, E] f32: scale * choices of an expert in a sequence over its fair share.
+  Tensor Loads(const SigmoidSaved& kept, float scale, Stream& stream) const {
+    const int64_t tokens = kept.scores.dim(0);
+    SHOAL_CHECK(kept.seq > 0 && tokens % kept.seq == 0) << tokens << " tokens in sequences of " << kept.seq;
+    Tensor loads = Empty({tokens / kept.seq, experts()}, DType::kF32, stream);
+    kernels::SequenceLoads(kept.chosen, scale, loads, stream);
+    return loads;
+  }
+
+  // Adds what sequences lose, if they do: summed over experts, load times mean share.
+  void AddSequenceLoss(const SigmoidSaved& kept, const Tensor& loss, Stream& stream) const {
+    if (config_.seq_aux_loss_coef <= 0) return;
+    const Tensor loads = Loads(kept, 1, stream), shares = Empty(loads.shape(), DType::kF64, stream);
+    kernels::SumShares(kept.scores, shares, stream);
+    kernels::AddSequenceLoss(loads, shares, 1.0 / static_cast<double>(kept.seq), loss, stream);
   }
 
   ModelConfig config_;
   std::unique_ptr<RouterLogits> logits_;
   float scale_;
   Tensor bias_;
+  bool pinned_ = false;  // bias_ is memory that a device's streams copy from.
   std::string bias_name_;
 };
 

@@ -38,22 +38,20 @@ class SoftmaxRouter : public Router {
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
     kept->logz = Empty({tokens}, DType::kF32, stream);
     kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream);
+    if (summary.empty()) return kept;
     const auto count = config_.has_capacity() ? CountByPieceAndChoice : CountByPiece;
     kept->choices = ToHost(kept->chosen, stream);
     count(kept->choices, batch.pieces, experts(), summary);
     if (sums == nullptr) return kept;
     CountChoices(kept->choices, sums->counts());
-    if (config_.aux_loss != AuxLoss::kNone) {
-      const Tensor prob_sums = Empty({experts()}, DType::kF64, stream);
-      kernels::SumOverTokens(kept->probs, prob_sums, stream);
-      AddSums(ToHost(prob_sums, stream), sums->probs());
-    }
+    if (config_.aux_loss != AuxLoss::kNone) AddSums(ToHost(ProbSums(*kept, stream), stream), sums->probs());
     *sums->z().data<double>() += SumOfSquaredLogz(kept->logz, stream);
     return kept;
   }
 
   RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     SoftmaxSaved& kept = static_cast<SoftmaxSaved&>(saved);
+    if (summaries.empty()) return ChooseOnStream(kept, sums, stream);
     if (!config_.has_capacity()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
     int64_t tokens = 0;
     for (int64_t count : batch.tokens_of_rank) tokens += count;
@@ -71,7 +69,7 @@ class SoftmaxRouter : public Router {
     const SoftmaxSaved& kept = static_cast<const SoftmaxSaved&>(saved);
     const Tensor dlogits = Empty(kept.probs.shape(), DType::kF32, stream);
     kernels::TopKSoftmaxBackward(kept.probs, kept.chosen, kept.weights, kept.logz, renormalize(), ByChoice(kept, dweight, stream),
-                                 ToDevice(routing.dprob, stream), routing.z_scale, dlogits, stream);
+                                 routing.dprob, routing.z_scale, dlogits, stream);
     logits_->Backward(kept.logits.get(), kept.normed, dlogits, accumulate, dnormed, stream);
   }
 
@@ -81,6 +79,21 @@ class SoftmaxRouter : public Router {
   Renormalize renormalize() const {
     const bool raw = config_.router == RouterKind::kSwitch || !config_.norm_topk_prob;
     return raw ? Renormalize::kNo : Renormalize::kYes;
+  }
+
+  Tensor ProbSums(const SoftmaxSaved& kept, Stream& stream) const {
+    Tensor sums = Empty({experts()}, DType::kF64, stream);
+    kernels::SumOverTokens(kept.probs, sums, stream);
+    return sums;
+  }
+
+  RoutedTokens ChooseOnStream(const SoftmaxSaved& kept, const RoutingSums* sums, Stream& stream) const {
+    SHOAL_CHECK(!config_.has_capacity()) << "capacities are shared out by the host";
+    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, experts(), stream);
+    if (sums == nullptr) return routed;
+    const Tensor prob_sums = config_.aux_loss == AuxLoss::kNone ? Tensor() : ProbSums(kept, stream);
+    kernels::AddRoutingSums(routed.segments, prob_sums, kept.logz, sums->counts(), sums->probs(), sums->z(), stream);
+    return routed;
   }
 
   void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, const RoutingSums* sums) const {
