@@ -338,7 +338,11 @@ absl::StatusOr<double> RankModel::SumRouting(StepState* step) {
 }
 
 absl::Status RankModel::Balance(StepState* step) {
-  if (world_->size() == 1) SHOAL_RETURN_IF_ERROR(SumRouting(step).status());
+  if (RoutesOnStream(model_, experts_, *stream_)) {
+    step->routing.SumOnStream(decoder_->routing(), *stream_);
+  } else if (world_->size() == 1) {
+    SHOAL_RETURN_IF_ERROR(SumRouting(step).status());
+  }
   if (train_.shape.balance) decoder_->SetRoutingGradients(step->routing.Gradients(*stream_));
   return absl::OkStatus();
 }

@@ -21,10 +21,11 @@ struct PairsOfChunk {
   Tensor offset, slot, weight, dweight;
 };
 
-PairsOfChunk PairsOf(const MoeLayer::Saved& saved, int chunks, int chunk, const Tensor& dweight, Stream& stream) {
+PairsOfChunk PairsOf(const MoeLayer::Saved& saved, Direction direction, int chunk, const Tensor& dweight, Stream& stream) {
   const int64_t tokens = saved.routed.offset.elements() - 1;
+  const int chunks = saved.rows->chunks(direction);
   if (chunks == 1) return {{0, tokens}, saved.offset, saved.slot, saved.routed.weight, dweight};
-  const int pieces = saved.plan->pieces(), each = pieces / chunks;
+  const int pieces = saved.rows->plan().pieces(), each = pieces / chunks;
   const Range first = EvenPart(tokens, pieces, chunk * each), last = EvenPart(tokens, pieces, (chunk + 1) * each - 1);
   PairsOfChunk pairs{{first.begin, last.begin + last.count - first.begin}, {}, {}, {}, {}};
   const int32_t* offset = saved.routed.offset.data<int32_t>() + pairs.tokens.begin;
@@ -43,8 +44,13 @@ ExpertPlacement Alone(int experts) { return ExpertPlacement(static_cast<size_t>(
 
 }  // namespace
 
-Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext&, int64_t layers, Stream&) {
-  return Zeros({layers, RoutingSums::Width(config.num_local_experts)}, DType::kF64);
+bool RoutesOnStream(const ModelConfig& config, const ExpertContext& context, const Stream& stream) {
+  return stream.device() != nullptr && context.control == nullptr && context.topology.ranks() == 1 && !config.has_capacity();
+}
+
+Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream) {
+  const Shape shape = {layers, RoutingSums::Width(config.num_local_experts)};
+  return RoutesOnStream(config, context, stream) ? Zeros(shape, DType::kF64, stream) : Zeros(shape, DType::kF64);
 }
 
 MoeLayer::MoeLayer(const ModelConfig& config, int layer, ParameterStore& store, const ExpertContext& context)
@@ -82,7 +88,9 @@ void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, 
   saved->rstd = Empty({x.dim(0)}, DType::kF32, stream);
   kernels::RmsNorm(x, delta, store_->Weight(norm_, {config_.hidden_size}), epsilon_, saved->x, saved->normed, saved->rstd,
                    stream);
-  saved->summary = Empty({router_->SummaryElements(x.dim(0), saved->batch.pieces)}, router_->SummaryType());
+  saved->summary = RoutesOnStream(config_, *context_, stream)
+                       ? Tensor()
+                       : Empty({router_->SummaryElements(x.dim(0), saved->batch.pieces)}, router_->SummaryType());
   saved->routing = router_->Score(saved->normed, saved->batch, saved->summary, sums, stream);
 }
 
@@ -98,7 +106,7 @@ absl::StatusOr<int64_t> MoeLayer::Exchange(Saved* saved) {
 }
 
 absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved, Stream& stream) {
-  if (saved.plan->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype(), stream);
+  if (saved.rows->all_stay()) return Empty({rows, config_.hidden_size}, saved.normed.dtype(), stream);
   return context_->exchange->SendBuffer(use, saved.wave, rows, config_.hidden_size, saved.normed.dtype());
 }
 
@@ -107,29 +115,42 @@ absl::Status MoeLayer::Arrange(Saved* saved, const RoutingSums* sums, Stream& st
   // Computing the layer again, its ranks need not ask each other again.
   const Tensor& summaries = alone ? saved->summary : saved->summaries;
   saved->routed = router_->Choose(summaries, saved->batch, *saved->routing, sums, stream);
-  if (!alone && saved->first && context_->calibrate != nullptr) Calibrate(*saved);
+  if (saved->routed.segments.empty()) {
+    if (!alone && saved->first && context_->calibrate != nullptr) Calibrate(*saved);
+    PlanRows(saved, stream);
+  } else {
+    saved->rows.emplace(saved->routed);
+    saved->slot = saved->routed.slot;
+    saved->token = saved->routed.token;
+    saved->offset = saved->routed.offset;
+  }
+  const ExpertRows& rows = *saved->rows;
+  const DType act = saved->normed.dtype();
+  SHOAL_ASSIGN_OR_RETURN(saved->sent, Rows(Use::kDispatch, rows.sent(), *saved, stream));
+  SHOAL_ASSIGN_OR_RETURN(saved->results, Rows(Use::kReturn, rows.arrived(), *saved, stream));
+  saved->arrived = rows.all_stay() ? saved->sent : Empty({rows.arrived(), config_.hidden_size}, act, stream);
+  saved->y = rows.all_stay() ? saved->results : Empty({rows.sent(), config_.hidden_size}, act, stream);
+  saved->gate_up = Empty({rows.arrived(), 2 * config_.intermediate_size}, act, stream);
+  return stream.status();
+}
+
+void MoeLayer::PlanRows(Saved* saved, Stream& stream) const {
+  const bool alone = context_->control == nullptr;
   const ExpertPlacement& placement =
       alone ? Alone(config_.num_local_experts) : store_->experts().placement()[static_cast<size_t>(layer_)];
-  saved->plan = DispatchPlan::Make(
+  saved->rows.emplace(DispatchPlan::Make(
       alone ? Topology::OneHost(1) : context_->topology, placement, LocalExperts(placement, alone ? 0 : context_->rank),
       saved->routed.rows,
       {.rank = alone ? 0 : context_->rank,
        .forward_chunks = saved->chunks.forward,
        .backward_chunks = saved->chunks.backward,
-       .rule = context_->rule});
-  const DispatchPlan& plan = *saved->plan;
+       .rule = context_->rule}));
+  const DispatchPlan& plan = saved->rows->plan();
   const Tensor slot = Empty({plan.sent()}, DType::kI32), token = Empty({plan.sent()}, DType::kI32);
   plan.OrderRows(saved->routed.offset, saved->routed.expert, slot, token);
   saved->slot = ToDevice(slot, stream);
   saved->token = ToDevice(token, stream);
   saved->offset = ToDevice(saved->routed.offset, stream);
-  const DType act = saved->normed.dtype();
-  SHOAL_ASSIGN_OR_RETURN(saved->sent, Rows(Use::kDispatch, plan.sent(), *saved, stream));
-  SHOAL_ASSIGN_OR_RETURN(saved->results, Rows(Use::kReturn, plan.arrived(), *saved, stream));
-  saved->arrived = plan.all_stay() ? saved->sent : Empty({plan.arrived(), config_.hidden_size}, act, stream);
-  saved->y = plan.all_stay() ? saved->results : Empty({plan.sent(), config_.hidden_size}, act, stream);
-  saved->gate_up = Empty({plan.arrived(), 2 * config_.intermediate_size}, act, stream);
-  return stream.status();
 }
 
 void MoeLayer::Calibrate(const Saved& saved) {
@@ -151,7 +172,7 @@ void MoeLayer::AddRows(const Saved& saved, std::vector<int64_t>* rows) const {
 
 int64_t MoeLayer::Pack(int chunk, Saved* saved, Stream& stream) {
   int64_t rows = 0;
-  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kForward, chunk, /*sends=*/true)) {
+  for (const ExpertRows::Run& run : saved->rows->Rows(Direction::kForward, chunk, /*sends=*/true)) {
     kernels::GatherRows(saved->normed, saved->token.Rows(run.begin, run.rows), saved->sent.Rows(run.begin, run.rows), stream);
     rows += run.rows;
   }
@@ -181,15 +202,14 @@ std::vector<Tensor> MoeLayer::LocalGradients(bool down) const {
 
 int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
   int64_t rows = 0;
-  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kForward, chunk, /*sends=*/false)) {
-    std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kForward, chunk);
-    for (kernels::Segment& segment : segments) segment.begin -= run.begin;
+  for (const ExpertRows::Run& run : saved->rows->Rows(Direction::kForward, chunk, /*sends=*/false)) {
     const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
-    gate_up_.Forward(saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), segments, gate_up, stream,
-                     context_->numerics);
+    saved->rows->Forward(gate_up_, chunk, run, saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), gate_up,
+                         context_->numerics, stream);
     const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype(), stream);
     kernels::SwiGlu(gate_up, h, stream);
-    down_.Forward(h, LocalWeights(/*down=*/true), segments, saved->results.Rows(run.begin, run.rows), stream, context_->numerics);
+    saved->rows->Forward(down_, chunk, run, h, LocalWeights(/*down=*/true), saved->results.Rows(run.begin, run.rows),
+                         context_->numerics, stream);
     rows += run.rows;  // A forward chunk is one run.
   }
   return rows;
@@ -202,7 +222,8 @@ void MoeLayer::Shared(Saved* saved, Stream& stream) {
 
 int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
   if (saved->out.rank() == 1) saved->out = Empty(saved->x.shape(), DType::kF32, stream);
-  const PairsOfChunk pairs = PairsOf(*saved, saved->chunks.forward, chunk, Tensor(), stream);
+  if (saved->rows->IsEmpty(chunk)) return 0;
+  const PairsOfChunk pairs = PairsOf(*saved, Direction::kForward, chunk, Tensor(), stream);
   const Range tokens = pairs.tokens;
   const Tensor out = saved->out.Rows(tokens.begin, tokens.count);
   kernels::CombineSlots(shared_.has_value() ? out : saved->x.Rows(tokens.begin, tokens.count), saved->y, pairs.offset,
@@ -213,59 +234,59 @@ int64_t MoeLayer::Combine(int chunk, Saved* saved, Stream& stream) {
 // ---- Backward.
 
 absl::StatusOr<int64_t> MoeLayer::PackBackward(int chunk, const Tensor& gradient, Saved* saved, Stream& stream) {
-  const DispatchPlan& plan = *saved->plan;
+  const ExpertRows& rows = *saved->rows;
+  if (rows.IsEmpty(chunk)) return 0;
   const DType act = saved->normed.dtype();
   if (chunk == 0) {
     saved->sent = Tensor();
-    saved->dweight = Empty({plan.sent()}, DType::kF32, stream);
-    SHOAL_ASSIGN_OR_RETURN(saved->dy_home, Rows(Use::kDispatch, plan.sent(), *saved, stream));
-    SHOAL_ASSIGN_OR_RETURN(saved->dx, Rows(Use::kReturn, plan.arrived(), *saved, stream));
-    saved->dy = plan.all_stay() ? saved->dy_home : Empty({plan.arrived(), config_.hidden_size}, act, stream);
-    saved->dx_home = plan.all_stay() ? saved->dx : Empty({plan.sent(), config_.hidden_size}, act, stream);
-    saved->dh = Empty({plan.arrived(), config_.intermediate_size}, act, stream);
+    saved->dweight = Empty({rows.sent()}, DType::kF32, stream);
+    SHOAL_ASSIGN_OR_RETURN(saved->dy_home, Rows(Use::kDispatch, rows.sent(), *saved, stream));
+    SHOAL_ASSIGN_OR_RETURN(saved->dx, Rows(Use::kReturn, rows.arrived(), *saved, stream));
+    saved->dy = rows.all_stay() ? saved->dy_home : Empty({rows.arrived(), config_.hidden_size}, act, stream);
+    saved->dx_home = rows.all_stay() ? saved->dx : Empty({rows.sent(), config_.hidden_size}, act, stream);
+    saved->dh = Empty({rows.arrived(), config_.intermediate_size}, act, stream);
   }
-  const PairsOfChunk pairs = PairsOf(*saved, plan.backward_chunks(), chunk, saved->dweight, stream);
+  const PairsOfChunk pairs = PairsOf(*saved, Direction::kBackward, chunk, saved->dweight, stream);
   kernels::CombineSlotsBackward(gradient.Rows(pairs.tokens.begin, pairs.tokens.count), saved->y, pairs.offset, pairs.slot,
                                 pairs.weight, saved->dy_home, pairs.dweight, stream);
-  if (chunk + 1 == plan.backward_chunks()) saved->y = saved->results = Tensor();
+  if (chunk + 1 == rows.chunks(Direction::kBackward)) saved->y = saved->results = Tensor();
   return pairs.slot.elements();
 }
 
 int64_t MoeLayer::ExpertsBackward(int chunk, Saved* saved, Stream& stream) {
-  const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
-  down_.BackwardInput(saved->dy, LocalWeights(/*down=*/true), segments, saved->dh, stream, context_->numerics);
-  int64_t rows = 0;
-  for (const DispatchPlan::Run& run : saved->plan->Rows(Direction::kBackward, chunk, /*sends=*/false)) {
+  const ExpertRows& rows = *saved->rows;
+  if (rows.IsEmpty(chunk)) return 0;
+  rows.BackwardInput(down_, chunk, saved->dy, LocalWeights(/*down=*/true), saved->dh, context_->numerics, stream);
+  for (const ExpertRows::Run& run : rows.Rows(Direction::kBackward, chunk, /*sends=*/false)) {
     const Tensor dh = saved->dh.Rows(run.begin, run.rows), gate_up = saved->gate_up.Rows(run.begin, run.rows);
     kernels::SwiGluBackward(dh, gate_up, gate_up, dh, stream);  // gate_up: its gradient; dh: h.
-    rows += run.rows;
   }
-  gate_up_.BackwardInput(saved->gate_up, LocalWeights(/*down=*/false), segments, saved->dx, stream, context_->numerics);
-  return rows;
+  rows.BackwardInput(gate_up_, chunk, saved->gate_up, LocalWeights(/*down=*/false), saved->dx, context_->numerics, stream);
+  return rows.Count(chunk);
 }
 
 int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& stream) {
-  const std::vector<kernels::Segment> segments = saved->plan->Segments(Direction::kBackward, chunk);
+  const ExpertRows& rows = *saved->rows;
+  if (rows.IsEmpty(chunk)) return 0;
   if (context_->numerics == Numerics::kPinned) {
     PinnedWeight(part, *saved, stream);
   } else {
     const Accumulate accumulate =
         chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part, stream) : Accumulate::kAdd;
-    kernels::GroupedMatMulGradWeight(saved->dy, saved->dh, segments, accumulate, LocalGradients(/*down=*/true), stream);
-    kernels::GroupedMatMulGradWeight(saved->gate_up, saved->arrived, segments, accumulate, LocalGradients(/*down=*/false), stream);
+    rows.BackwardWeight(chunk, saved->dy, saved->dh, accumulate, LocalGradients(/*down=*/true), stream);
+    rows.BackwardWeight(chunk, saved->gate_up, saved->arrived, accumulate, LocalGradients(/*down=*/false), stream);
   }
-  int64_t rows = 0;
-  for (const kernels::Segment& segment : segments) rows += segment.count;
-  if (chunk + 1 == saved->plan->backward_chunks()) saved->dy = saved->dh = saved->arrived = saved->gate_up = Tensor();
-  return rows;
+  if (chunk + 1 == rows.chunks(Direction::kBackward)) saved->dy = saved->dh = saved->arrived = saved->gate_up = Tensor();
+  return rows.Count(chunk);
 }
 
 void MoeLayer::PinnedWeight(int part, const Saved& saved, Stream& stream) {
   ExpertStore& experts = store_->experts();
   const std::vector<int>& local = experts.Local(layer_);
-  experts.BeginPartials(layer_, part, saved.plan->shares());
-  for (int source = 0; source < static_cast<int>(saved.plan->shares().size()); ++source) {
-    std::vector<kernels::Segment> segments = saved.plan->SegmentsFrom(source);
+  const DispatchPlan& plan = saved.rows->plan();
+  experts.BeginPartials(layer_, part, plan.shares());
+  for (int source = 0; source < static_cast<int>(plan.shares().size()); ++source) {
+    std::vector<kernels::Segment> segments = plan.SegmentsFrom(source);
     std::vector<int> chosen;
     std::vector<Tensor> partials;
     for (kernels::Segment& segment : segments) {
@@ -312,14 +333,14 @@ absl::StatusOr<int64_t> MoeLayer::Travel(const Task& task, Saved* saved) {
   const auto way = task.op == Op::kDispatch ? TokenExchange::Way::kThere : TokenExchange::Way::kBack;
   const Direction direction = task.phase == Phase::kBackward ? Direction::kBackward : Direction::kForward;
   const Ends ends = EndsOf(task.phase, way, *saved);
-  return context_->exchange->Travel(*saved->plan, {direction, task.chunk, way}, task.lane, ends.from, ends.to);
+  return context_->exchange->Travel(saved->rows->plan(), {direction, task.chunk, way}, task.lane, ends.from, ends.to);
 }
 
 int64_t MoeLayer::Stay(const Task& task, Saved* saved, Stream& stream) {
   const auto way = task.back ? TokenExchange::Way::kBack : TokenExchange::Way::kThere;
   const Direction direction = task.phase == Phase::kBackward ? Direction::kBackward : Direction::kForward;
   const Ends ends = EndsOf(task.phase, way, *saved);
-  return context_->exchange->Stay(*saved->plan, {direction, task.chunk, way}, ends.from, ends.to, stream);
+  return context_->exchange->Stay(saved->rows->plan(), {direction, task.chunk, way}, ends.from, ends.to, stream);
 }
 
 }  // namespace shoal

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "models/layers/expert_rows.h"
 #include "models/layers/gated_mlp.h"
 #include "models/model_config.h"
 #include "models/routers/router.h"
@@ -29,6 +30,9 @@ struct ExpertContext {
   std::function<ExpertPlacement(const ExpertPlacement& planned, absl::Span<const int64_t> rows)> calibrate;
 };
 
+// Whether such layers leave their choices on the stream of a device, so that nothing of a pass waits for it: where there is one rank,
+// and a router without capacity. On others, and on the CPU, the host orders rows.
+bool RoutesOnStream(const ModelConfig& config, const ExpertContext& context, const Stream& stream);
 // Sums [layers, RoutingSums::Width] of nothing yet, where the routers of such layers add to them.
 Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream);
 
@@ -45,9 +49,9 @@ class MoeLayer {
     Chunks chunks;
     Tensor x, normed, rstd;  // x: the sum that was normalised.
     std::unique_ptr<Router::Saved> routing;
-    Tensor summary, summaries;  // Of this rank and of all.
+    Tensor summary, summaries;  // Of this rank and of all; of a pass that RoutesOnStream none.
     RoutedTokens routed;
-    std::optional<DispatchPlan> plan;
+    std::optional<ExpertRows> rows;
     Tensor slot, token, offset;  // `offset`: that of `routed`, where the stream computes.
     Tensor sent, arrived, gate_up;  // [S, D] (a buffer: until the rows are gone), [R, D], [R, 2F]
     Tensor results, y;              // [R, D] (a buffer), [S, D]: the experts' results here and back home.
@@ -88,6 +92,8 @@ class MoeLayer {
   int64_t Stay(const Task& task, Saved* saved, Stream& stream);
 
  private:
+  // The plan of the rows of `saved->routed`, which the host knows, and their order.
+  void PlanRows(Saved* saved, Stream& stream) const;
   // Adds the holders that the rows of a step's first wave justify.
   void Calibrate(const Saved& saved);
   struct Ends {
