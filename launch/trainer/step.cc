@@ -11,10 +11,19 @@
 #include "collectives/backend/device_group.h"
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
+#include "runtime/base/log.h"
 #include "runtime/device/cpu.h"
 #include "runtime/device/device.h"
 
 namespace shoal {
+namespace {
+
+int64_t NowNs() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
 // ---- Setting up.
 
 absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& config, const ModelConfig& model,
@@ -22,6 +31,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
   rank_model->order_ = NumericsFor(config) == Numerics::kPinned ? Order::kFixed : Order::kFast;
   rank_model->pace_ = options.pace;
+  rank_model->record_steps_ = config.schedule().device_graphs() == "auto";
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
   if (options.device != nullptr && NumericsFor(config) == Numerics::kPinned) {
     return absl::InvalidArgumentError(absl::StrCat("train.numerics: pinned is not there on device ", options.device->name()));
@@ -136,8 +146,10 @@ void RankModel::SetUpMoves(const Options& options) {
 }
 
 absl::Status RankModel::SetSchedule(const Schedule& schedule) {
+  ForgetRecorded();
   train_.schedule = schedule;
   train_.graph = EmitStep(train_.shape, schedule);
+  lanes_ = LanesOf(train_, Timing::kYes);
   SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> fingerprints,
                          GatherValues(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));
   std::vector<int> others;
@@ -201,19 +213,108 @@ std::optional<ExpertSummary> RankModel::Summarise(const StepResult& result) cons
 
 // ---- Running.
 
-absl::Status RankModel::Execute(const Program& program, StepRecord* record, const Executor::Body& body) {
-  const auto abort = [this](const absl::Status& status) { world_->Abort(status); };
-  const auto on_lane = [&](const Task& task) -> absl::StatusOr<double> {
-    if (task.lane != Lane::kCompute) SetThreads(1);  // The team is the compute lane's.
-    if (pace_ == nullptr || task.lane != Lane::kCompute) return body(task);
-    const auto begin = std::chrono::steady_clock::now();
+std::unique_ptr<StreamLanes> RankModel::LanesOf(const Program& program, Timing timing) {
+  if (stream_->device() == nullptr) return nullptr;
+  return std::make_unique<StreamLanes>(program.graph, *stream_, *copy_stream_, timing);
+}
+
+absl::StatusOr<double> RankModel::RunOnLane(const Task& task, StreamLanes* lanes, const Executor::Body& body) {
+  if (task.lane != Lane::kCompute) SetThreads(1);  // The team is the compute lane's.
+  if (lanes != nullptr) {
+    SHOAL_RETURN_IF_ERROR(lanes->Begin(task));
     SHOAL_ASSIGN_OR_RETURN(const double units, body(task));
-    std::this_thread::sleep_until(begin + std::chrono::nanoseconds(pace_(task, units)));
+    SHOAL_RETURN_IF_ERROR(lanes->End(task));
     return units;
-  };
+  }
+  if (pace_ == nullptr || task.lane != Lane::kCompute) return body(task);
+  const auto begin = std::chrono::steady_clock::now();
+  SHOAL_ASSIGN_OR_RETURN(const double units, body(task));
+  std::this_thread::sleep_until(begin + std::chrono::nanoseconds(pace_(task, units)));
+  return units;
+}
+
+absl::Status RankModel::Execute(const Program& program, StreamLanes* lanes, StepRecord* record, const Executor::Body& body) {
+  const auto abort = [this](const absl::Status& status) { world_->Abort(status); };
+  const auto on_lane = [&](const Task& task) { return RunOnLane(task, lanes, body); };
+  if (lanes != nullptr) lanes->Start();
   SHOAL_RETURN_IF_ERROR(executor_.Run(program.graph, on_lane, abort, record));
-  SHOAL_RETURN_IF_ERROR(copy_stream_->status());
-  return stream_->Wait();
+  return AwaitStreams(lanes, record);
+}
+
+// The host's one wait, unless it has to know more.
+absl::Status RankModel::AwaitStreams(const StreamLanes* lanes, StepRecord* record) {
+  stream_->WaitFor(*copy_stream_);
+  SHOAL_RETURN_IF_ERROR(stream_->Wait(), "at the end of the step");
+  if (lanes == nullptr || record == nullptr) return absl::OkStatus();
+  record->end_ns = NowNs();
+  return lanes->SetTimes(record);
+}
+
+absl::Status RankModel::RunStep(StepState* step) {
+  const StepWay way = WayOf({.wanted = record_steps_,
+                             .on_device = stream_->device() != nullptr,
+                             .ranks = world_->size(),
+                             .routes_on_stream = RoutesOnStream(model_, experts_, *stream_),
+                             .observed = *step->on_gradients != nullptr,
+                             .ran = ran_,
+                             .recorded = recorded_.has_value()});
+  if (way == StepWay::kReplay) return ReplayStep(step);
+  if (way == StepWay::kRecord) {
+    StepState recorded = *step;
+    const absl::Status status = RecordStep(&recorded);
+    if (status.ok()) return ReplayStep(step);
+    SHOAL_LOG(kWarning) << "steps are not recorded as graphs: " << std::string(status.message());
+    record_steps_ = false;
+  }
+  SHOAL_RETURN_IF_ERROR(Execute(train_, lanes_.get(), &record_, [&](const Task& task) { return RunTrainTask(task, step); }));
+  ran_ = true;
+  return absl::OkStatus();
+}
+
+// The graph has memory of its own, as much as a step needs: what steps before it have left in the pool makes room.
+absl::Status RankModel::RecordStep(StepState* step) {
+  stream_->device()->memory().Trim();
+  recorded_.emplace(train_.graph, *stream_, *copy_stream_);
+  const auto on_lane = [&](const Task& task) {
+    return RunOnLane(task, &recorded_->lanes, [&](const Task& own) { return RunTrainTask(own, step); });
+  };
+  absl::Status status = stream_->BeginCapture();
+  if (status.ok()) {
+    status = executor_.Run(train_.graph, on_lane, /*on_failure=*/nullptr, &recorded_->record);
+    absl::StatusOr<CapturedGraph> graph = stream_->EndCapture();
+    if (status.ok()) status = graph.status();
+    if (status.ok()) recorded_->graph = *std::move(graph);
+  }
+  recorded_->routing = std::move(step->routing);
+  if (!status.ok()) recorded_.reset();
+  return status;
+}
+
+absl::Status RankModel::ReplayStep(StepState* step) {
+  step->routing = *recorded_->routing;
+  record_ = recorded_->record;
+  record_.begin_ns = NowNs();
+  recorded_->lanes.Start();
+  stream_->Launch(recorded_->graph);
+  return AwaitStreams(&recorded_->lanes, &record_);
+}
+
+void RankModel::ForgetRecorded() {
+  recorded_.reset();
+  ran_ = false;
+}
+
+absl::Status RankModel::PrepareStep(const std::vector<Tensor>& parts, const kernels::AdamWStep& update) {
+  if (std::exchange(reschedule_, false)) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "changing the schedule");
+  SHOAL_CHECK_EQ(parts.size(), static_cast<size_t>(train_.shape.parts));
+  if (!buffers_.has_value() || !buffers_->Fits(parts, train_.schedule.waves)) {
+    ForgetRecorded();
+    buffers_.reset();
+    buffers_.emplace(static_cast<int64_t>(store_->blocks().size()), train_.shape.parts, train_.schedule.waves, parts[0].dim(0),
+                     parts[0].dim(1) - 1, *stream_);
+  }
+  buffers_->Put(parts, update);
+  return stream_->status();
 }
 
 std::vector<int64_t> RankModel::TokensOfRanks(int64_t all_rows, int64_t seq) const {
@@ -226,16 +327,20 @@ std::vector<int64_t> RankModel::TokensOfRanks(int64_t all_rows, int64_t seq) con
 
 absl::StatusOr<StepResult> RankModel::Train(const std::vector<Tensor>& parts, double learning_rate, int64_t update,
                                             const OnGradients& on_gradients) {
+  const Optimizer& optimizer = config_.optimizer();
   StepState step{
-      .parts = &parts,
-      .learning_rate = learning_rate,
-      .update = update,
+      .update = {.learning_rate = learning_rate,
+                 .beta1 = optimizer.beta1(),
+                 .beta2 = optimizer.beta2(),
+                 .epsilon = optimizer.eps(),
+                 .weight_decay = optimizer.weight_decay(),
+                 .update = update},
       .on_gradients = &on_gradients,
       .routing = StepRouting(model_, train_.shape.parts, config_.train().global_batch_size() / train_.shape.parts,
                              config_.train().seq_length())};
-  SHOAL_CHECK_EQ(parts.size(), static_cast<size_t>(train_.shape.parts));
-  if (std::exchange(reschedule_, false)) SHOAL_RETURN_IF_ERROR(SetSchedule(tuner_->schedule()), "changing the schedule");
-  SHOAL_RETURN_IF_ERROR(Execute(train_, &record_, [&](const Task& task) { return RunTrainTask(task, &step); }));
+  SHOAL_RETURN_IF_ERROR(PrepareStep(parts, step.update), "preparing a step");
+  SHOAL_RETURN_IF_ERROR(RunStep(&step));
+  if (!host_clips()) FinishNorm(buffers_->HostSums(), &step);
   const std::vector<Router*> routers = decoder_->routers();
   for (size_t layer = 0; layer < routers.size(); ++layer) {
     if (step.result.finite) routers[layer]->EndStep(step.result.expert_counts[layer]);
@@ -257,25 +362,14 @@ absl::StatusOr<double> RankModel::RunTrainTask(const Task& task, StepState* step
       SHOAL_RETURN_IF_ERROR(Balance(step));
       return 0;
     case Op::kNorm:
-      if (*step->on_gradients) (*step->on_gradients)(*store_);
-      step->squares = Empty({static_cast<int64_t>(store_->blocks().size())}, DType::kF64, *stream_);
-      store_->SquaresByBlock(step->squares, *stream_);
-      step->squares = ToHost(step->squares, *stream_);
-      if (world_->size() == 1) FinishNorm(step);
+      Norm(step);
       return static_cast<double>(store_->owned_elements());
     case Op::kNormSum:
       return SumNorm(step);
-    case Op::kUpdate: {
-      SHOAL_ASSIGN_OR_RETURN(const double elements, step->result.finite ? Update(task, *step) : 0);
-      SHOAL_RETURN_IF_ERROR(stream_->Wait());
-      return elements;
-    }
-    case Op::kHead: {
-      SHOAL_ASSIGN_OR_RETURN(const double units, decoder_->Run(task, StreamOf(task)));
-      // The decoder sums the waves of a part.
-      if (task.phase == Phase::kForward && task.wave + 1 == train_.schedule.waves) step->cross_entropy += decoder_->cross_entropy();
-      return units;
-    }
+    case Op::kUpdate:
+      return Update(task, step);
+    case Op::kHead:
+      return decoder_->Run(task, StreamOf(task));
     default:
       return RunStoreTask(task);
   }
@@ -320,9 +414,10 @@ void RankModel::BeginPart(int part, StepState* step) {
   const int64_t parts = train_.shape.parts, seq = config_.train().seq_length();
   const int64_t batch_rows = config_.train().global_batch_size();
   decoder_->Begin({.mode = Decoder::Pass::Mode::kTrain,
-                   .tokens = (*step->parts)[static_cast<size_t>(part)],
+                   .tokens = buffers_->tokens(part),
                    .tokens_of_rank = TokensOfRanks(batch_rows / parts, seq),
                    .loss_scale = static_cast<float>(1.0 / static_cast<double>(batch_rows * seq)),
+                   .losses = buffers_->losses(part),
                    .part = part,
                    .schedule = &train_.schedule},
                   *stream_);
@@ -349,45 +444,39 @@ absl::Status RankModel::Balance(StepState* step) {
 
 // ---- Norm, loss and update.
 
+void RankModel::Norm(StepState* step) {
+  if (*step->on_gradients) (*step->on_gradients)(*store_);
+  store_->SquaresByBlock(buffers_->squares(), *stream_);
+  if (!host_clips()) buffers_->Clip(config_.optimizer().clip_grad());
+  buffers_->FetchSums();
+  if (host_clips() && world_->size() == 1) FinishNorm(buffers_->HostSums(), step);
+}
+
 absl::StatusOr<double> RankModel::SumNorm(StepState* step) {
-  const int64_t blocks = step->squares.elements();
-  const Tensor sums = Empty({blocks + 1}, DType::kF64);
-  std::memcpy(sums.raw(), step->squares.raw(), static_cast<size_t>(step->squares.bytes()));
-  sums.data<double>()[blocks] = step->cross_entropy;
+  const Tensor sums = buffers_->HostSums();
   SHOAL_RETURN_IF_ERROR(control_->AllReduce(sums, sums, ReduceOp::kSum, {.label = "gradient norm", .order = order_}).Await(),
                         "gradient norm");
-  step->squares = sums.Rows(0, blocks);
-  step->cross_entropy = sums.data<double>()[blocks];
-  FinishNorm(step);
+  FinishNorm(sums, step);
   return static_cast<double>(sums.bytes());
 }
 
-void RankModel::FinishNorm(StepState* step) {
+void RankModel::FinishNorm(const Tensor& sums, StepState* step) {
   StepResult& result = step->result;
   step->routing.Finish(&result);
-  double total = 0;
-  for (double square : step->squares.span<double>()) total += square;
-  result.grad_norm = std::sqrt(total);
-  result.cross_entropy = step->cross_entropy /
+  result.grad_norm = buffers_->ClipOnHost(sums, config_.optimizer().clip_grad());
+  result.cross_entropy = sums.data<double>()[sums.elements() - 1] /
                          static_cast<double>(config_.train().global_batch_size() * config_.train().seq_length());
   result.loss = result.cross_entropy + model_.router_aux_loss_coef * result.aux + model_.router_z_loss_coef * result.z +
                 model_.seq_aux_loss_coef * result.seq_aux;
   result.finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
+  if (!result.finite) buffers_->Skip();
 }
 
-absl::StatusOr<double> RankModel::Update(const Task& task, const StepState& step) {
-  const Optimizer& optimizer = config_.optimizer();
-  kernels::AdamWStep adamw{.learning_rate = step.learning_rate,
-                           .beta1 = optimizer.beta1(),
-                           .beta2 = optimizer.beta2(),
-                           .epsilon = optimizer.eps(),
-                           .weight_decay = optimizer.weight_decay(),
-                           .update = step.update};
-  const double clip = optimizer.clip_grad(), norm = step.result.grad_norm;
-  if (clip > 0 && norm > clip) adamw.grad_scale = static_cast<float>(clip / (norm + 1e-6));
-  const Tensor numbers = ToDevice(AdamWNumbersOf(adamw), *stream_);
-  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, adamw, numbers, *stream_));
-  return static_cast<double>(store_->dense().Update(task.chunk, adamw, numbers, *stream_));
+double RankModel::Update(const Task& task, StepState* step) {
+  if (host_clips() && !std::exchange(step->numbers_sent, true)) buffers_->SendNumbers();
+  const Tensor& numbers = buffers_->numbers();
+  if (task.layer >= 0) return static_cast<double>(store_->experts().Update(task.layer, step->update, numbers, *stream_));
+  return static_cast<double>(store_->dense().Update(task.chunk, step->update, numbers, *stream_));
 }
 
 // From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.
@@ -418,7 +507,8 @@ void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
 
 absl::Status RankModel::RunForward(Decoder::Pass pass) {
   pass.schedule = &forward_.schedule;
-  return Execute(forward_, /*record=*/nullptr, [&](const Task& task) -> absl::StatusOr<double> {
+  const std::unique_ptr<StreamLanes> lanes = LanesOf(forward_, Timing::kNo);
+  return Execute(forward_, lanes.get(), /*record=*/nullptr, [&](const Task& task) -> absl::StatusOr<double> {
     if (task.op == Op::kEmbed && task.wave == 0) decoder_->Begin(pass, *stream_);
     return task.op == Op::kHead ? decoder_->Run(task, StreamOf(task)) : RunStoreTask(task);
   });
@@ -426,12 +516,14 @@ absl::Status RankModel::RunForward(Decoder::Pass pass) {
 
 absl::StatusOr<double> RankModel::Evaluate(const Tensor& rows, int64_t all_rows) {
   const int64_t seq = rows.dim(1) - 1;
+  const Tensor loss = Empty({1}, DType::kF64, *stream_), sum = EmptyHost({1}, DType::kF64, *stream_);
   SHOAL_RETURN_IF_ERROR(RunForward({.mode = Decoder::Pass::Mode::kEvaluate,
-                                    .tokens = rows,
-                                    .tokens_of_rank = TokensOfRanks(all_rows, seq)}),
+                                    .tokens = ToDevice(Decoder::IdsAndTargets(rows), *stream_),
+                                    .tokens_of_rank = TokensOfRanks(all_rows, seq),
+                                    .losses = loss}),
                         "evaluation");
-  const Tensor sum = Empty({1}, DType::kF64);
-  sum.data<double>()[0] = decoder_->cross_entropy();
+  Copy(loss, sum, *stream_);
+  SHOAL_RETURN_IF_ERROR(stream_->Wait(), "evaluation");
   if (world_->size() > 1) {
     SHOAL_RETURN_IF_ERROR(control_->AllReduce(sum, sum, ReduceOp::kSum, {.label = "validation loss", .order = order_}).Await(),
                           "summing the loss");
@@ -443,9 +535,11 @@ absl::StatusOr<Tensor> RankModel::NextLogits(const Tensor& ids) {
   // Every rank computes the same sequence.
   const std::vector<int64_t> tokens(static_cast<size_t>(world_->size()), ids.elements());
   SHOAL_RETURN_IF_ERROR(RunForward({.mode = Decoder::Pass::Mode::kNextLogits,
-                                    .tokens = ids.Reshape({1, ids.elements()}),
+                                    .tokens = ToDevice(ids, *stream_).Reshape({1, 1, ids.elements()}),
                                     .tokens_of_rank = tokens}));
-  return decoder_->next_logits();
+  const Tensor logits = ToHost(decoder_->next_logits(), *stream_);
+  SHOAL_RETURN_IF_ERROR(stream_->status());
+  return logits;
 }
 
 }  // namespace shoal

@@ -12,6 +12,8 @@
 #include "launch/trainer/expert_moves.h"
 #include "launch/trainer/layout.h"
 #include "launch/trainer/routing_sums.h"
+#include "launch/trainer/recorded_step.h"
+#include "launch/trainer/step_buffers.h"
 #include "launch/trainer/step_tuner.h"
 #include "models/zoo/decoder.h"
 #include "parallel/schedule/executor.h"
@@ -87,13 +89,10 @@ class RankModel {
   };
   // What the tasks of one step share.
   struct StepState {
-    const std::vector<Tensor>* parts = nullptr;
-    double learning_rate = 0;
-    int64_t update = 0;
+    kernels::AdamWStep update;
     const OnGradients* on_gradients = nullptr;
     StepRouting routing;
-    double cross_entropy = 0;        // Of this rank's tokens, all parts; after kNormSum of all ranks'.
-    Tensor squares;                  // By block, and the cross-entropy.
+    bool numbers_sent = false;  // Of ClipOnHost.
     StepResult result;
   };
 
@@ -109,7 +108,18 @@ class RankModel {
   absl::Status SetSchedule(const Schedule& schedule);
   absl::Status AfterStep(StepResult* result);
   std::optional<ExpertSummary> Summarise(const StepResult& result) const;
-  absl::Status Execute(const Program& program, StepRecord* record, const Executor::Body& body);
+  absl::Status PrepareStep(const std::vector<Tensor>& parts, const kernels::AdamWStep& update);
+  // Null on the CPU.
+  std::unique_ptr<StreamLanes> LanesOf(const Program& program, Timing timing);
+  // Returns when all that the program does has been done.
+  absl::Status Execute(const Program& program, StreamLanes* lanes, StepRecord* record, const Executor::Body& body);
+  absl::StatusOr<double> RunOnLane(const Task& task, StreamLanes* lanes, const Executor::Body& body);
+  absl::Status AwaitStreams(const StreamLanes* lanes, StepRecord* record);
+  absl::Status RunStep(StepState* step);
+  // An error: nothing was recorded, and nothing of the step done.
+  absl::Status RecordStep(StepState* step);
+  absl::Status ReplayStep(StepState* step);
+  void ForgetRecorded();
   std::vector<int64_t> TokensOfRanks(int64_t all_rows, int64_t seq) const;
   absl::Status RunForward(Decoder::Pass pass);
   Stream& StreamOf(const Task& task) { return task.lane == Lane::kCompute ? *stream_ : *copy_stream_; }
@@ -119,9 +129,12 @@ class RankModel {
   void BeginPart(int part, StepState* step);
   absl::StatusOr<double> SumRouting(StepState* step);  // kTotals
   absl::Status Balance(StepState* step);             // kBalance
+  // Of the gradients, when the host knows it before the update; otherwise the stream clips by itself, and the host reads at the end.
+  bool host_clips() const { return stream_->device() == nullptr || world_->size() > 1; }
+  void Norm(StepState* step);
   absl::StatusOr<double> SumNorm(StepState* step);
-  void FinishNorm(StepState* step);
-  absl::StatusOr<double> Update(const Task& task, const StepState& step);
+  void FinishNorm(const Tensor& sums, StepState* step);
+  double Update(const Task& task, StepState* step);
   void SetTimes(const Graph& graph, StepResult* result) const;
 
   const Config config_;
@@ -130,8 +143,7 @@ class RankModel {
   Communicator* world_;
   Order order_ = Order::kFast;  // Of sums over ranks.
   Topology topology_;
-  // Of the compute lane and of the copy lane. Other lanes go on with what a task has done, so each task waits for its stream.
-  std::unique_ptr<Stream> stream_, copy_stream_;
+  std::unique_ptr<Stream> stream_, copy_stream_;  // Of the compute lane and of the copy lane.
   std::unique_ptr<Communicator> control_, bulk_, intra_;  // Of all ranks, twice; of this host where there are several. The last two are for
                                                           // tensors where the parameters are.
   std::unique_ptr<ParameterStore> store_;
@@ -143,7 +155,12 @@ class RankModel {
   bool reschedule_ = false;             // The next step has another schedule.
   std::unique_ptr<ExpertMoves> moves_;  // Of sparse experts.
   Program train_, forward_;
+  std::unique_ptr<StreamLanes> lanes_;  // Of train_.
+  std::optional<StepBuffers> buffers_;
   StepRecord record_;
+  bool record_steps_ = false;  // schedule.device_graphs, until recording fails.
+  bool ran_ = false;           // A step of train_ with these buffers was run.
+  std::optional<RecordedStep> recorded_;
 };
 
 }  // namespace shoal

@@ -151,26 +151,34 @@ absl::Status DenseStore::AddReduced(const Tensor& from, const Tensor& to, int pa
   return reduce_stream_->Wait();
 }
 
+DenseStore::Buffer& DenseStore::TakeOldest(std::vector<Buffer>* buffers, int bucket) {
+  Buffer* oldest = nullptr;
+  for (Buffer& buffer : *buffers) {
+    if (buffer.bucket >= 0 || buffer.of_layers != at(bucket).of_layer) continue;
+    if (oldest == nullptr || buffer.freed < oldest->freed) oldest = &buffer;
+  }
+  SHOAL_CHECK(oldest != nullptr) << "no buffer for bucket " << bucket;
+  oldest->bucket = bucket;
+  return *oldest;
+}
+
+void DenseStore::Free(std::vector<Buffer>* buffers, int bucket) {
+  const MutexLock lock(&mutex_);
+  for (Buffer& buffer : *buffers) {
+    if (buffer.bucket != bucket) continue;
+    buffer.bucket = -1;
+    buffer.freed = ++releases_;
+  }
+}
+
 Tensor DenseStore::TakeWeights(int bucket) {
   const MutexLock lock(&mutex_);
-  for (Buffer& buffer : weight_buffers_) {
-    if (buffer.bucket >= 0 || buffer.of_layers != at(bucket).of_layer) continue;
-    buffer.bucket = bucket;
-    return Tensor(buffer.weights.raw(), {at(bucket).elements}, at(bucket).dtype);
-  }
-  SHOAL_CHECK(false) << "no buffer for the weights of bucket " << bucket;
-  return Tensor();
+  return Tensor(TakeOldest(&weight_buffers_, bucket).weights.raw(), {at(bucket).elements}, at(bucket).dtype);
 }
 
 void DenseStore::TakeGradients(int bucket) {
   const MutexLock lock(&mutex_);
-  for (Buffer& buffer : gradient_buffers_) {
-    if (buffer.bucket >= 0 || buffer.of_layers != at(bucket).of_layer) continue;
-    buffer.bucket = bucket;
-    at(bucket).gradients = buffer.gradients.Elements(0, {at(bucket).elements});
-    return;
-  }
-  SHOAL_CHECK(false) << "no buffer for the gradients of bucket " << bucket;
+  at(bucket).gradients = TakeOldest(&gradient_buffers_, bucket).gradients.Elements(0, {at(bucket).elements});
 }
 
 absl::Status DenseStore::Gather(int index) {
@@ -188,8 +196,7 @@ void DenseStore::Release(int index) {
   Bucket& bucket = at(index);
   if (!bucket.sharded) return;
   bucket.weights = Tensor();
-  const MutexLock lock(&mutex_);
-  for (Buffer& buffer : weight_buffers_) buffer.bucket = buffer.bucket == index ? -1 : buffer.bucket;
+  Free(&weight_buffers_, index);
 }
 
 absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int part) {
@@ -217,8 +224,7 @@ absl::Status DenseStore::Reduce(int index, int64_t begin, int64_t count, int par
   if (bucket.reduced < bucket.elements) return absl::OkStatus();
   bucket.reduced = 0;
   bucket.gradients = Tensor();
-  const MutexLock lock(&mutex_);
-  for (Buffer& buffer : gradient_buffers_) buffer.bucket = buffer.bucket == index ? -1 : buffer.bucket;
+  Free(&gradient_buffers_, index);
   return absl::OkStatus();
 }
 

@@ -79,6 +79,7 @@ class DenseStore {
     Tensor weights, gradients;  // Raw bytes, f32.
     bool of_layers = true;      // Else of embedding and head.
     int bucket = -1;            // Who has it.
+    int64_t freed = 0;          // Which of all releases was its last.
   };
   struct Bucket {
     std::vector<int> blocks;
@@ -110,6 +111,10 @@ class DenseStore {
   absl::Status AllocateBuffers(bool of_layers, int count);
   Tensor TakeWeights(int bucket);
   void TakeGradients(int bucket);
+  // Buffers are taken in the order in which they were freed, as the step graph says who waits for whom: the host may have released later
+  // ones whose last use is still before the device.
+  Buffer& TakeOldest(std::vector<Buffer>* buffers, int bucket) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Free(std::vector<Buffer>* buffers, int bucket);
   const Place& Find(const std::string& name) const;
 
   const std::vector<ParameterSpec>* parameters_;
@@ -119,6 +124,7 @@ class DenseStore {
   std::vector<Bucket> buckets_;
   absl::flat_hash_map<std::string, Place> places_;
   Mutex mutex_;  // Who has which buffer.
+  int64_t releases_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Buffer> weight_buffers_, gradient_buffers_;
   Stream cpu_;
   std::unique_ptr<Stream> reduce_stream_;  // On a device, of the thread that makes collective calls.

@@ -265,13 +265,13 @@ Tensor ExpertStore::Gradients(int index, int expert) const {
 
 void ExpertStore::TakeRoom(int index) {
   const MutexLock lock(&mutex_);
+  int oldest = -1;
   for (size_t i = 0; i < rooms_.size(); ++i) {
-    if (rooms_[i].layer >= 0) continue;
-    rooms_[i].layer = index;
-    at(index).room = static_cast<int>(i);
-    return;
+    if (rooms_[i].layer < 0 && (oldest < 0 || rooms_[i].freed < rooms_[static_cast<size_t>(oldest)].freed)) oldest = static_cast<int>(i);
   }
-  SHOAL_CHECK(false) << "no room for the copies of layer " << index;
+  SHOAL_CHECK_GE(oldest, 0) << "no room for the copies of layer " << index;
+  rooms_[static_cast<size_t>(oldest)].layer = index;
+  at(index).room = oldest;
 }
 
 absl::StatusOr<int64_t> ExpertStore::Materialise(int index) {
@@ -294,7 +294,9 @@ absl::Status ExpertStore::Gather(int index, absl::Span<const SparseMove> moves) 
 void ExpertStore::Release(int index) {
   if (options_.policy == ExpertPolicy::kKeep || at(index).room < 0) return;
   const MutexLock lock(&mutex_);
-  rooms_[static_cast<size_t>(at(index).room)].layer = -1;
+  Room& room = rooms_[static_cast<size_t>(at(index).room)];
+  room.layer = -1;
+  room.freed = ++releases_;
   at(index).room = -1;
   at(index).fresh = false;
 }

@@ -111,6 +111,7 @@ class ExpertStore {
   struct Room {
     Tensor weights, gradients;  // [copies, elements]
     int layer = -1;
+    int64_t freed = 0;          // Which of all releases was its last: rooms are taken in that order, as DenseStore's buffers.
   };
 
   ExpertStore(const std::vector<ParameterSpec>& parameters, const std::vector<Block>& blocks, Communicator& group,
@@ -143,6 +144,7 @@ class ExpertStore {
   Tensor weights_, gradients_, master_, exp_avg_, exp_avg_sq_;  // [slots, elements] of owned experts.
   std::optional<ExpertPartials> partials_;  // kPinned.
   mutable Mutex mutex_;  // Who has which room.
+  int64_t releases_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Room> rooms_;
   Stream cpu_;
 };

@@ -7,6 +7,7 @@
 #include "runtime/kernels/cross_entropy.h"
 #include "runtime/kernels/embedding.h"
 #include "runtime/kernels/norm.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal {
 namespace {
@@ -18,23 +19,13 @@ using kernels::Transpose;
 constexpr char kEmbeddingName[] = "model.embed_tokens.weight";
 constexpr char kNormName[] = "model.norm.weight";
 
-// Columns [begin, begin + count) of an i32 matrix, flattened.
-Tensor Columns(const Tensor& tokens, int64_t begin, int64_t count) {
-  const int64_t rows = tokens.dim(0), stride = tokens.dim(1);
-  Tensor out = Empty({rows * count}, DType::kI32);
-  for (int64_t row = 0; row < rows; ++row) {
-    std::memcpy(out.data<int32_t>() + row * count, tokens.data<int32_t>() + row * stride + begin,
-                static_cast<size_t>(count) * sizeof(int32_t));
-  }
-  return out;
-}
-
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts, Stream& stream)
     : config_(config),
       options_(options),
       store_(&store),
+      compute_(&stream),
       experts_(&experts),
       rope_(kernels::MakeRopeTable(options.seq, static_cast<int>(config.head_dim), config.rope_theta)),
       head_name_(config.tie_word_embeddings ? kEmbeddingName : "lm_head.weight") {
@@ -59,24 +50,37 @@ std::vector<Router*> Decoder::routers() {
   return routers;
 }
 
+Tensor Decoder::IdsAndTargets(const Tensor& tokens) {
+  const int64_t rows = tokens.dim(0), n = tokens.dim(1) - 1;
+  Tensor out = Empty({2, rows, n}, DType::kI32);
+  for (int64_t kind = 0; kind < 2; ++kind) {
+    for (int64_t row = 0; row < rows; ++row) {
+      std::memcpy(out.data<int32_t>() + (kind * rows + row) * n, tokens.data<int32_t>() + row * (n + 1) + kind,
+                  static_cast<size_t>(n) * sizeof(int32_t));
+    }
+  }
+  return out;
+}
+
 void Decoder::Begin(Pass pass, Stream& stream) {
   pass_ = std::move(pass);
   if (pass_.part == 0) store_->BeginPass();
   const bool next_logits = pass_.mode == Pass::Mode::kNextLogits;
-  seq_ = next_logits ? pass_.tokens.dim(1) : pass_.tokens.dim(1) - 1;
+  const int64_t rows = pass_.tokens.dim(1);
+  seq_ = pass_.tokens.dim(2);
   SHOAL_CHECK_LE(seq_, options_.seq);
   const int waves = pass_.schedule->waves;
+  SHOAL_CHECK(next_logits || pass_.losses.elements() == waves) << pass_.losses.elements() << " losses of " << waves << " waves";
   waves_.clear();
   waves_.resize(static_cast<size_t>(waves));
   for (int index = 0; index < waves; ++index) {
     Wave& wave = waves_[static_cast<size_t>(index)];
-    const Range mine = EvenPart(pass_.tokens.dim(0), waves, index);
-    const Tensor tokens = pass_.tokens.Rows(mine.begin, mine.count);
+    const Range mine = EvenPart(rows, waves, index);
     wave.index = index;
     wave.rows = mine.count;
     for (int64_t all : pass_.tokens_of_rank) wave.tokens_of_rank.push_back(EvenPart(all / seq_, waves, index).count * seq_);
-    wave.ids = ToDevice(Columns(tokens, 0, seq_), stream);
-    if (!next_logits) wave.targets = ToDevice(Columns(tokens, 1, seq_), stream);
+    wave.ids = pass_.tokens.Elements(mine.begin * seq_, {mine.count * seq_});
+    if (!next_logits) wave.targets = pass_.tokens.Elements((rows + mine.begin) * seq_, {mine.count * seq_});
     wave.layers.resize(layers_.size());
     for (LayerState& layer : wave.layers) {
       layer.moe.wave = index;
@@ -86,7 +90,6 @@ void Decoder::Begin(Pass pass, Stream& stream) {
   routing_ = moe_layers_ == 0 ? Tensor() : NewRoutingSums(config_, *experts_, moe_layers_, stream);
   if (pass_.part == 0) rows_by_rank_.assign(static_cast<size_t>(moe_layers_), {});
   routing_gradients_.clear();
-  cross_entropy_ = 0;
 }
 
 Accumulate Decoder::AccumulateOf(int layer, const Wave& wave) const {
@@ -103,16 +106,9 @@ absl::StatusOr<double> Decoder::Run(const Task& task, Stream& stream) {
   LayerState* state = task.layer < 0 ? nullptr : &wave->layers[static_cast<size_t>(task.layer)];
   MoeLayer* moe = task.layer < 0 ? nullptr : layers_[static_cast<size_t>(task.layer)].moe.get();
   if (task.op == Op::kDispatch || task.op == Op::kReturn) return moe->Travel(task, &state->moe);
-  if (task.op == Op::kStay) {
-    const double bytes = static_cast<double>(moe->Stay(task, &state->moe, stream));
-    SHOAL_RETURN_IF_ERROR(stream.Wait());
-    return bytes;
-  }
+  if (task.op == Op::kStay) return static_cast<double>(moe->Stay(task, &state->moe, stream));
   if (task.op == Op::kExchange) return moe->Exchange(&state->moe);
-  SHOAL_ASSIGN_OR_RETURN(const double units, task.phase == Phase::kBackward ? RunBackward(task, wave, stream)
-                                                                            : RunForward(task, wave, stream));
-  SHOAL_RETURN_IF_ERROR(stream.Wait());  // Others go on with it.
-  return units;
+  return task.phase == Phase::kBackward ? RunBackward(task, wave, stream) : RunForward(task, wave, stream);
 }
 
 absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream& stream) {
@@ -137,12 +133,9 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream&
     case Op::kRoute:
       Route(task, wave, stream);
       return all;
-    case Op::kArrange: {
-      const std::optional<RoutingSums> sums = SumsOf(task);
-      SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&state.moe, sums ? &*sums : nullptr, stream));
-      if (sums) layer.moe->AddRows(state.moe, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
+    case Op::kArrange:
+      SHOAL_RETURN_IF_ERROR(Arrange(task, wave, stream));
       return all;
-    }
     case Op::kPack:
       return static_cast<double>(layer.moe->Pack(task.chunk, &state.moe, stream));
     case Op::kExperts:
@@ -158,6 +151,20 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream&
     default:
       return absl::InternalError(absl::StrCat("the model has no task ", Name(task)));
   }
+}
+
+absl::Status Decoder::Arrange(const Task& task, Wave* wave, Stream& stream) {
+  const Layer& layer = layers_[static_cast<size_t>(task.layer)];
+  MoeLayer::Saved& saved = wave->layers[static_cast<size_t>(task.layer)].moe;
+  const std::optional<RoutingSums> sums = SumsOf(task);
+  SHOAL_RETURN_IF_ERROR(layer.moe->Arrange(&saved, sums ? &*sums : nullptr, stream));
+  if (sums) layer.moe->AddRows(saved, &rows_by_rank_[static_cast<size_t>(layer.moe_index)]);
+  if (&stream == compute_) return absl::OkStatus();
+  // Made on the copy lane, used by the compute lane, which runs behind the host: not given to others before it is done.
+  for (const Tensor* tensor : {&saved.slot, &saved.token, &saved.offset, &saved.routed.weight, &saved.arrived, &saved.y, &saved.gate_up}) {
+    UsedOn(*tensor, *compute_);
+  }
+  return absl::OkStatus();
 }
 
 std::optional<RoutingSums> Decoder::SumsOf(const Task& task) const {
@@ -257,14 +264,14 @@ void Decoder::Head(Wave* wave, Stream& stream) {
   if (last) {
     const Tensor logits = Empty({1, config_.vocab_size}, DType::kF32, stream);
     MatMul(normed, Transpose::kNo, head, Transpose::kYes, Accumulate::kOverwrite, logits, stream);
-    next_logits_ = ToHost(logits, stream).Reshape({config_.vocab_size});
+    next_logits_ = logits.Reshape({config_.vocab_size});
     return;
   }
   if (training()) wave->final_gradient = Empty(x.shape(), DType::kF32, stream);
-  cross_entropy_ += Loss(normed, training() ? pass_.loss_scale : 0, *wave, stream);
+  Loss(normed, training() ? pass_.loss_scale : 0, *wave, stream);
 }
 
-double Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream) {
+void Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream) {
   const int64_t tokens = wave.tokens();
   const int64_t chunk = std::min(options_.loss_chunk, std::max<int64_t>(tokens, 1));
   const Shape shape = {config_.vocab_size, config_.hidden_size};
@@ -286,10 +293,7 @@ double Decoder::Loss(const Tensor& normed, float scale, const Wave& wave, Stream
     MatMul(dlogits, Transpose::kNo, head, Transpose::kNo, Accumulate::kOverwrite, wave.final_gradient.Rows(begin, count), stream);
     MatMul(dlogits, Transpose::kYes, x, Transpose::kNo, begin == 0 ? accumulate : Accumulate::kAdd, head_gradient, stream);
   }
-  const Tensor values = ToHost(losses, stream);
-  double sum = 0;
-  for (float loss : values.span<float>()) sum += loss;
-  return sum;
+  kernels::SumOverTokens(losses.Reshape({tokens, 1}), pass_.losses.Rows(wave.index, 1), stream);
 }
 
 void Decoder::HeadBackward(Wave* wave, Stream& stream) {

@@ -29,23 +29,26 @@ class Decoder {
   struct Pass {
     enum class Mode : uint8_t { kTrain, kEvaluate, kNextLogits };
     Mode mode = Mode::kTrain;
-    Tensor tokens;  // [rows, n + 1] (i32): position t predicts t + 1; with kNextLogits [1, n]. rows may be 0.
+    Tensor tokens;  // [2, rows, n] (i32), in memory of the stream, as IdsAndTargets; with kNextLogits [1, 1, n]. rows may be 0.
     std::vector<int64_t> tokens_of_rank;  // n * rows of every rank.
     float loss_scale = 0;   // kTrain: the loss is this times the sum of cross-entropies.
+    Tensor losses;          // kTrain, kEvaluate: f64 [waves], in memory of the stream; gets each wave's sum of cross-entropies.
     int part = 0;           // kTrain: the first part overwrites gradients, later ones add.
     const Schedule* schedule = nullptr;  // Borrowed until the next pass. The graph must have been emitted from it.
   };
+  // [2, rows, n] of host tokens [rows, n + 1] (i32): the ids, and what follows each of them.
+  static Tensor IdsAndTargets(const Tensor& tokens);
   // Before the pass's kEmbed. Drops what is left of the pass before.
   void Begin(Pass pass, Stream& stream);
 
   // The body of a task of the model: from kEmbed to kHead, forward and backward, with the rows on their way. Returns the units
-  // done. ABORTED when the group is over. Kernels run on `stream`, which only tasks of the compute lane use.
+  // done, when its kernels are on `stream`, of the task's lane. ABORTED when the group is over.
   absl::StatusOr<double> Run(const Task& task, Stream& stream);
 
   // Sums over this rank's tokens, when the forward tasks are done.
-  double cross_entropy() const { return cross_entropy_; }
   const Tensor& routing() const { return routing_; }  // RoutingSums of MoE layers, a row each.
-  const Tensor& next_logits() const { return next_logits_; }            // kNextLogits: [V] (f32), of the token after the last.
+  // kNextLogits: [V] (f32), of the token after the last, in memory of the stream.
+  const Tensor& next_logits() const { return next_logits_; }
   // Rows of every rank for each expert, [ranks, E] per MoE layer, summed over the parts of a batch so far: the same on every rank.
   // Empty where ranks do not tell each other.
   const std::vector<std::vector<int64_t>>& rows_by_rank() const { return rows_by_rank_; }
@@ -87,6 +90,7 @@ class Decoder {
   void EmbedBackward(Wave* wave, Stream& stream);
   absl::StatusOr<double> RunForward(const Task& task, Wave* wave, Stream& stream);
   absl::StatusOr<double> RunBackward(const Task& task, Wave* wave, Stream& stream);
+  absl::Status Arrange(const Task& task, Wave* wave, Stream& stream);
   void Route(const Task& task, Wave* wave, Stream& stream);
   // Where a forward task of training notes what its router does.
   std::optional<RoutingSums> SumsOf(const Task& task) const;
@@ -94,12 +98,13 @@ class Decoder {
   void FinishLayer(size_t layer, Tensor out, Wave* wave);
   void Head(Wave* wave, Stream& stream);
   void HeadBackward(Wave* wave, Stream& stream);
-  // Sum of cross-entropies; with a positive scale also gradients of the head and of the final norm's output.
-  double Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream);
+  // The wave's sum of cross-entropies; with a positive scale also gradients of the head and of the final norm's output.
+  void Loss(const Tensor& normed, float scale, const Wave& wave, Stream& stream);
 
   const ModelConfig config_;
   const Options options_;
   ParameterStore* store_;
+  Stream* compute_;  // Of the compute lane.
   const ExpertContext* experts_;
   kernels::RopeTable rope_;
   const std::string head_name_;
@@ -110,7 +115,6 @@ class Decoder {
   int64_t seq_ = 0;
   std::vector<Wave> waves_;
   Tensor next_logits_;
-  double cross_entropy_ = 0;
   Tensor routing_;
   std::vector<std::vector<int64_t>> rows_by_rank_;
   std::vector<RoutingGradient> routing_gradients_;

@@ -417,12 +417,16 @@ DeviceResult BeginCapture(DeviceStream* stream) {
   return {};
 }
 
+// Ends it also where it fails.
 DeviceResult EndCapture(DeviceStream* stream, DeviceGraph** graph) {
-  SHOAL_FAKE_ENTER("end_capture");
+  FakeDevice::State& state = FakeDevice::Current().state();
+  MutexLock lock(&state.mutex);
+  const DeviceResult told = state.Enter("end_capture");
   const std::shared_ptr<Capture> capture = stream->capture;
   if (capture == nullptr || capture->streams.front() != stream) return Say(Code::kFailed, "this stream did not begin to record");
   capture->open = false;
   for (DeviceStream* joined : capture->streams) joined->capture = nullptr;
+  if (told.code != Code::kOk) return told;
   *graph = new DeviceGraph{std::move(capture->ops)};
   return {};
 }
