@@ -360,4 +360,25 @@ inline std::vector<std::vector<int64_t>> UnevenMatrix(int ranks, int64_t total) 
   return matrix;
 }
 
+// Each kind of operation but sparse ones, once or more.
+inline void CheckDenseOperations(Communicator& group, Place place, int64_t elements, DType dtype) {
+  Checker checker(group, place);
+  const int n = group.size(), root = static_cast<int>(elements) % n;
+  for (const bool in_place : {false, true}) {
+    for (const std::vector<int64_t>& counts : {std::vector<int64_t>(n, elements), UnevenCounts(n, elements)}) {
+      checker.ReduceScatter(counts, dtype, ReduceOp::kSum, in_place, 1);
+      checker.AllGather(counts, dtype, in_place, 2);
+      checker.Gather(counts, dtype, root, in_place, 3);
+      checker.Scatter(counts, dtype, root, in_place, 4);
+    }
+    checker.Reduce(elements, dtype, ReduceOp::kSum, root, in_place, 5);
+  }
+  for (const ReduceOp op : {ReduceOp::kSum, ReduceOp::kMin, ReduceOp::kMax}) checker.AllReduce(elements, dtype, op, 6);
+  checker.OutOfPlace(elements, dtype, ReduceOp::kSum, 7);
+  checker.AllToAll(UnevenMatrix(n, elements), dtype, 8);
+  checker.EvenAllToAll(elements, dtype, 9);
+  checker.Broadcast(elements, dtype, root, 10);
+  checker.Exchange(elements, dtype, 11);
+}
+
 }  // namespace shoal

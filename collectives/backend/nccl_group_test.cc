@@ -70,28 +70,10 @@ INSTANTIATE_TEST_SUITE_P(Ranks, NcclGroupTest, ::testing::Values(1, 2, 3));
 
 TEST_P(NcclGroupTest, OperationsEqualTheReference) {
   NcclJob(GetParam()).RunConnected([](Communicator& group) {
-    Checker checker(group, Place::kShared);
-    const int n = group.size();
     for (const int64_t elements : {0, 1, 37, 9001}) {
       for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI32}) {
-        const int root = static_cast<int>(elements) % n;
-        const std::vector<int64_t> even(static_cast<size_t>(n), elements);
-        for (const bool in_place : {false, true}) {
-          for (const std::vector<int64_t>& counts : {even, UnevenCounts(n, elements)}) {
-            checker.ReduceScatter(counts, dtype, ReduceOp::kSum, in_place, 1);
-            checker.AllGather(counts, dtype, in_place, 2);
-            checker.Gather(counts, dtype, root, in_place, 3);
-            checker.Scatter(counts, dtype, root, in_place, 4);
-          }
-          checker.Reduce(elements, dtype, ReduceOp::kSum, root, in_place, 5);
-        }
-        for (const ReduceOp op : {ReduceOp::kSum, ReduceOp::kMin, ReduceOp::kMax}) checker.AllReduce(elements, dtype, op, 6);
-        checker.OutOfPlace(elements, dtype, ReduceOp::kSum, 7);
-        checker.AllToAll(UnevenMatrix(n, elements), dtype, 8);
-        checker.EvenAllToAll(elements, dtype, 9);
-        checker.Broadcast(elements, dtype, root, 10);
-        checker.Exchange(elements, dtype, 11);
-        if (dtype != DType::kI32) checker.Sparse(elements, dtype, 12);
+        CheckDenseOperations(group, Place::kShared, elements, dtype);
+        if (dtype != DType::kI32) Checker(group, Place::kShared).Sparse(elements, dtype, 12);
       }
     }
   });

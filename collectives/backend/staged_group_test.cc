@@ -43,23 +43,10 @@ INSTANTIATE_TEST_SUITE_P(Ranks, StagedGroupTest, ::testing::Values(1, 2, 3));
 TEST_P(StagedGroupTest, OperationsEqualTheReference) {
   RunStaged(GetParam(), {.progress = FakeDeviceOptions::Progress::kByWaits, .protect = false}, [](Communicator& group, Device&) {
     for (const Place place : {Place::kShared, Place::kPrivate, Place::kMixed}) {
-      Checker checker(group, place);
       for (const int64_t elements : {0, 1, 37, 9001}) {
         for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI32}) {
-          const int root = static_cast<int>(elements) % group.size();
-          for (const bool in_place : {false, true}) {
-            checker.ReduceScatter(UnevenCounts(group.size(), elements), dtype, ReduceOp::kSum, in_place, 1);
-            checker.AllGather(UnevenCounts(group.size(), elements), dtype, in_place, 2);
-            checker.Reduce(elements, dtype, ReduceOp::kSum, root, in_place, 3);
-            checker.Gather(UnevenCounts(group.size(), elements), dtype, root, in_place, 4);
-            checker.Scatter(UnevenCounts(group.size(), elements), dtype, root, in_place, 5);
-          }
-          checker.AllReduce(elements, dtype, ReduceOp::kMax, 6);
-          checker.OutOfPlace(elements, dtype, ReduceOp::kSum, 7);
-          checker.AllToAll(UnevenMatrix(group.size(), elements), dtype, 8);
-          checker.Broadcast(elements, dtype, root, 9);
-          checker.Exchange(elements, dtype, 10);
-          checker.Sparse(elements, dtype, 11);
+          CheckDenseOperations(group, place, elements, dtype);
+          Checker(group, place).Sparse(elements, dtype, 12);
         }
       }
     }

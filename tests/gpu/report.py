@@ -80,6 +80,24 @@ def _kernel_rows(lines):
                f"{_verdict(share, target)} |")
 
 
+def _collective_rows(lines):
+    rows = {}
+    for line in lines:
+        if "op" not in line:
+            yield f"| failed: {line.get('error', '')[:120].replace('|', '/')} | | | | | |"
+            continue
+        rows.setdefault((line["ranks"], line["devices"], line["op"], line["dtype"], line["bytes"]), {})[line["way"]] = line
+    for (ranks, devices, op, dtype, size), ways in rows.items():
+        cells = []
+        for way in ("peers", "staged"):
+            line = ways.get(way, {"error": "not measured"})
+            cells.append(f"failed: {line['error'][:120].replace('|', '/')} | " if "error" in line else
+                         f"{line['ms']:.3f} ({line['ms_p10']:.3f} to {line['ms_p90']:.3f}) | {line['gb_s']:.3g}")
+        both = [ways.get(way, {}).get("ms") for way in ("peers", "staged")]
+        ratio = f"{both[1] / both[0]:.1f}x" if all(both) else ""
+        yield f"| {op}, {dtype}, {size / 2**20:g} MiB, {ranks} ranks on {min(ranks, devices)} GPUs | {cells[0]} | {cells[1]} | {ratio} |"
+
+
 def _train_rows(train):
     for model, both in train.items():
         for program in ("shoal", "pytorch"):
@@ -111,6 +129,11 @@ def markdown(results):
         out += ["", "Medians of at least 20 runs. Bytes are each operand read and each result written once; the dense product has the "
                 "size of all rows together.", "",
                 "| kernel | ms | p10 to p90 | rate | share | reached |", "|---|---|---|---|---|---|", *_kernel_rows(results["kernels"])]
+    if results.get("collectives"):
+        out += ["", "Collectives of processes, in place, as rank 0 sees them: medians (p10 to p90); GB/s are bytes that a rank must at least "
+                "take in.", "",
+                "| collective | peers, ms | GB/s | staged, ms | GB/s | staged / peers |", "|---|---|---|---|---|---|",
+                *_collective_rows(results["collectives"])]
     if results.get("train"):
         out += ["", f"MFU against {card.get('peak_tflops')} TFLOP/s. Memory is the card's, by nvidia-smi.", "",
                 "| model | program | layout | tokens/s | MFU | GiB | reached |", "|---|---|---|---|---|---|---|",
