@@ -14,9 +14,8 @@ GatedMlp::GatedMlp(const std::string& prefix, int64_t width, int64_t inner, cons
 void GatedMlp::Forward(const Tensor& normed, const Tensor& residual, Tensor* gate_up, const Tensor& out, Stream& stream) {
   const int64_t tokens = normed.dim(0);
   *gate_up = Empty({tokens, 2 * inner_}, normed.dtype(), stream);
-  gate_up_.Forward(normed, /*addend=*/Tensor(), *gate_up, stream);
   const Tensor h = Empty({tokens, inner_}, normed.dtype(), stream);
-  kernels::SwiGlu(*gate_up, h, stream);
+  gate_up_.ForwardSwiGlu(normed, *gate_up, h, stream);
   down_.Forward(h, residual, out, stream);
 }
 

@@ -1,5 +1,8 @@
 #include "models/layers/projection.h"
 
+#include "runtime/kernels/gated_matmul.h"
+#include "runtime/kernels/swiglu.h"
+
 namespace shoal {
 
 using kernels::Fp8Weights;
@@ -26,6 +29,13 @@ void Projection::Forward(const Tensor& x, const Tensor& addend, const Tensor& y,
   MatMul(x, Transpose::kNo, store_->Weight(name_, shape_), Transpose::kYes, addend, y, stream);
 }
 
+// cuBLASLt has no such epilogue, and its product is not worth giving up for the bytes: docs/design.md, Devices.
+void Projection::ForwardSwiGlu(const Tensor& x, const Tensor& gate_up, const Tensor& h, Stream& stream) {
+  if (store_->products() == Products::kFp8) return kernels::MatMulSwiGlu(x, Quantised(stream), gate_up, h, stream);
+  Forward(x, /*addend=*/Tensor(), gate_up, stream);
+  kernels::SwiGlu(gate_up, h, stream);
+}
+
 void Projection::BackwardInput(const Tensor& dy, const Tensor& addend, const Tensor& dx, Stream& stream) {
   if (store_->products() == Products::kFp8) return MatMulGradInput(dy, Quantised(stream), addend, dx, stream);
   MatMul(dy, Transpose::kNo, store_->Weight(name_, shape_), Transpose::kNo, addend, dx, stream);
@@ -46,6 +56,13 @@ void ExpertProjection::Forward(const Tensor& x, absl::Span<const Tensor> weights
   kernels::GroupedMatMul(x, weights, segments, y, stream, numerics);
 }
 
+void ExpertProjection::ForwardSwiGlu(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
+                                     const Tensor& gate_up, const Tensor& h, Stream& stream, Numerics numerics) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMulSwiGlu(x, Quantised(weights, stream), segments, gate_up, h, stream, numerics);
+  kernels::GroupedMatMulSwiGlu(x, weights, segments, gate_up, h, stream, numerics);
+}
+
 void ExpertProjection::BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const Segment> segments,
                                      const Tensor& dx, Stream& stream, Numerics numerics) {
   if (weights.empty()) return;
@@ -58,6 +75,13 @@ void ExpertProjection::Forward(const Tensor& x, absl::Span<const Tensor> weights
   if (weights.empty()) return;
   if (quantised()) return GroupedMatMul(x, Quantised(weights, stream), segments, y, stream);
   kernels::GroupedMatMul(x, kernels::MatrixList(weights, stream), segments, y, stream);
+}
+
+void ExpertProjection::ForwardSwiGlu(const Tensor& x, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& gate_up,
+                                     const Tensor& h, Stream& stream) {
+  if (weights.empty()) return;
+  if (quantised()) return GroupedMatMulSwiGlu(x, Quantised(weights, stream), segments, gate_up, h, stream);
+  kernels::GroupedMatMulSwiGlu(x, kernels::MatrixList(weights, stream), segments, gate_up, h, stream);
 }
 
 void ExpertProjection::BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& dx,

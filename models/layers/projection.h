@@ -32,6 +32,8 @@ class Projection {
 
   // y = addend + x w^T: addend f32 as y, maybe y itself; empty: none.
   void Forward(const Tensor& x, const Tensor& addend, const Tensor& y, Stream& stream);
+  // gate_up = x w^T, and h of it (swiglu.h): all of the compute type.
+  void ForwardSwiGlu(const Tensor& x, const Tensor& gate_up, const Tensor& h, Stream& stream);
   // dx = addend + dy w.
   void BackwardInput(const Tensor& dy, const Tensor& addend, const Tensor& dx, Stream& stream);
   // The store's gradient (+)= dy^T x.
@@ -51,13 +53,17 @@ class ExpertProjection {
  public:
   explicit ExpertProjection(const ParameterStore& store) : store_(&store) {}
 
-  // As kernels::GroupedMatMul and GroupedMatMulGradInput.
+  // As kernels::GroupedMatMul, GroupedMatMulSwiGlu and GroupedMatMulGradInput.
   void Forward(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const kernels::Segment> segments, const Tensor& y,
                Stream& stream, Numerics numerics);
+  void ForwardSwiGlu(const Tensor& x, absl::Span<const Tensor> weights, absl::Span<const kernels::Segment> segments, const Tensor& gate_up,
+                     const Tensor& h, Stream& stream, Numerics numerics);
   void BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, absl::Span<const kernels::Segment> segments, const Tensor& dx,
                      Stream& stream, Numerics numerics);
   // With segments in memory of the stream.
   void Forward(const Tensor& x, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& y, Stream& stream);
+  void ForwardSwiGlu(const Tensor& x, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& gate_up, const Tensor& h,
+                     Stream& stream);
   void BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& dx, Stream& stream);
 
  private:

@@ -5,6 +5,7 @@
 #include "collectives/communicator.h"
 #include "gtest/gtest.h"
 #include "models/model_config.h"
+#include "runtime/kernels/swiglu.h"
 #include "runtime/kernels/testing.h"
 
 namespace shoal {
@@ -118,6 +119,19 @@ TEST(Projection, QuantisedWeightsAreNotKeptWhereTheStoreKeepsNone) {
   ExpectSameBits(fixture.Forward(projection, x), fixture.Want(x), "the same pass");
 }
 
+TEST(Projection, WithASwiGluItIsBothOneAfterTheOther) {
+  const Tensor x = Random({kTokens, kWidth}, DType::kBF16, 1), want_h = Empty({kTokens, kWidth / 2}, DType::kBF16);
+  for (const Products products : {Products::kSame, Products::kFp8}) {
+    Fixture fixture(products);
+    Projection projection = fixture.MakeProjection();
+    const Tensor gate_up = Empty({kTokens, kWidth}, DType::kBF16), h = Empty(want_h.shape(), DType::kBF16);
+    projection.ForwardSwiGlu(x, gate_up, h, fixture.stream);
+    ExpectSameBits(gate_up, fixture.Forward(projection, x), "gate_up");
+    kernels::SwiGlu(gate_up, want_h, fixture.stream);
+    ExpectSameBits(h, want_h, "h");
+  }
+}
+
 TEST(ExpertProjection, IsTheGroupedProductOfWhatIsWanted) {
   const Tensor x = Random({kTokens, kWidth}, DType::kBF16, 1), dy = Random({kTokens, 40}, DType::kBF16, 2);
   const std::vector<Tensor> weights = {Random({40, kWidth}, DType::kBF16, 3), Random({40, kWidth}, DType::kBF16, 4)};
@@ -140,6 +154,18 @@ TEST(ExpertProjection, IsTheGroupedProductOfWhatIsWanted) {
     projection.BackwardInput(dy, weights, segments, dx, fixture.stream, Numerics::kFast);
     ExpectSameBits(y, want_y, "y");
     ExpectSameBits(dx, want_dx, "dx");
+    const Tensor h = Empty({kTokens, 20}, DType::kBF16), want_h = Empty(h.shape(), DType::kBF16);
+    kernels::SwiGlu(want_y, want_h, fixture.stream);
+    for (const bool listed : {false, true}) {
+      const Tensor gate_up = Empty(y.shape(), DType::kBF16);
+      if (listed) {
+        projection.ForwardSwiGlu(x, weights, kernels::SegmentList(segments, fixture.stream), gate_up, h, fixture.stream);
+      } else {
+        projection.ForwardSwiGlu(x, weights, segments, gate_up, h, fixture.stream, Numerics::kFast);
+      }
+      ExpectSameBits(gate_up, want_y, "gate_up");
+      ExpectSameBits(h, want_h, "h");
+    }
     projection.Forward(x, weights, kernels::SegmentList(segments, fixture.stream), y, fixture.stream);
     projection.BackwardInput(dy, weights, kernels::SegmentList(segments, fixture.stream), dx, fixture.stream);
     ExpectSameBits(y, want_y, "y by a list");

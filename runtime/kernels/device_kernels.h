@@ -87,7 +87,10 @@ struct DeviceKernels {
   R (*quantise_weights)(const DeviceTensor* weights, int32_t count, T codes, T transposed, T scales, S);
   // y = addend + x w^T, or with `transposed` x w, of codes [E, n, k] (or those transposed) by segments as above; none: all rows by the
   // first matrix. weight_scales are those of the matrices as they lie, not transposed. addend as in `matmul`.
-  R (*fp8_matmul)(T x, T x_scales, T weights, T weight_scales, bool transposed, T segments, T addend, T y, S);
+  // h (bf16), unless empty: y is gate_up and h as of swiglu.h, of the rows of the segments.
+  R (*fp8_matmul)(T x, T x_scales, T weights, T weight_scales, bool transposed, T segments, T addend, T y, T h, S);
+  // gated_matmul.h. Lists as above.
+  R (*grouped_matmul_swiglu)(T x, T weights, T segments, T gate_up, T h, S);
 
   // attention.h. Its AttentionShape.
   R (*attention)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, S);

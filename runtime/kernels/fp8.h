@@ -44,6 +44,14 @@ void GroupedMatMulGradInput(const Tensor& dy, const Fp8Weights& weights, absl::S
 void GroupedMatMul(const Tensor& x, const Fp8Weights& weights, const Tensor& segments, const Tensor& y, Stream& stream);
 void GroupedMatMulGradInput(const Tensor& dy, const Fp8Weights& weights, const Tensor& segments, const Tensor& dx, Stream& stream);
 
+// As MatMul and GroupedMatMul, and then SwiGlu (swiglu.h) of gate_up = y, all bf16: w is [2F, K], h is [rows, F], undefined outside of
+// segments. One kernel on devices where F is a multiple of 128.
+void MatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, const Tensor& gate_up, const Tensor& h, Stream& stream);
+void GroupedMatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, absl::Span<const Segment> segments, const Tensor& gate_up,
+                         const Tensor& h, Stream& stream, Numerics numerics = Numerics::kFast);
+void GroupedMatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, const Tensor& segments, const Tensor& gate_up, const Tensor& h,
+                         Stream& stream);
+
 namespace ref {
 // values[R, C] (any type): what x[R, C] (bf16) means once it is quantised in blocks of block_rows x 128.
 void RoundToFp8(const Tensor& x, int64_t block_rows, const Tensor& values);

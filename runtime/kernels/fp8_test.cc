@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "runtime/kernels/swiglu.h"
 #include "runtime/kernels/testing.h"
 #include "runtime/tensor/e4m3.h"
 
@@ -199,6 +200,25 @@ TEST(Fp8, ARowsResultDoesNotDependOnOtherRows) {
   }
   const Tensor after = product(louder);
   for (int64_t row = 0; row < 64; row += 2) ExpectSameBits(after.Rows(row, 1), before.Rows(row, 1), "row");
+}
+
+TEST(Fp8, WithASwiGluProductsAreBothOneAfterTheOther) {
+  Stream stream;
+  const Tensor x = Random({20, 70}, DType::kBF16, 1), y = Empty({20, 60}, DType::kBF16), want_h = Empty({20, 30}, DType::kBF16);
+  Fp8Weights weights;
+  QuantiseWeights({Random({60, 70}, DType::kBF16, 2)}, &weights, stream);
+  MatMul(x, weights, Tensor(), y, stream);
+  SwiGlu(y, want_h, stream);
+  const Tensor gate_up = Empty(y.shape(), DType::kBF16), h = Empty(want_h.shape(), DType::kBF16);
+  MatMulSwiGlu(x, weights, gate_up, h, stream);
+  ExpectSameBits(gate_up, y, "gate_up");
+  ExpectSameBits(h, want_h, "h");
+  const std::vector<Segment> all = {{0, 0, 20}};
+  const Tensor grouped = Empty(want_h.shape(), DType::kBF16);
+  GroupedMatMulSwiGlu(x, weights, all, gate_up, grouped, stream);
+  GroupedMatMulSwiGlu(x, weights, SegmentList(all, stream), gate_up, h, stream);
+  ExpectSameBits(grouped, want_h, "grouped");
+  ExpectSameBits(h, want_h, "listed");
 }
 
 TEST(Fp8, QuantisingAgainKeepsTheMemory) {

@@ -8,6 +8,7 @@
 #include "runtime/kernels/cpu/parallel.h"
 #include "runtime/kernels/device_dispatch.h"
 #include "runtime/kernels/group_lists.h"
+#include "runtime/kernels/swiglu.h"
 
 namespace shoal::kernels {
 namespace {
@@ -99,48 +100,63 @@ void CheckProduct(const Tensor& in, const Fp8Weights& weights, Side side, const 
       << ShapeString(out.shape());
 }
 
+// Where results go.
+struct Result {
+  const Tensor& y;
+  Tensor addend = {};  // Of y, or none.
+  Tensor h = {};       // SwiGlu of y, or none.
+};
+
 // On a device, by one kernel for all; `segments`: i32 [S, 3], or empty: all rows with the first matrix.
-void DeviceProduct(const Fp8Rows& in, const Fp8Weights& weights, Side side, const Tensor& segments, const Tensor& addend,
-                   const Tensor& out, Stream& stream) {
+void DeviceProduct(const Fp8Rows& in, const Fp8Weights& weights, Side side, const Tensor& segments, const Result& to, Stream& stream) {
   const bool forward = side == Side::kForward;
   Offloaded(stream, &DeviceKernels::fp8_matmul, in.values, in.scales, forward ? weights.values : weights.transposed, weights.scales,
-            !forward, segments, addend, out);
+            !forward, segments, to.addend, to.y, to.h);
 }
 
-void Dense(const Tensor& in, const Fp8Weights& weights, Side side, const Tensor& addend, const Tensor& out, Stream& stream) {
-  CheckProduct(in, weights, side, out);
-  CheckAddend(addend, out);
-  SHOAL_CHECK(in.dim(0) == out.dim(0) && weights.values.dim(0) == 1) << ShapeString(in.shape()) << " to " << ShapeString(out.shape());
+void CheckGated(const Result& to) {
+  SHOAL_CHECK(to.h.empty() || (to.y.dtype() == DType::kBF16 && to.h.dtype() == DType::kBF16 && to.h.rank() == 2 &&
+                               to.h.dim(0) == to.y.dim(0) && 2 * to.h.dim(1) == to.y.dim(1)))
+      << Name(to.y.dtype()) << ShapeString(to.y.shape()) << " to " << Name(to.h.dtype()) << ShapeString(to.h.shape());
+}
+
+void Dense(const Tensor& in, const Fp8Weights& weights, Side side, const Result& to, Stream& stream) {
+  CheckProduct(in, weights, side, to.y);
+  CheckAddend(to.addend, to.y);
+  CheckGated(to);
+  SHOAL_CHECK(in.dim(0) == to.y.dim(0) && weights.values.dim(0) == 1) << ShapeString(in.shape()) << " to " << ShapeString(to.y.shape());
   const std::vector<Segment> all = {{0, 0, in.dim(0)}};
   const Fp8Rows rows = QuantiseRows(in, all, stream);
-  if (stream.device() != nullptr) return DeviceProduct(rows, weights, side, Tensor(), addend, out, stream);
+  if (stream.device() != nullptr) return DeviceProduct(rows, weights, side, Tensor(), to, stream);
   MatMul(rows.values, Transpose::kNo, weights.values.Reshape({weights.rows, weights.columns}),
-         side == Side::kForward ? Transpose::kYes : Transpose::kNo, addend, out, stream);
+         side == Side::kForward ? Transpose::kYes : Transpose::kNo, to.addend, to.y, stream);
+  if (!to.h.empty()) SwiGlu(to.y, to.h, stream);
 }
 
-void Grouped(const Tensor& in, const Fp8Weights& weights, Side side, absl::Span<const Segment> segments, const Tensor& out,
+void Grouped(const Tensor& in, const Fp8Weights& weights, Side side, absl::Span<const Segment> segments, const Result& to,
              Stream& stream, Numerics numerics) {
-  CheckProduct(in, weights, side, out);
+  CheckProduct(in, weights, side, to.y);
+  CheckGated(to);
   const Fp8Rows rows = QuantiseRows(in, RangesOf(segments), stream);
-  if (stream.device() != nullptr) {
-    return DeviceProduct(rows, weights, side, SegmentList(segments, stream), Tensor(), out, stream);
-  }
+  if (stream.device() != nullptr) return DeviceProduct(rows, weights, side, SegmentList(segments, stream), to, stream);
   std::vector<Tensor> matrices;
   for (int64_t e = 0; e < weights.values.dim(0); ++e) {
     matrices.push_back(weights.values.Elements(e * weights.rows * weights.columns, {weights.rows, weights.columns}));
   }
   if (side == Side::kForward) {
-    GroupedMatMul(rows.values, matrices, segments, out, stream, numerics);
+    GroupedMatMul(rows.values, matrices, segments, to.y, stream, numerics);
   } else {
-    GroupedMatMulGradInput(rows.values, matrices, segments, out, stream, numerics);
+    GroupedMatMulGradInput(rows.values, matrices, segments, to.y, stream, numerics);
   }
+  if (!to.h.empty()) SwiGlu(to.y, to.h, stream);
 }
 
-void Listed(const Tensor& in, const Fp8Weights& weights, Side side, const Tensor& segments, const Tensor& out, Stream& stream) {
-  if (stream.device() == nullptr) return Grouped(in, weights, side, SegmentsOf(segments), out, stream, Numerics::kFast);
-  CheckProduct(in, weights, side, out);
+void Listed(const Tensor& in, const Fp8Weights& weights, Side side, const Tensor& segments, const Result& to, Stream& stream) {
+  if (stream.device() == nullptr) return Grouped(in, weights, side, SegmentsOf(segments), to, stream, Numerics::kFast);
+  CheckProduct(in, weights, side, to.y);
+  CheckGated(to);
   const std::vector<Segment> all = {{0, 0, in.dim(0)}};
-  DeviceProduct(QuantiseRows(in, all, stream), weights, side, segments, Tensor(), out, stream);
+  DeviceProduct(QuantiseRows(in, all, stream), weights, side, segments, to, stream);
 }
 
 // `tensor` if it is of this type, shape and device, else a new one.
@@ -180,29 +196,43 @@ void QuantiseWeights(absl::Span<const Tensor> weights, Fp8Weights* to, Stream& s
 }
 
 void MatMul(const Tensor& x, const Fp8Weights& weights, const Tensor& addend, const Tensor& y, Stream& stream) {
-  Dense(x, weights, Side::kForward, addend, y, stream);
+  Dense(x, weights, Side::kForward, {.y = y, .addend = addend}, stream);
 }
 
 void MatMulGradInput(const Tensor& dy, const Fp8Weights& weights, const Tensor& addend, const Tensor& dx, Stream& stream) {
-  Dense(dy, weights, Side::kGradInput, addend, dx, stream);
+  Dense(dy, weights, Side::kGradInput, {.y = dx, .addend = addend}, stream);
 }
 
 void GroupedMatMul(const Tensor& x, const Fp8Weights& weights, absl::Span<const Segment> segments, const Tensor& y, Stream& stream,
                    Numerics numerics) {
-  Grouped(x, weights, Side::kForward, segments, y, stream, numerics);
+  Grouped(x, weights, Side::kForward, segments, {.y = y}, stream, numerics);
 }
 
 void GroupedMatMulGradInput(const Tensor& dy, const Fp8Weights& weights, absl::Span<const Segment> segments, const Tensor& dx,
                             Stream& stream, Numerics numerics) {
-  Grouped(dy, weights, Side::kGradInput, segments, dx, stream, numerics);
+  Grouped(dy, weights, Side::kGradInput, segments, {.y = dx}, stream, numerics);
 }
 
 void GroupedMatMul(const Tensor& x, const Fp8Weights& weights, const Tensor& segments, const Tensor& y, Stream& stream) {
-  Listed(x, weights, Side::kForward, segments, y, stream);
+  Listed(x, weights, Side::kForward, segments, {.y = y}, stream);
 }
 
 void GroupedMatMulGradInput(const Tensor& dy, const Fp8Weights& weights, const Tensor& segments, const Tensor& dx, Stream& stream) {
-  Listed(dy, weights, Side::kGradInput, segments, dx, stream);
+  Listed(dy, weights, Side::kGradInput, segments, {.y = dx}, stream);
+}
+
+void MatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, const Tensor& gate_up, const Tensor& h, Stream& stream) {
+  Dense(x, weights, Side::kForward, {.y = gate_up, .h = h}, stream);
+}
+
+void GroupedMatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, absl::Span<const Segment> segments, const Tensor& gate_up,
+                         const Tensor& h, Stream& stream, Numerics numerics) {
+  Grouped(x, weights, Side::kForward, segments, {.y = gate_up, .h = h}, stream, numerics);
+}
+
+void GroupedMatMulSwiGlu(const Tensor& x, const Fp8Weights& weights, const Tensor& segments, const Tensor& gate_up, const Tensor& h,
+                         Stream& stream) {
+  Listed(x, weights, Side::kForward, segments, {.y = gate_up, .h = h}, stream);
 }
 
 }  // namespace shoal::kernels

@@ -36,6 +36,14 @@ DeviceResult QueueSumTensors(const DeviceTensor* from, int32_t count, const Devi
   });
 }
 
+DeviceResult QueueQuantiseWeights(const DeviceTensor* weights, int32_t count, const DeviceTensor& codes, const DeviceTensor& transposed,
+                                  const DeviceTensor& scales, DeviceStream* stream) {
+  return FakeDevice::Current().Submit(
+      stream, [own = std::vector<DeviceTensor>(weights, weights + count), count, codes, transposed, scales, stream] {
+        return g_own.quantise_weights(own.data(), count, codes, transposed, scales, stream);
+      });
+}
+
 DeviceResult MatMulOnCpu(const DeviceTensor& a, bool transpose_a, const DeviceTensor& b, bool transpose_b, const DeviceTensor& addend,
                          const DeviceTensor& c, DeviceStream*) {
   const auto host = [](const DeviceTensor& tensor) { return Tensor(tensor.data, {tensor.shape[0], tensor.shape[1]}, tensor.dtype); };
@@ -55,7 +63,9 @@ const DeviceKernels* EmulatedKernels() {
                &K::softmax_backward, &K::topk_sigmoid, &K::topk_sigmoid_backward, &K::sum_shares, &K::top_tokens, &K::normalize_rows,
                &K::normalize_rows_backward, &K::sum_over_tokens, &K::order_by_expert, &K::add_routing_sums, &K::gradient_of_counts,
                &K::sequence_loads, &K::add_sequence_loss, &K::divide_by, &K::divide_by_backward, &K::matmul, &K::grouped_matmul,
-               &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::attention, &K::attention_backward>();
+               &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::quantise_rows, &K::fp8_matmul, &K::grouped_matmul_swiglu,
+               &K::attention, &K::attention_backward>();
+  g_queued.quantise_weights = QueueQuantiseWeights;
   g_queued.sum_tensors = QueueSumTensors;
   return &g_queued;
 }

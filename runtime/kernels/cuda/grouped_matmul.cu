@@ -2,81 +2,11 @@
 // tiles of the results: which tiles there are, its blocks find from the counts of the segments, so that the host need not know them and
 // no row is multiplied in vain. A tile is the sum over steps of k, in their order whatever stands beside it: the bits of a result depend
 // on its own rows and weights alone.
+#include "runtime/kernels/cuda/segment_walk.h"
 #include "runtime/kernels/cuda/tile_product.h"
 
 namespace shoal::cuda {
 namespace {
-
-#ifdef __CUDACC__
-// What a block may have, at most; 0 if the device does not tell.
-int64_t SharedMemoryOfBlock() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
-}
-#else
-int64_t SharedMemoryOfBlock() { return 227 * 1024; }
-#endif
-
-// The segments in their order, 32 at a time, one in each lane; all lanes of a warp call together.
-struct SegmentWindow {
-  const int32_t* segments = nullptr;  // [count, 3]: expert, begin, rows
-  int32_t count = 0;
-  int32_t first = -32;
-  int32_t expert = 0, begin = 0, rows = 0;  // Of this lane's segment; rows 0: none.
-
-  __device__ bool Advance() {
-    first += 32;
-    if (first >= count) return false;
-    const int32_t own = first + static_cast<int32_t>(threadIdx.x) % 32;
-    rows = own < count ? segments[3 * own + 2] : 0;
-    expert = own < count ? segments[3 * own] : 0;
-    begin = own < count ? segments[3 * own + 1] : 0;
-    return true;
-  }
-};
-
-__device__ __forceinline__ int64_t From(int64_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-__device__ __forceinline__ int32_t From(int32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
-
-// Finds tiles of segments by their number over all segments. Numbers asked for may not fall.
-class TileWalk {
- public:
-  struct Tile {
-    int32_t expert, begin, rows;  // The segment.
-    int64_t tile;                 // Within it.
-  };
-  // A segment of r rows has ceil(r / tile_rows) * tiles_per_row of them.
-  __device__ TileWalk(const int32_t* segments, int32_t count, int tile_rows, int64_t tiles_per_row)
-      : window_{segments, count}, tile_rows_(tile_rows), tiles_per_row_(tiles_per_row) {}
-
-  __device__ bool Find(int64_t number, Tile& found) {
-    while (number >= before_ + in_window_) {
-      before_ += in_window_;
-      if (!window_.Advance()) return false;
-      through_ = Blocks(window_.rows, tile_rows_) * tiles_per_row_;
-      const int lane = static_cast<int>(threadIdx.x) % 32;
-      for (int distance = 1; distance < 32; distance *= 2) {
-        const int64_t other = __shfl_up_sync(0xffffffffu, through_, static_cast<unsigned>(distance));
-        if (lane >= distance) through_ += other;
-      }
-      in_window_ = From(through_, 31);
-    }
-    const int64_t local = number - before_;
-    const int lane = __ffs(static_cast<int>(__ballot_sync(0xffffffffu, through_ > local))) - 1;
-    found = {From(window_.expert, lane), From(window_.begin, lane), From(window_.rows, lane), 0};
-    found.tile = local - (From(through_, lane) - Blocks(found.rows, tile_rows_) * tiles_per_row_);
-    return true;
-  }
-
- private:
-  SegmentWindow window_;
-  int tile_rows_;
-  int64_t tiles_per_row_;
-  int64_t before_ = 0;  // Tiles of earlier windows.
-  int64_t in_window_ = 0;
-  int64_t through_ = 0;  // Tiles of the window up to this lane's segment, its own among them.
-};
 
 // The steps of a product whose k lies along rows of both operands, or across those of b.
 template <typename T> struct AlongSteps {
@@ -135,6 +65,7 @@ template <typename T> class SegmentSteps {
 template <typename T, bool kAcross> struct RowsWork {
   using Product = TileProduct<T, false, kAcross>;
   using Steps = AlongSteps<T>;
+  static constexpr bool kGated = false;
   const T* x;
   const int64_t* weights;
   int64_t k, n;
@@ -155,7 +86,7 @@ template <typename T, bool kAcross> struct RowsWork {
     const T* const b = reinterpret_cast<const T*>(weights[tile.expert]) + (kAcross ? n_begin : n_begin * k);
     steps = {a, b, Product::kStep, kAcross ? Product::kStep * n : Product::kStep, k};
     shape = {tile.rows - m_begin, n - n_begin, k, w_stride, AreAligned(a, k, b, w_stride)};
-    result = {y + (row * n + n_begin) * (f32 ? 4 : 2), n, f32, false};
+    result = {y + (row * n + n_begin) * (f32 ? 4 : 2), n, f32, nullptr};
     return true;
   }
 };
@@ -172,7 +103,47 @@ __global__ void __launch_bounds__(TileProduct<T, false, kAcross>::kThreads, Tile
                                n,
                                static_cast<unsigned char*>(y),
                                f32,
-                               TileWalk(segments, segment_count, Product::kRows, Blocks(n, Product::kColumns))};
+                               TileWalk({segments, segment_count}, Product::kRows, Blocks(n, Product::kColumns))};
+  Product::Run(work, shared);
+}
+
+// gate_up[rows, 2 F] = x[rows, k] w^T with w [2 F, k], and h[rows, F] of it, likewise.
+struct GatedWork {
+  using Product = TileProduct<Bf16, false, false>;
+  using Steps = AlongSteps<Bf16>;
+  static constexpr bool kGated = true;
+  static constexpr int kTileColumns = Product::kColumns / 2;
+  const Bf16* x;
+  const int64_t* weights;
+  int64_t k, inner;
+  Bf16* gate_up;
+  Bf16* h;
+  TileWalk walk;
+  int64_t number = blockIdx.x;
+
+  __device__ bool Next(Steps& steps, TileShape& shape, TileResult& result) {
+    TileWalk::Tile tile;
+    if (!walk.Find(number, tile)) return false;
+    number += gridDim.x;
+    const int64_t tiles_m = Blocks(tile.rows, Product::kRows);
+    const int64_t m_begin = tile.tile % tiles_m * Product::kRows, n_begin = tile.tile / tiles_m * kTileColumns;
+    const int64_t row = tile.begin + m_begin;
+    const Bf16* const a = x + row * k;
+    const Bf16* const b = reinterpret_cast<const Bf16*>(weights[tile.expert]) + n_begin * k;
+    steps = {a, b, Product::kStep, Product::kStep, k};
+    shape = {tile.rows - m_begin, inner - n_begin, k, k, AreAligned(a, k, b, k), inner};
+    result = {gate_up + row * 2 * inner + n_begin, 2 * inner, false, nullptr, inner, h + row * inner + n_begin};
+    return true;
+  }
+};
+
+__global__ void __launch_bounds__(GatedWork::Product::kThreads, GatedWork::Product::kBlocks)
+    GatedKernel(const Bf16* x, const int64_t* weights, const int32_t* segments, int32_t segment_count, int64_t k, int64_t inner,
+                Bf16* gate_up, Bf16* h) {
+  using Product = GatedWork::Product;
+  SHOAL_DYNAMIC_SHARED(unsigned char, shared);
+  GatedWork work = {x, weights, k, inner, gate_up, h,
+                    TileWalk({segments, segment_count}, Product::kRows, Blocks(inner, GatedWork::kTileColumns))};
   Product::Run(work, shared);
 }
 
@@ -180,6 +151,7 @@ __global__ void __launch_bounds__(TileProduct<T, false, kAcross>::kThreads, Tile
 template <typename T> struct WeightWork {
   using Product = TileProduct<T, true, true>;
   using Steps = SegmentSteps<T>;
+  static constexpr bool kGated = false;
   const T* dy;
   const T* x;
   const int32_t* segments;
@@ -199,7 +171,8 @@ template <typename T> struct WeightWork {
     const T* const b = x + n_begin;
     steps = Steps(segments, segment_count, static_cast<int32_t>(expert), a, n, b, k);
     shape = {n - m_begin, k - n_begin, n, k, AreAligned(a, n, b, k)};
-    result = {reinterpret_cast<float*>(weight_grads[expert]) + m_begin * k + n_begin, k, true, add};
+    float* const sum = reinterpret_cast<float*>(weight_grads[expert]) + m_begin * k + n_begin;
+    result = {sum, k, true, add ? sum : nullptr};
     return true;
   }
 };
@@ -233,6 +206,21 @@ template <typename T, bool kAcross> DeviceResult Rows(TensorArg x, TensorArg wei
 
 DeviceResult GroupedMatMul(TensorArg x, TensorArg weights, TensorArg segments, TensorArg y, StreamArg stream) {
   return WithType(x, [&](auto type) { return Rows<decltype(type), false>(x, weights, segments, y, stream); });
+}
+
+DeviceResult GroupedMatMulSwiGlu(TensorArg x, TensorArg weights, TensorArg segments, TensorArg gate_up, TensorArg h, StreamArg stream) {
+  if (x.dtype != DType::kBF16) {
+    const DeviceResult product = GroupedMatMul(x, weights, segments, gate_up, stream);
+    return product.code == DeviceResult::Code::kOk ? SwiGlu(gate_up, h, stream) : product;
+  }
+  using Product = GatedWork::Product;
+  const int64_t inner = h.shape[1], segment_count = segments.shape[0];
+  const int64_t tiles_most = (h.shape[0] / Product::kRows + segment_count) * Blocks(inner, GatedWork::kTileColumns);
+  const int64_t resident = static_cast<int64_t>(MultiProcessors()) * Product::kBlocks;
+  return Launch(
+      {.blocks = tiles_most < resident ? tiles_most : resident, .threads = Product::kThreads, .shared_bytes = SharedBytes<Product>()},
+      stream, GatedKernel, Data<Bf16>(x), Data<int64_t>(weights), Data<int32_t>(segments), segment_count, x.shape[1], inner,
+      Data<Bf16>(gate_up), Data<Bf16>(h));
 }
 
 DeviceResult GroupedMatMulGradInput(TensorArg dy, TensorArg weights, TensorArg segments, TensorArg dx, StreamArg stream) {

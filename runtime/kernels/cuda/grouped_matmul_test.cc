@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "runtime/kernels/cuda/device_testing.h"
+#include "runtime/kernels/gated_matmul.h"
 #include "runtime/kernels/matmul.h"
+#include "runtime/kernels/swiglu.h"
 
 namespace shoal::cuda {
 namespace {
@@ -225,6 +227,33 @@ TEST(GroupedMatMul, OddAddresses) {
     kernels::GroupedMatMulGradWeight(there_y, there_x, std::vector<Segment>{{0, 0, 40}}, Accumulate::kOverwrite, grads, *stream);
     kernels::ref::MatMul(ToHost(there_y, *stream), Transpose::kYes, x, Transpose::kNo, Accumulate::kOverwrite, dw, host);
     ExpectClose(ToHost(grads[0], *stream), dw, 40 * 72);  // The terms are sums of 72.
+  }
+}
+
+// With the bits of the product and of SwiGlu after it; F within a tile, off every multiple of what a tile has of gates, across tiles.
+TEST(GroupedMatMul, WithASwiGluItIsBothOneAfterTheOther) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  for (const auto& [inner, k] : {Size{64, 32}, Size{7, 51}, Size{136, 72}, Size{150, 24}, Size{16, 130}}) {
+    for (const DType in : {DType::kBF16, DType::kF32}) {
+      SCOPED_TRACE(testing::Message() << inner << "x" << k << " " << Name(in));
+      const std::vector<Tensor> weights = AllToDevice(Weights(2 * inner, k, in, 10), *stream);
+      const Tensor x = ToDevice(Random(kRows, k, in, 1), *stream), before = Random(kRows, 2 * inner, in, 2);
+      const Tensor want = ToDevice(before, *stream), want_h = Empty({kRows, inner}, in, *stream);
+      kernels::GroupedMatMul(x, weights, kSegments, want, *stream);
+      kernels::SwiGlu(want, want_h, *stream);
+      for (const bool listed : {false, true}) {
+        const Tensor gate_up = ToDevice(before, *stream), h = Zeros({kRows, inner}, in, *stream);
+        if (listed) {
+          kernels::GroupedMatMulSwiGlu(x, kernels::MatrixList(weights, *stream), kernels::SegmentList(kSegments, *stream), gate_up, h,
+                                       *stream);
+        } else {
+          kernels::GroupedMatMulSwiGlu(x, weights, kSegments, gate_up, h, *stream);
+        }
+        EXPECT_TRUE(SameBits(ToHost(gate_up, *stream), ToHost(want, *stream)));
+        const Tensor got_h = ToHost(h, *stream), all = ToHost(want_h, *stream);
+        for (const Segment& s : kSegments) EXPECT_TRUE(SameBits(got_h.Rows(s.begin, s.count), all.Rows(s.begin, s.count))) << s.begin;
+      }
+    }
   }
 }
 

@@ -61,6 +61,12 @@ DeviceResult GroupedMatMul(TensorArg x, TensorArg weights, TensorArg segments, T
 DeviceResult GroupedMatMulGradInput(TensorArg dy, TensorArg weights, TensorArg segments, TensorArg dx, StreamArg stream);
 DeviceResult GroupedMatMulGradWeight(TensorArg dy, TensorArg x, TensorArg segments, bool add, TensorArg weight_grads,
                                      StreamArg stream);
+DeviceResult QuantiseRows(TensorArg x, TensorArg codes, TensorArg scales, StreamArg stream);
+DeviceResult QuantiseWeights(const DeviceTensor* weights, int32_t count, TensorArg codes, TensorArg transposed, TensorArg scales,
+                             StreamArg stream);
+DeviceResult Fp8MatMul(TensorArg x, TensorArg x_scales, TensorArg weights, TensorArg weight_scales, bool transposed, TensorArg segments,
+                       TensorArg addend, TensorArg y, TensorArg h, StreamArg stream);
+DeviceResult GroupedMatMulSwiGlu(TensorArg x, TensorArg weights, TensorArg segments, TensorArg gate_up, TensorArg h, StreamArg stream);
 DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out,
                        TensorArg lse, StreamArg stream);
 DeviceResult AttentionBackward(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv,
@@ -109,6 +115,10 @@ inline DeviceKernels OwnKernels() {
   kernels.grouped_matmul = GroupedMatMul;
   kernels.grouped_matmul_grad_input = GroupedMatMulGradInput;
   kernels.grouped_matmul_grad_weight = GroupedMatMulGradWeight;
+  kernels.quantise_rows = QuantiseRows;
+  kernels.quantise_weights = QuantiseWeights;
+  kernels.fp8_matmul = Fp8MatMul;
+  kernels.grouped_matmul_swiglu = GroupedMatMulSwiGlu;
   kernels.attention = Attention;
   kernels.attention_backward = AttentionBackward;
   kernels.sum_tensors = SumTensors;

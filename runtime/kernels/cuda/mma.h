@@ -7,6 +7,8 @@
 //   b[0..1]: the pairs (k 2t, column g), (2t + 8, g) of a 16 x 8 matrix, adjacent in k;
 //   c[0..3]: (row g, column 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1) of a 16 x 8 matrix of f32.
 // Two c beside each other (columns 0-7 and 8-15), rounded to bf16 pairwise, are the a of the next product.
+//
+// Matrices of e4m3 codes lie as if each two of them, adjacent in k, were one bf16: a fragment's pairs are then four codes, 32 k long.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +31,15 @@ __device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint3
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with codes: of sm_89 on, before it c stays as it is.
+__device__ __forceinline__ void MmaE4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 890
+  asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
 // Four 8 x 8 matrices: lanes 8 i .. 8 i + 7 give the addresses (shared memory, 16-byte aligned) of the rows of matrix i; lane 4 g + t
@@ -108,11 +119,11 @@ template <typename Layout> __device__ __forceinline__ void LoadBTransposed(uint3
   LoadMatricesTransposed(b, matrix + Layout::At(k + lane / 8 % 2 * 8 + lane % 8, column / 8 + lane / 16));
 }
 
-// A matrix of `rows` x `columns` (at most kRows x kColumns) of global memory, rows `stride` apart, into shared memory by all kThreads of
-// the block; zeros beside it. `aligned`: the address is a multiple of 16 bytes, stride and columns are multiples of 8: then by
-// asynchronous copies, which the caller commits; else element by element.
-template <typename Layout, int kRows, int kColumns, int kThreads>
-__device__ __forceinline__ void LoadTile(Bf16* shared, const Bf16* global, int64_t stride, int rows, int columns, bool aligned) {
+// A matrix of at most kRows x kColumns of global memory into shared memory by all kThreads of the block; zeros beside it. row_at(row) is
+// the address of a row, null behind the last; `some` any of them. `aligned`: addresses are multiples of 16 bytes, columns are multiples
+// of 8: then by asynchronous copies, which the caller commits; else element by element.
+template <typename Layout, int kRows, int kColumns, int kThreads, typename RowAt>
+__device__ __forceinline__ void LoadRows(Bf16* shared, const RowAt& row_at, const Bf16* some, int columns, bool aligned) {
   constexpr int kChunks = kColumns / 8;
 #pragma unroll
   for (int first = 0; first < kRows * kChunks; first += kThreads) {
@@ -120,8 +131,9 @@ __device__ __forceinline__ void LoadTile(Bf16* shared, const Bf16* global, int64
     if (kRows * kChunks % kThreads != 0 && item >= kRows * kChunks) break;
     const int row = item / kChunks, chunk = item % kChunks;
     Bf16* const to = shared + Layout::At(row, chunk);
-    const bool inside = row < rows && chunk * 8 < columns;
-    const Bf16* const from = inside ? global + row * stride + chunk * 8 : global;
+    const Bf16* const own = row_at(row);
+    const bool inside = own != nullptr && chunk * 8 < columns;
+    const Bf16* const from = inside ? own + chunk * 8 : some;
     if (aligned) {
       CopyAsync16(to, from, inside);
     } else {
@@ -132,6 +144,13 @@ __device__ __forceinline__ void LoadTile(Bf16* shared, const Bf16* global, int64
       *reinterpret_cast<Pack<Bf16, 8>*>(to) = pack;
     }
   }
+}
+
+// The same of `rows` rows that lie `stride` apart.
+template <typename Layout, int kRows, int kColumns, int kThreads>
+__device__ __forceinline__ void LoadTile(Bf16* shared, const Bf16* global, int64_t stride, int rows, int columns, bool aligned) {
+  const auto row_at = [&](int row) { return row < rows ? global + row * stride : nullptr; };
+  LoadRows<Layout, kRows, kColumns, kThreads>(shared, row_at, global, columns, aligned);
 }
 
 __host__ __device__ __forceinline__ bool IsAligned16(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }

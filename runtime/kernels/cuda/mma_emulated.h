@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "runtime/kernels/cuda/launch.h"
+#include "runtime/tensor/e4m3.h"
 
 namespace shoal::cuda {
 
@@ -36,6 +37,8 @@ inline std::deque<CopyGroup>& Copies() {
   return groups;
 }
 inline float Half(uint32_t pair, int high) { return __uint_as_float(high != 0 ? pair & 0xffff0000u : pair << 16); }
+// A code is a number, or NaN.
+inline float CodeToFloat(uint32_t code) { return (code & 0x7fu) == 0x7fu ? NAN : FromE4m3(static_cast<uint8_t>(code)); }
 }  // namespace emulator
 
 inline uint32_t SharedAddress(const void* shared) {
@@ -53,6 +56,21 @@ inline void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
       const uint32_t left = all[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
       const uint32_t right = all[column * 4 + k % 8 / 2][4 + k / 8];
       c[i] += emulator::Half(left, k % 2) * emulator::Half(right, k % 2);
+    }
+  }
+}
+
+inline void MmaE4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  uint32_t all[32][6];
+  emulator::Gather(own, sizeof(own), all);
+  const int g = emulator::Lane() / 4, t = emulator::Lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+    for (int k = 0; k < 32; ++k) {
+      const uint32_t left = all[row % 8 * 4 + k % 16 / 4][row / 8 + k / 16 * 2] >> k % 4 * 8;
+      const uint32_t right = all[column * 4 + k % 16 / 4][4 + k / 16] >> k % 4 * 8;
+      c[i] += emulator::CodeToFloat(left & 0xff) * emulator::CodeToFloat(right & 0xff);
     }
   }
 }

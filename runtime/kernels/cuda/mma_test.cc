@@ -187,6 +187,63 @@ TEST(WarpGroup, OperandsOfEveryLayoutMultiply) {
   CheckGroup<128, false, true, true>();
 }
 
+// c[64, 128] = a[64, 128] b[128, 128]^T of codes that lie as [row][k] and [column][k], by a warp group or by warps.
+__global__ void CodeProduct(const Bf16* a, const Bf16* b, bool by_group, float* c) {
+  SHOAL_DYNAMIC_SHARED(Bf16, shared);
+  Bf16* const shared_b = shared + 64 * 64;
+  LoadTile<Swizzled<64>, 64, 64, 128>(shared, a, 64, 64, 64, true);
+  LoadTile<Swizzled<128>, 128, 64, 128>(shared_b, b, 64, 128, 64, true);
+  CommitCopies();
+  WaitCopies<0>();
+  PublishShared();
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  float sums[16][4] = {};
+  if (by_group) {
+    StartProducts();
+    MultiplyWarpGroupE4m3<true>(sums, shared, shared_b, 0);
+    for (int k = 16; k < 64; k += 16) MultiplyWarpGroupE4m3<false>(sums, shared, shared_b, k);
+    CommitProducts();
+    WaitProducts<0>(sums);
+  } else {
+    for (int k = 0; k < 64; k += 16) {
+      uint32_t of_a[4], of_b[4];
+      LoadA<Swizzled<64>>(of_a, shared, 16 * warp, k);
+      for (int j = 0; j < 16; j += 2) {
+        LoadB<Swizzled<128>>(of_b, shared_b, 8 * j, k);
+        MmaE4m3(sums[j], of_a, of_b[0], of_b[1]);
+        MmaE4m3(sums[j + 1], of_a, of_b[2], of_b[3]);
+      }
+    }
+  }
+  const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
+  for (int j = 0; j < 16; ++j) {
+    for (int i = 0; i < 4; ++i) c[(16 * warp + g + i / 2 * 8) * 128 + 8 * j + 2 * t + i % 2] = sums[j][i];
+  }
+}
+
+TEST(MmaE4m3, CodesMultiplyByWarpsAndByAWarpGroup) {
+  std::mt19937 random(8);
+  std::vector<uint8_t> a(64 * 128), b(128 * 128);
+  for (std::vector<uint8_t>* x : {&a, &b}) {
+    for (uint8_t& code : *x) code = ToE4m3(static_cast<float>(random() % 17) - 8);  // Sums are exact.
+  }
+  for (const bool by_group : {true, false}) {
+    std::vector<float> c(64 * 128, -1);
+    ASSERT_EQ(Launch({.threads = 128, .shared_bytes = (64 + 128) * 128}, nullptr, CodeProduct, reinterpret_cast<const Bf16*>(a.data()),
+                     reinterpret_cast<const Bf16*>(b.data()), by_group, c.data())
+                  .code,
+              DeviceResult::Code::kOk);
+    for (size_t m = 0; m < 64; ++m) {
+      for (size_t n = 0; n < 128; ++n) {
+        float want = 0;
+        for (size_t k = 0; k < 128; ++k) want += FromE4m3(a[m * 128 + k]) * FromE4m3(b[n * 128 + k]);
+        ASSERT_EQ(c[m * 128 + n], want) << m << ", " << n << " by group " << by_group;
+      }
+    }
+  }
+}
+
 __global__ void LoadOdd(const Bf16* from, int rows, int columns, bool aligned, Bf16* to) {
   SHOAL_DYNAMIC_SHARED(Bf16, shared);
   LoadTile<Swizzled<16>, 16, 64, 64>(shared, from, columns, rows, columns, aligned);

@@ -1,3 +1,4 @@
+#include "runtime/kernels/cuda/gate.h"
 #include "runtime/kernels/cuda/kernels.h"
 #include "runtime/kernels/cuda/pack.h"
 
@@ -5,13 +6,6 @@ namespace shoal::cuda {
 namespace {
 
 constexpr int kThreads = 256, kAtOnce = 2;
-
-// At the rate of memory there are some thirty instructions for an element; the exact exponential and division take too many of them,
-// and bf16 does not show the difference.
-template <typename T> __device__ __forceinline__ float Sigmoid(float x) {
-  if constexpr (sizeof(T) == 2) return __fdividef(1.0f, 1.0f + __expf(-x));
-  return 1.0f / (1.0f + expf(-x));
-}
 
 template <typename T, int N> __global__ void SwiGluRows(const T* gate_up, T* h, int64_t rows, int64_t width) {
   for (PackWalk walk(width / N); walk.row < rows;) {
@@ -27,7 +21,7 @@ template <typename T, int N> __global__ void SwiGluRows(const T* gate_up, T* h, 
     for (int u = 0; u < kAtOnce; ++u) {
       if (at[u] < 0) break;
 #pragma unroll
-      for (int i = 0; i < N; ++i) gate[u].at[i] = gate[u].at[i] * Sigmoid<T>(gate[u].at[i]) * up[u].at[i];
+      for (int i = 0; i < N; ++i) gate[u].at[i] = Gated<T>(gate[u].at[i], up[u].at[i]);
       Store(h + at[u], gate[u]);
     }
   }

@@ -3,13 +3,29 @@
 //
 // A Work hands out tiles: bool Next(Steps&, TileShape&, TileResult&), false behind the last; and its Steps the parts of one tile:
 // bool Next(int most_k, Step<T>&). All threads of the block call both alike.
+//
+// Work::kGated: w has the F rows of a gate, then F of an up projection, and silu(gate) * up is written beside both (fused SwiGLU). A tile
+// has half as many columns of each, 16 of the gate and then their 16 of up, so that a warp has what belongs together. In memory both lie
+// as ever.
 #pragma once
 
+#include "runtime/kernels/cuda/gate.h"
 #include "runtime/kernels/cuda/kernels.h"
 #include "runtime/kernels/cuda/mma.h"
 #include "runtime/kernels/cuda/warp_group.h"
 
 namespace shoal::cuda {
+
+// Dynamic shared memory that a block may have, at most; 0 if the device does not tell.
+#ifdef __CUDACC__
+inline int64_t SharedMemoryOfBlock() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
+#else
+inline int64_t SharedMemoryOfBlock() { return 227 * 1024; }
+#endif
 
 // Operands of one step: the first elements of a's and b's parts, and how many of k there are (at most TileProduct::kStep).
 template <typename T> struct Step {
@@ -19,17 +35,29 @@ template <typename T> struct Step {
 };
 
 struct TileShape {
-  int64_t m, n;  // Rows and columns of the result from the tile's first; may be more than the tile has.
+  int64_t m, n;  // Rows and columns (gated: of the gate) of the result from the tile's first; may be more than the tile has.
   int64_t a_stride, b_stride;
   bool aligned;  // Addresses of all steps are multiples of 16 bytes; so are the strides and what is left of every row.
+  int64_t inner = 0;  // F, where gated.
 };
 
 struct TileResult {
   void* data;  // Of the tile's first element.
   int64_t stride;
   bool f32;  // Else bf16.
-  bool add;  // To what is there: f32 only.
+  const float* addend;  // Added, f32 only: of the tile's first element, `stride` apart, maybe `data`. Null: none.
+  // Gated, of bf16: F, and of h's first element of the tile; its rows lie F apart.
+  int64_t inner = 0;
+  void* h = nullptr;
 };
+
+// Columns that a tile of at most kColumns of both has for `gates` columns of the gate.
+template <int kColumns> __device__ __forceinline__ int GatedColumns(int64_t gates) {
+  return gates < kColumns / 2 ? static_cast<int>(Blocks(gates, 16)) * 32 : kColumns;
+}
+// Of a column of a gated tile: that of the gate, counted from the tile's first.
+__device__ __forceinline__ int GateOf(int column) { return column / 32 * 16 + column % 16; }
+__device__ __forceinline__ bool IsUp(int column) { return column % 32 >= 16; }
 
 template <typename T> __device__ __forceinline__ bool AreAligned(const T* a, int64_t a_stride, const T* b, int64_t b_stride) {
   constexpr int64_t kElements = 16 / sizeof(T);
@@ -41,15 +69,15 @@ __device__ __forceinline__ void Store8(const TileResult& result, int64_t at, int
   const bool whole = count >= 8 && IsAligned16(static_cast<unsigned char*>(result.data) + at * (result.f32 ? 4 : 2));
   if (result.f32) {
     float* const to = static_cast<float*>(result.data) + at;
+    const float* const addend = result.addend == nullptr ? nullptr : result.addend + at;
     for (int i = 0; i < 8; i += 4) {
-      if (whole) {
-        auto* const pack = reinterpret_cast<Pack<float, 4>*>(to + i);
-        Pack<float, 4> sums = result.add ? *pack : Pack<float, 4>{};
+      if (whole && (addend == nullptr || IsAligned16(addend))) {
+        Pack<float, 4> sums = addend == nullptr ? Pack<float, 4>{} : *reinterpret_cast<const Pack<float, 4>*>(addend + i);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums.at[j] += values[i + j];
-        *pack = sums;
+        *reinterpret_cast<Pack<float, 4>*>(to + i) = sums;
       } else {
-        for (int j = i; j < i + 4 && j < count; ++j) to[j] = result.add ? to[j] + values[j] : values[j];
+        for (int j = i; j < i + 4 && j < count; ++j) to[j] = addend == nullptr ? values[j] : addend[j] + values[j];
       }
     }
   } else {
@@ -65,6 +93,75 @@ __device__ __forceinline__ void Store8(const TileResult& result, int64_t at, int
   }
 }
 
+// Sums go through shared memory on their way out, each warp's through its own kStaging floats, so that rows are written by accesses of 16
+// bytes that lie together: 16 rows of 32 columns, from tile j on.
+constexpr int kStagingStride = 36, kStaging = 16 * kStagingStride;
+template <int kTilesN> __device__ __forceinline__ void Stage(const float (&sums)[kTilesN][4], int j, float* staging) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  float* const own = staging + lane / 4 * kStagingStride + lane % 4 * 2;
+#pragma unroll
+  for (int l = 0; l < 4; ++l) {
+    *reinterpret_cast<Pack<float, 2>*>(own + 8 * l) = {sums[j + l][0], sums[j + l][1]};
+    *reinterpret_cast<Pack<float, 2>*>(own + 8 * l + 8 * kStagingStride) = {sums[j + l][2], sums[j + l][3]};
+  }
+}
+
+// A warp's sums, 16 kTilesM x 8 kTilesN from (row, column) on, of a tile of m x n.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void StoreSums(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n,
+                                          const TileResult& result, float* staging) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 4) {
+      Stage(sums[i], j, staging);
+      __syncwarp();
+      const int at_column = column + 8 * j + lane % 4 * 8;
+      for (int r = lane / 4; r < 16; r += 8) {
+        const int at_row = row + 16 * i + r;
+        if (at_row < m && at_column < n) {
+          Store8(result, at_row * result.stride + at_column, n - at_column, staging + r * kStagingStride + lane % 4 * 8);
+        }
+      }
+      __syncwarp();
+    }
+  }
+}
+
+// The same of a gated tile; `gates`: the gate's columns from the tile's first.
+template <int kTilesM, int kTilesN>
+__device__ __forceinline__ void StoreGated(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int64_t gates,
+                                           const TileResult& result, float* staging) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const TileResult h = {result.h, result.inner, false, nullptr};
+  const auto left = [&](int gate) { return gates - gate < 8 ? static_cast<int>(gates - gate) : 8; };
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+    for (int j = 0; j < kTilesN; j += 4) {
+      Stage(sums[i], j, staging);
+      __syncwarp();
+      const int of_lane = column + 8 * j + lane % 4 * 8, gate = GateOf(of_lane);
+      for (int r = lane / 4; r < 16; r += 8) {
+        const int64_t at = (row + 16 * i + r) * result.stride + gate + (IsUp(of_lane) ? result.inner : 0);
+        if (row + 16 * i + r < m && gate < gates) Store8(result, at, left(gate), staging + r * kStagingStride + lane % 4 * 8);
+      }
+      const int of_h = GateOf(column + 8 * j) + lane % 2 * 8, h_row = row + 16 * i + lane / 2;
+      if (h_row < m && of_h < gates) {
+        const float* const gated = staging + lane / 2 * kStagingStride + lane % 2 * 8;
+        float values[8];
+        // Of what is stored, as if it was read again.
+        for (int l = 0; l < 8; ++l) {
+          values[l] = Gated<Bf16>(ToFloat(FromFloat<Bf16>(gated[l])), ToFloat(FromFloat<Bf16>(gated[16 + l])));
+        }
+        Store8(h, h_row * h.stride + of_h, left(of_h), values);
+      }
+      __syncwarp();
+    }
+  }
+}
+
 // The tiles c[m, n] = a b of a Work. kAAcross: a lies as [k][m], else [m][k]; kBAcross: b lies as [k][n], else [n][k].
 template <typename T, bool kAAcross, bool kBAcross> struct TileProduct;
 
@@ -72,8 +169,6 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
   static constexpr int kRows = 128, kColumns = 256, kStep = 64, kStages = 3;
   static constexpr int kThreads = 256, kBlocks = 1;  // Of a multiprocessor.
   static constexpr int kABytes = kRows * kStep * 2, kStageBytes = kABytes + kColumns * kStep * 2;
-  // A warp's place for 16 rows of 32 sums on their way out, beside the stages.
-  static constexpr int kStagingStride = 36, kStaging = 16 * kStagingStride;
   static constexpr int kSharedBytes = kStages * kStageBytes + kThreads / 32 * kStaging * 4;
   // With warp groups one stage more: the products of one still run while the next ones are put there. Taken where a block may have it.
   static constexpr int kSharedBytesMost = kSharedBytes + kStageBytes;
@@ -105,21 +200,24 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
     int loaded = 0;  // Steps.
 
     __device__ int m() const { return static_cast<int>(shape.m < kRows ? shape.m : kRows); }
-    __device__ int n() const { return static_cast<int>(shape.n < kColumns ? shape.n : kColumns); }
+    __device__ int n() const {
+      if constexpr (Work::kGated) return GatedColumns<kColumns>(shape.n);
+      return static_cast<int>(shape.n < kColumns ? shape.n : kColumns);
+    }
     // Takes the next tile and puts its first steps into stages 0 ... All stages must be free.
     __device__ bool Start(Work& work, unsigned char* shared) {
       if (!work.Next(steps, shape, result)) return false;
       loaded = 0;
       for (int stage = 0; stage < kStages - 1; ++stage) Load(shared + stage * kStageBytes);
-      if (result.add) {  // Lines of 32 elements that will be added to.
+      if (result.addend != nullptr) {  // Lines of 32 elements.
         for (int line = static_cast<int>(threadIdx.x); line < kRows * kColumns / 32; line += kThreads) {
           const int row = line / (kColumns / 32), column = line % (kColumns / 32) * 32;
-          if (row < m() && column < n()) Prefetch(static_cast<const float*>(result.data) + row * result.stride + column);
+          if (row < m() && column < n()) Prefetch(result.addend + row * result.stride + column);
         }
       }
       return true;
     }
-    __device__ void Load(unsigned char* stage) { loaded += TileProduct::Load(steps, shape, m(), n(), stage); }
+    __device__ void Load(unsigned char* stage) { loaded += TileProduct::Load<Work::kGated>(steps, shape, m(), n(), stage); }
   };
 
   template <typename Work> __device__ static void ByWarps(Work& work, unsigned char* shared) {
@@ -140,9 +238,10 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
       }
       __syncthreads();
       const TileResult result = tile.result;
-      const bool nothing = tile.loaded == 0 && result.add;
+      const int64_t gates = tile.shape.n;
+      const bool nothing = tile.loaded == 0 && result.addend == result.data;
       more = tile.Start(work, shared);
-      if (has_part && !nothing) Store(sums, row, column, m, n, result, staging);
+      if (has_part && !nothing) Store<Work>(sums, row, column, m, n, gates, result, staging);
     }
   }
 
@@ -172,15 +271,17 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
       __syncthreads();
       const int m = tile.m(), n = tile.n();
       const TileResult result = tile.result;
-      const bool nothing = tile.loaded == 0 && result.add;
+      const int64_t gates = tile.shape.n;
+      const bool nothing = tile.loaded == 0 && result.addend == result.data;
       more = tile.Start(work, shared);
-      if (row < m && !nothing) Store(sums, row, 0, m, n, result, staging);
+      if (row < m && !nothing) Store<Work>(sums, row, 0, m, n, gates, result, staging);
     }
   }
 #endif
 
   // One group of copies, empty behind the last step. Returns how many steps it loads.
-  template <typename Steps> __device__ static int Load(Steps& steps, const TileShape& shape, int m, int n, unsigned char* stage) {
+  template <bool kGated, typename Steps>
+  __device__ static int Load(Steps& steps, const TileShape& shape, int m, int n, unsigned char* stage) {
     Step<Bf16> step;
     const bool more = steps.Next(kStep, step);
     if (more) {
@@ -191,7 +292,13 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
       } else {
         LoadTile<ALayout, kRows, kStep, kThreads>(a, step.a, shape.a_stride, m, step.k, shape.aligned);
       }
-      if (kBAcross) {
+      if constexpr (kGated) {
+        const auto row_at = [&](int line) {
+          const int64_t gate = GateOf(line);
+          return gate < shape.n ? step.b + (gate + (IsUp(line) ? shape.inner : 0)) * shape.b_stride : nullptr;
+        };
+        LoadRows<BLayout, kColumns, kStep, kThreads>(b, row_at, step.b, step.k, shape.aligned);
+      } else if (kBAcross) {
         LoadTile<BLayout, kStep, kColumns, kThreads>(b, step.b, shape.b_stride, step.k, n, shape.aligned);
       } else {
         LoadTile<BLayout, kColumns, kStep, kThreads>(b, step.b, shape.b_stride, n, step.k, shape.aligned);
@@ -199,6 +306,16 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
     }
     CommitCopies();
     return more ? 1 : 0;
+  }
+
+  template <typename Work, int kTilesM, int kTilesN>
+  __device__ __forceinline__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, int64_t gates,
+                                               const TileResult& result, float* staging) {
+    if constexpr (Work::kGated) {
+      StoreGated(sums, row, column, m, gates, result, staging);
+    } else {
+      StoreSums(sums, row, column, m, n, result, staging);
+    }
   }
 
   struct Fragments {
@@ -237,35 +354,6 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
       for (int i = 0; i < kWarpRows / 16; ++i) {
 #pragma unroll
         for (int j = 0; j < kWarpColumns / 8; ++j) Mma(sums[i][j], now.a[i], now.b[j / 2][j % 2 * 2], now.b[j / 2][j % 2 * 2 + 1]);
-      }
-    }
-  }
-
-  // Part of a warp, 16 kTilesM x 8 kTilesN from (row, column) on. Through shared memory, so that rows are written by accesses of 16 bytes
-  // that lie together.
-  template <int kTilesM, int kTilesN>
-  __device__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, const TileResult& result,
-                               float* staging) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    float* const own = staging + lane / 4 * kStagingStride + lane % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 4) {
-#pragma unroll
-        for (int l = 0; l < 4; ++l) {
-          *reinterpret_cast<Pack<float, 2>*>(own + 8 * l) = {sums[i][j + l][0], sums[i][j + l][1]};
-          *reinterpret_cast<Pack<float, 2>*>(own + 8 * l + 8 * kStagingStride) = {sums[i][j + l][2], sums[i][j + l][3]};
-        }
-        __syncwarp();
-        const int at_column = column + 8 * j + lane % 4 * 8;
-        for (int r = lane / 4; r < 16; r += 8) {
-          const int at_row = row + 16 * i + r;
-          if (at_row < m && at_column < n) {
-            Store8(result, at_row * result.stride + at_column, n - at_column, staging + r * kStagingStride + lane % 4 * 8);
-          }
-        }
-        __syncwarp();
       }
     }
   }
@@ -311,8 +399,8 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAc
     }
     for (int i = 0; i < 4 && row + i < m; ++i) {
       for (int j = 0; j < 4 && column + j < n; ++j) {
-        float* const to = static_cast<float*>(result.data) + (row + i) * result.stride + column + j;
-        *to = result.add ? *to + sums[i][j] : sums[i][j];
+        const int64_t at = (row + i) * result.stride + column + j;
+        static_cast<float*>(result.data)[at] = result.addend == nullptr ? sums[i][j] : result.addend[at] + sums[i][j];
       }
     }
   }

@@ -29,6 +29,8 @@ namespace shoal::cuda {
 // [k][row], of 64 k, else as [row][k]; b likewise. Or `a` comes from registers as fragments of mma.h of each warp's 16 rows, and b (n 64
 // or 128) lies as [k][column].
 //
+// MultiplyWarpGroupE4m3: the same of codes (mma.h), 64 x 32 times 32 x 128, where a and b lie as [row][k] and [column][k]; k counts bf16.
+//
 //   StartProducts(); MultiplyWarpGroup(...) ...; CommitProducts(); ... WaitProducts<0>(c);
 //
 // c and a of registers may not be touched, nor a and b written, before WaitProducts. What threads wrote to shared memory (asynchronous
@@ -95,6 +97,17 @@ __device__ __forceinline__ void MultiplyWarpGroup(float (&c)[16][4], const uint3
       "{%64, %65, %66, %67}, %68, 1, 1, 1, 1;\n"
       : SHOAL_SUMS8(0), SHOAL_SUMS8(8)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(SwizzledDescriptor(b + kElementsPerK<true> * k)));
+}
+template <bool kOverwrite> __device__ __forceinline__ void MultiplyWarpGroupE4m3(float (&c)[16][4], const Bf16* a, const Bf16* b, int k) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "
+      "%27, %28, %29, %30, %31, "
+      " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, "
+      "%57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, %66, 1, 1;\n"
+      : SHOAL_SUMS8(0), SHOAL_SUMS8(8)
+      : "l"(SwizzledDescriptor(a + k)), "l"(SwizzledDescriptor(b + k)), "n"(kOverwrite ? 0 : 1));
 }
 #undef SHOAL_SUMS8
 #undef SHOAL_SUMS
@@ -182,6 +195,22 @@ template <int kTiles> void MultiplyWarpGroup(float (&c)[kTiles][4], const uint32
         float rows[2][16];
         std::memcpy(rows, left.data(), sizeof(rows));
         emulator::MultiplyRowsOfLane(c, rows, shared, of_b, true, t);
+      });
+}
+template <bool kOverwrite> void MultiplyWarpGroupE4m3(float (&c)[16][4], const Bf16* a, const Bf16* b, int k) {
+  const int row = static_cast<int>(threadIdx.x) % 128 / 32 * 16 + emulator::Lane() / 4, t = emulator::Lane() % 4;
+  emulator::MultiplyNowOrLater(
+      [&c, of_a = SwizzledDescriptor(a + k), of_b = SwizzledDescriptor(b + k), row, t, shared = emulator::t_dynamic_shared] {
+        const auto code = [&](uint64_t descriptor, int line, int i) {
+          return emulator::CodeToFloat(shared[emulator::ElementAddress(descriptor, /*across=*/false, line, i / 2) + i % 2]);
+        };
+        if (kOverwrite) std::memset(c, 0, sizeof(c));
+        for (int column = 2 * t; column < 128; column += column % 2 == 0 ? 1 : 7) {
+          for (int i = 0; i < 32; ++i) {
+            const float right = code(of_b, column, i);
+            for (int half = 0; half < 2; ++half) c[column / 8][2 * half + column % 2] += code(of_a, row + 8 * half, i) * right;
+          }
+        }
       });
 }
 inline void PublishShared() {}
