@@ -96,6 +96,7 @@ INSTANTIATE_TEST_SUITE_P(Kinds, StreamRouterTest, testing::Combine(testing::Valu
                            return NameOf(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_device" : "_cpu");
                          });
 
+// Also by choices that were recorded before it moved.
 TEST(StreamSigmoidRouter, ABiasThatMovedIsUsed) {
   const std::unique_ptr<Stream> stream = TestStream();
   ModelConfig config = ConfigOf(RouterKind::kSigmoidBias, 4, 1);
@@ -105,15 +106,32 @@ TEST(StreamSigmoidRouter, ABiasThatMovedIsUsed) {
   const std::unique_ptr<Router> router = MakeRouter(config, 0, parameters.View());
   const Tensor x = Upload(Random({kSeq, config.hidden_size}, DType::kF32, 1), *stream);
   const Router::Batch batch{.seq = kSeq, .tokens_of_rank = {kSeq}};
-  for (int wanted : {2, 0}) {
+  const auto favour = [&](int wanted) {
+    for (int e = 0; e < 4; ++e) router->state().data<float>()[e] = 0;
     std::vector<int64_t> counts(4, 100);
     counts[static_cast<size_t>(wanted)] = 0;
     for (int step = 0; step < 3; ++step) router->EndStep(counts);
+  };
+  const auto choose = [&] {
     const auto saved = router->Score(x, batch, Tensor(), nullptr, *stream);
-    const RoutedTokens routed = router->Choose(Tensor(), batch, *saved, nullptr, *stream);
-    const Tensor expert = kHost(routed.expert, *stream);
-    for (int32_t chosen : expert.span<int32_t>()) EXPECT_EQ(chosen, wanted);
-    for (int e = 0; e < 4; ++e) router->state().data<float>()[e] = 0;
+    return router->Choose(Tensor(), batch, *saved, nullptr, *stream).expert;
+  };
+  const auto expect = [&](const Tensor& expert, int wanted) {
+    const Tensor host = kHost(expert, *stream);
+    for (int32_t chosen : host.span<int32_t>()) EXPECT_EQ(chosen, wanted);
+  };
+  for (int wanted : {2, 0}) {
+    favour(wanted);
+    expect(choose(), wanted);
+  }
+  ASSERT_EQ(stream->BeginCapture(), absl::OkStatus());
+  const Tensor recorded = choose();
+  const absl::StatusOr<CapturedGraph> graph = stream->EndCapture();
+  ASSERT_TRUE(graph.ok()) << graph.status();
+  for (int wanted : {3, 1}) {
+    favour(wanted);
+    stream->Launch(*graph);
+    expect(recorded, wanted);
   }
 }
 

@@ -8,6 +8,8 @@
 #include "runtime/kernels/cross_entropy.h"
 #include "runtime/kernels/elementwise.h"
 #include "runtime/kernels/embedding.h"
+#include "runtime/kernels/fp8.h"
+#include "runtime/kernels/gated_matmul.h"
 #include "runtime/kernels/matmul.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/optimizer.h"
@@ -189,6 +191,14 @@ Prepared PrepareTopKSoftmaxBackward(const Sizes& s, Stream& stream) {
     kernels::TopKSoftmaxBackward(probs, chosen, weights, logz, kernels::Renormalize::kYes, dweights, dprob, 1e-3f, dlogits, stream);
   });
 }
+Prepared PrepareOrderByExpert(const Sizes& s, Stream& stream) {
+  const Tensor chosen = RandomIntegers(s.pairs(), s.experts, 1, stream).Reshape({s.tokens(), s.top_k});
+  const Tensor offset = Empty({s.tokens() + 1}, DType::kI32, stream), segments = Empty({s.experts, 3}, DType::kI32, stream);
+  const Tensor slot = Empty({s.pairs()}, DType::kI32, stream), token = Empty({s.pairs()}, DType::kI32, stream);
+  return Moves({chosen}, {offset, segments, slot, token}, [=, &stream] {
+    kernels::OrderByExpert(chosen, offset, segments, slot, token, stream);
+  });
+}
 Prepared PrepareGatherRows(const Sizes& s, Stream& stream) {
   const Pairs pairs = MakePairs(s, stream);
   const Tensor x = Random({s.tokens(), s.width}, kBF16, 1, stream), rows = Empty({s.pairs(), s.width}, kBF16, stream);
@@ -272,6 +282,51 @@ Prepared PrepareGrouped(int64_t rows, int experts, int64_t out, int64_t in, Load
   return prepared;
 }
 
+// Forward of experts with evenly many rows, the SwiGLU in the epilogue.
+Prepared PrepareGroupedSwiGlu(const Sizes& s, Stream& stream) {
+  const Tensor matrices = Random({s.experts * 2 * s.inner, s.width}, kBF16, 2, stream, 0, 0.02);
+  std::vector<Tensor> each;
+  for (int e = 0; e < s.experts; ++e) each.push_back(matrices.Rows(e * 2 * s.inner, 2 * s.inner));
+  const Tensor list = kernels::MatrixList(each, stream), x = Random({s.pairs(), s.width}, kBF16, 1, stream);
+  const Tensor segments = kernels::SegmentList(Segments(s.pairs(), s.experts, Load::kEven), stream);
+  const Tensor gate_up = Empty({s.pairs(), 2 * s.inner}, kBF16, stream), h = Empty({s.pairs(), s.inner}, kBF16, stream);
+  Prepared prepared = Moves({x, matrices}, {gate_up, h}, [=, &stream] {
+    (void)matrices;  // Kept alive: the list has addresses only.
+    kernels::GroupedMatMulSwiGlu(x, list, segments, gate_up, h, stream);
+  });
+  prepared.flops = 4.0 * static_cast<double>(s.pairs()) * static_cast<double>(s.inner) * static_cast<double>(s.width);
+  return prepared;
+}
+
+// y = x w^T in fp8, rows quantised on the way: of all rows with one matrix, or of experts with evenly many.
+Prepared PrepareFp8(int64_t rows, int experts, int64_t out, int64_t in, Pass pass, Stream& stream) {
+  const Tensor matrices = Random({experts * out, in}, kBF16, 2, stream, 0, 0.02);
+  std::vector<Tensor> each;
+  for (int e = 0; e < experts; ++e) each.push_back(matrices.Rows(e * out, out));
+  kernels::Fp8Weights weights;
+  kernels::QuantiseWeights(each, &weights, stream);
+  const Tensor segments = kernels::SegmentList(Segments(rows, experts, Load::kEven), stream);
+  const bool forward = pass == Pass::kForward;
+  const Tensor x = Random({rows, forward ? in : out}, kBF16, 1, stream), y = Empty({rows, forward ? out : in}, kBF16, stream);
+  Prepared prepared = Moves({x, weights.values}, {y}, [=, &stream] {
+    if (forward) kernels::GroupedMatMul(x, weights, segments, y, stream);
+    if (!forward) kernels::GroupedMatMulGradInput(x, weights, segments, y, stream);
+  });
+  prepared.flops = 2.0 * static_cast<double>(rows) * static_cast<double>(out) * static_cast<double>(in);
+  return prepared;
+}
+
+// What experts' weights take once a step.
+Prepared PrepareQuantiseWeights(const Sizes& s, Stream& stream) {
+  const Tensor matrices = Random({s.experts * 2 * s.inner, s.width}, kBF16, 2, stream, 0, 0.02);
+  std::vector<Tensor> each;
+  for (int e = 0; e < s.experts; ++e) each.push_back(matrices.Rows(e * 2 * s.inner, 2 * s.inner));
+  const auto weights = std::make_shared<kernels::Fp8Weights>();
+  kernels::QuantiseWeights(each, weights.get(), stream);
+  return Moves({matrices}, {weights->values, weights->transposed, weights->scales},
+               [=, &stream] { kernels::QuantiseWeights(each, weights.get(), stream); });
+}
+
 Prepared PrepareAttention(const Sizes& s, bool backward, Stream& stream) {
   const kernels::AttentionShape shape = {s.rows, s.seq, s.heads, s.kv_heads, s.dim};
   const Tensor qkv = Random({s.tokens(), shape.qkv_width()}, kBF16, 1, stream), out = Empty({s.tokens(), shape.q_width()}, kBF16, stream);
@@ -319,12 +374,14 @@ std::vector<Case> MemoryCases() {
           {"rope", "copy", PrepareRope},
           {"topk_softmax", "copy", PrepareTopKSoftmax},
           {"topk_softmax_backward", "copy", PrepareTopKSoftmaxBackward},
+          {"order_by_expert", "copy", PrepareOrderByExpert},
           {"gather_rows", "copy", PrepareGatherRows},
           {"sum_slots", "copy", PrepareSumSlots},
           {"combine_slots", "copy", PrepareCombineSlots},
           {"combine_slots_backward", "copy", PrepareCombineSlotsBackward},
           {"swiglu", "copy", PrepareSwiGlu},
           {"swiglu_backward", "copy", PrepareSwiGluBackward},
+          {"quantise weights to fp8", "copy", PrepareQuantiseWeights},
           {"cross_entropy", "copy", PrepareCrossEntropy},
           {"adamw", "copy", PrepareAdamW},
           {"sum_of_squares", "copy", PrepareSumOfSquares}};
@@ -337,6 +394,15 @@ std::vector<Case> ProductCases() {
     const auto in = [up](const Sizes& s) { return up ? s.width : s.inner; };
     const std::string which = up ? "gate_up" : "down", dense = "dense " + which;
     cases.push_back({dense, "", [=](const Sizes& s, Stream& stream) { return PrepareDense(s.pairs(), out(s), in(s), stream); }});
+    if (up) cases.push_back({"grouped gate_up even with swiglu", dense, PrepareGroupedSwiGlu});
+    for (const auto& [pass, name] : {std::pair(Pass::kForward, " forward"), std::pair(Pass::kGradInput, " grad input")}) {
+      const auto fp8 = [=, pass = pass](const Sizes& s, int experts, Stream& stream) {
+        return PrepareFp8(s.pairs(), experts, out(s), in(s), pass, stream);
+      };
+      cases.push_back({"fp8 dense " + which + name, dense, [=](const Sizes& s, Stream& stream) { return fp8(s, 1, stream); }});
+      cases.push_back({"fp8 grouped " + which + " even" + name, dense,
+                       [=](const Sizes& s, Stream& stream) { return fp8(s, s.experts, stream); }});
+    }
     for (const Load load : {Load::kEven, Load::kSkewed}) {
       for (const auto& [pass, name] : {std::pair(Pass::kForward, "forward"), std::pair(Pass::kGradInput, "grad input"),
                                        std::pair(Pass::kGradWeight, "grad weight")}) {

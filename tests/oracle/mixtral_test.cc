@@ -347,6 +347,9 @@ std::vector<Case> DeviceCases() {
   for (const char* folder : {"mixtral_a", "sigmoid_bias_shared", "switch_drop", "gshard_drop", "xmoe", "expert_choice", "topk_z_unnorm"}) {
     cases.push_back({.folder = folder, .device = true});
   }
+  for (const char* folder : {"mixtral_b", "sigmoid_bias_shared"}) {
+    cases.push_back({.folder = folder, .accumulation = 2, .recompute = true, .chunks = 3, .chunks_backward = 2, .device = true});
+  }
   cases.push_back({.folder = "mixtral_a", .ranks = 2, .expert = 2, .chunks = 2, .waves = 2, .device = true});
   cases.push_back({.folder = "mixtral_b", .ranks = 2, .accumulation = 2, .recompute = true, .dense = "sharded", .device = true});
   cases.push_back({.folder = "sigmoid_bias_shared", .ranks = 2, .experts = "sparse", .rematerialise = true, .device = true});

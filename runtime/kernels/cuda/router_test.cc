@@ -252,8 +252,9 @@ TEST_P(RoutingWithoutTheHost, SumsAreAddedToWhatIsThere) {
     const Tensor start = Empty({1 + 2 * E}, DType::kF64);
     std::fill_n(start.data<double>(), start.elements(), 0.5);
     const Tensor sums = Upload(start, stream()), counts = sums.Rows(1, E), probs = sums.Rows(1 + E, E);
-    AddRoutingSums(Upload(segments, stream()), Upload(prob_sums, stream()), Upload(logz, stream()), counts, probs, sums.Rows(0, 1), stream());
-    AddRoutingSums(Upload(segments, stream()), Tensor(), Tensor(), counts, probs, sums.Rows(0, 1), stream());
+    const Tensor z = sums.Rows(0, 1), choices = Upload(segments, stream());
+    AddRoutingSums(choices, Upload(prob_sums, stream()), Upload(logz, stream()), counts, probs, z, stream());
+    AddRoutingSums(choices, Tensor(), Tensor(), counts, probs, z, stream());
     const Tensor got = ToHost(sums, stream());
     EXPECT_NEAR(Get(got, 0), 0.5 + squares, 1e-12 * (squares + 1));
     for (int e = 0; e < E; ++e) {
@@ -265,7 +266,8 @@ TEST_P(RoutingWithoutTheHost, SumsAreAddedToWhatIsThere) {
 
 TEST_P(RoutingWithoutTheHost, GradientsOfCountsAreOfALayerOrOfAll) {
   const int64_t L = 3, N = 40, first = 7, E = 30;
-  const Tensor sums = Random({L, N}, DType::kF64, 1), each = Empty({L, E}, DType::kF32, stream()), all = Empty({L, E}, DType::kF32, stream());
+  const Tensor sums = Random({L, N}, DType::kF64, 1);
+  const Tensor each = Empty({L, E}, DType::kF32, stream()), all = Empty({L, E}, DType::kF32, stream());
   GradientOfCounts(Upload(sums, stream()), first, CountsOf::kEachLayer, 0.25, each, stream());
   GradientOfCounts(Upload(sums, stream()), first, CountsOf::kAllLayers, 0.25, all, stream());
   const Tensor of_layer = ToHost(each, stream()), of_all = ToHost(all, stream());
