@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <numeric>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -44,6 +45,12 @@ TEST(PlanFlags, ReadAConfigurationAsThePlannerSeesIt) {
   EXPECT_EQ(model.dense_inner, 1024);
   EXPECT_EQ(model.kv_size, 128);
   EXPECT_EQ(SchedulerOptionsOf(loaded->config).chunks_forward, 5);
+  EXPECT_EQ(SchedulerOptionsOf(loaded->config).waves, (std::vector<int>{1, 2, 4, 8}));
+  const std::vector<int64_t> elements = model.BucketElements();
+  ASSERT_EQ(model.blocks.size(), elements.size());
+  for (size_t bucket = 0; bucket < elements.size(); ++bucket) {
+    EXPECT_EQ(std::accumulate(model.blocks[bucket].begin(), model.blocks[bucket].end(), int64_t{0}), elements[bucket]) << bucket;
+  }
 }
 
 TEST(RunSimulate, PrintsAPredictionAndWritesATrace) {

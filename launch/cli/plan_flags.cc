@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "launch/trainer/layout.h"
+#include "models/optimizer/block_buckets.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
@@ -60,6 +61,20 @@ absl::StatusOr<PlanInputs> LoadPlanInputs(const PlanFlags& flags) {
   return inputs;
 }
 
+namespace {
+
+std::vector<std::vector<int64_t>> BlocksOfBuckets(const ModelConfig& model) {
+  const BucketIndex buckets{model.num_hidden_layers, !model.tie_word_embeddings};
+  std::vector<std::vector<int64_t>> elements(static_cast<size_t>(buckets.count()));
+  for (const Block& block : MakeBlocks(ParameterSpecs(model))) {
+    if (block.kind == BlockKind::kExpert) continue;
+    elements[static_cast<size_t>(BucketOf(block, buckets))].push_back(block.elements);
+  }
+  return elements;
+}
+
+}  // namespace
+
 ModelShape ModelShapeOf(const Config& config) {
   const ModelConfig model = ModelConfigOf(config);
   ModelShape shape;
@@ -75,6 +90,8 @@ ModelShape ModelShapeOf(const Config& config) {
   shape.choices = model.num_experts_per_tok;
   for (int layer = 0; layer < model.num_hidden_layers; ++layer) shape.moe.push_back(!model.is_dense(layer));
   shape.tied_head = model.tie_word_embeddings;
+  shape.balance = model.aux_loss != AuxLoss::kNone;
+  shape.blocks = BlocksOfBuckets(model);
   shape.compute_bytes = config.train().precision() == "bf16" ? 2 : 4;
   shape.sequences = config.train().global_batch_size();
   shape.sequence_length = config.train().seq_length();
@@ -103,8 +120,10 @@ SchedulerOptions SchedulerOptionsOf(const Config& config) {
   options.chunks_backward = config.schedule().chunks_backward();
   options.slice_gradients = config.schedule().gradient_slices() == "auto";
   options.prefetch = {config.schedule().prefetch()};
-  options.waves = {std::max(1, config.schedule().waves())};
-  if (config.schedule().waves() == 0 && !ModelConfigOf(config).has_capacity()) options.waves = {1, 2};
+  options.part_waves = config.schedule().wave_order() != "together";
+  options.waves = WavesUpTo(config.train().global_batch_size());
+  if (ModelConfigOf(config).has_capacity()) options.waves = {1};
+  if (config.schedule().waves() > 0) options.waves = {config.schedule().waves()};
   return options;
 }
 

@@ -6,11 +6,6 @@
 
 namespace shoal {
 
-namespace {
-// More than this cost more in messages than they hide.
-constexpr int kWavesMax = 8;
-}  // namespace
-
 ModelConfig ModelConfigOf(const Config& config) {
   const Model& from = config.model();
   ModelConfig model;
@@ -113,9 +108,7 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
   const int64_t rows = config.train().global_batch_size() / config.train().gradient_accumulation_steps();
   // With one sequence there is nothing to take turns; without rows that travel there is nothing to hide.
   if (!shape.dispatch || rows < 2 * shape.ranks) return {1};
-  std::vector<int> waves = {1, 2};
-  while (waves.back() < kWavesMax && rows >= 2 * waves.back() * shape.ranks) waves.push_back(2 * waves.back());
-  return waves;
+  return WavesUpTo(rows / shape.ranks);
 }
 
 DensePolicy DensePolicyFor(const Config& config) {

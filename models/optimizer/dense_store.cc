@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "absl/strings/match.h"
+#include "models/optimizer/block_buckets.h"
 #include "parallel/placement/placement.h"
 #include "runtime/device/device.h"
 #include "runtime/kernels/elementwise.h"
@@ -18,12 +18,6 @@ absl::StatusOr<Tensor> AllocateFor(Communicator& group, int64_t elements, DType 
   return tensor;
 }
 
-int BucketOf(const Block& block, int layers) {
-  if (block.kind == BlockKind::kVectors) return BucketIndex::kVectors;
-  if (block.layer >= 0) return BucketIndex{layers}.OfLayer(block.layer);
-  return absl::StartsWith(block.name, "model.embed_tokens.") ? BucketIndex::kEmbedding : BucketIndex{layers}.OfHead();
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DenseStore>> DenseStore::Create(const std::vector<ParameterSpec>& parameters,
@@ -35,11 +29,11 @@ absl::StatusOr<std::unique_ptr<DenseStore>> DenseStore::Create(const std::vector
   }
   int buckets = 0;
   for (const Block& block : blocks) {
-    if (block.kind != BlockKind::kExpert) buckets = std::max(buckets, BucketOf(block, layers) + 1);
+    if (block.kind != BlockKind::kExpert) buckets = std::max(buckets, BucketOf(block, BucketIndex{layers}) + 1);
   }
   store->buckets_.resize(static_cast<size_t>(buckets));
   for (size_t i = 0; i < blocks.size(); ++i) {
-    if (blocks[i].kind != BlockKind::kExpert) store->AddBlock(static_cast<int>(i), BucketOf(blocks[i], layers));
+    if (blocks[i].kind != BlockKind::kExpert) store->AddBlock(static_cast<int>(i), BucketOf(blocks[i], BucketIndex{layers}));
   }
   for (int bucket = 0; bucket < buckets; ++bucket) {
     const BucketIndex index{layers, /*head=*/buckets > 2 + layers};

@@ -126,6 +126,7 @@ absl::StatusOr<LaidOut> LayOut(const ModelShape& model, const Cluster& cluster, 
   out.topology = cluster.topology();
   for (const bool moe : model.moe) out.shape.layers.push_back({.moe = moe, .shared_expert = moe && model.shared_inner > 0});
   out.shape.tied_head = model.tied_head;
+  out.shape.balance = model.balance;
   out.shape.parts = layout.parts;
   out.shape.recompute = layout.recompute;
   out.shape.dense = layout.dense;

@@ -70,7 +70,7 @@ class MemoryCount {
     const bool sharded = layout_.dense == DensePolicy::kSharded && ranks_ > 1;
     int64_t of_layers = 0, of_ends = 0;  // The largest.
     for (int bucket = 0; bucket < buckets.count(); ++bucket) {
-      const int64_t count = elements[static_cast<size_t>(bucket)], owned = CeilDiv(count, ranks_);
+      const int64_t count = elements[static_cast<size_t>(bucket)], owned = model_.OwnedElements(bucket, ranks_);
       const bool split = sharded && buckets.Shardable(bucket);
       use_.weights += Shared(split ? owned * b_ : bytes[static_cast<size_t>(bucket)]);
       use_.gradients += split ? Held(kF32 * owned) : Shared(kF32 * count);

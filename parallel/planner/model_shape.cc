@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "parallel/placement/placement.h"
+
 namespace shoal {
 
 std::vector<int64_t> ModelShape::BucketElements() const {
@@ -18,6 +20,15 @@ std::vector<int64_t> ModelShape::BucketBytes() const {
   std::vector<int64_t> bytes = BucketElements();
   for (size_t bucket = 0; bucket < bytes.size(); ++bucket) bytes[bucket] *= bucket == 0 ? 4 : compute_bytes;
   return bytes;
+}
+
+int64_t ModelShape::OwnedElements(int bucket, int ranks) const {
+  if (blocks.empty()) return (BucketElements()[static_cast<size_t>(bucket)] + ranks - 1) / ranks;
+  const std::vector<int64_t>& sizes = blocks[static_cast<size_t>(bucket)];
+  const std::vector<int> owner = ContiguousPartition(sizes, ranks);
+  std::vector<int64_t> owned(static_cast<size_t>(ranks));
+  for (size_t i = 0; i < sizes.size(); ++i) owned[static_cast<size_t>(owner[i])] += sizes[i];
+  return *std::max_element(owned.begin(), owned.end());
 }
 
 double ModelShape::TrainFlopsPerToken() const {

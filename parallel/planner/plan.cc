@@ -64,7 +64,19 @@ struct Candidate {
   double plain_ns = 0;
 };
 
-int MostWaves(const SchedulerOptions& options) { return *std::max_element(options.waves.begin(), options.waves.end()); }
+// Waves are whole sequences, and hide rows that travel.
+std::vector<int> WavesFor(const ModelShape& model, const LaidOut& out, const SchedulerOptions& options) {
+  const int64_t tokens = *std::max_element(out.work.tokens.begin(), out.work.tokens.end());
+  const int64_t most = options.waves.size() > 1 && !out.shape.dispatch ? 1 : std::max<int64_t>(1, tokens / model.sequence_length);
+  std::vector<int> waves = options.waves;
+  std::erase_if(waves, [&](int count) { return count > most; });
+  return waves.empty() ? std::vector<int>{1} : waves;
+}
+
+MemoryUse Memory(const ModelShape& model, const StepLayout& layout, const LaidOut& out, const SchedulerOptions& options) {
+  const std::vector<int> waves = WavesFor(model, out, options);
+  return PeakMemory(model, layout, out, *std::max_element(waves.begin(), waves.end()));
+}
 
 double PlainTime(const LaidOut& out) {
   const Schedule schedule = PlainSchedule(out.shape, out.work.bucket_elements);
@@ -80,12 +92,9 @@ absl::StatusOr<StepEstimate> EstimateStep(const ModelShape& model, const Cluster
   estimate.layout = layout;
   SchedulerOptions options = scheduler;
   options.prefetch = {layout.prefetch};
-  // Waves are whole sequences.
-  const int64_t sequences = *std::max_element(out.work.tokens.begin(), out.work.tokens.end()) / model.sequence_length;
-  std::erase_if(options.waves, [&](int waves) { return waves > std::max<int64_t>(1, sequences); });
-  if (options.waves.empty()) options.waves = {1};
+  options.waves = WavesFor(model, out, scheduler);
   estimate.choice = ChooseSchedule(out.shape, out.costs, out.work, out.topology, options);
-  estimate.memory = PeakMemory(model, layout, out, MostWaves(scheduler));
+  estimate.memory = Memory(model, layout, out, scheduler);
   Graph graph = EmitStep(out.shape, estimate.choice.schedule);
   const StepUnits units(out.work, out.topology);
   ClusterPrediction predicted =
@@ -113,7 +122,7 @@ absl::StatusOr<Plan> FindPlan(const ModelShape& model, const Cluster& cluster, c
     // Without copies nothing can be rematerialised: the same step as with kKeep.
     if (layout.experts == ExpertPolicy::kRematerialise && !out.shape.materialise) continue;
     ++plan.considered;
-    Candidate candidate = {layout, PeakMemory(model, layout, out, MostWaves(options.scheduler))};
+    Candidate candidate = {layout, Memory(model, layout, out, options.scheduler)};
     const bool fits = candidate.memory.total() <= limit;
     if (fits) candidate.plain_ns = PlainTime(out);
     (fits ? fitting : excluded).push_back(std::move(candidate));

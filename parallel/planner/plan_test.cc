@@ -76,6 +76,20 @@ TEST(EstimateStep, SkewCostsExpertParallelismAndCopiesWinItBack) {
   EXPECT_LT(sparse.step_ns, skewed.step_ns);
 }
 
+TEST(EstimateStep, WavesPartWhereNoLossBalancesExperts) {
+  Cluster cluster = Hosts(8, 1);
+  cluster.inter_bytes_per_ns = 20;  // Communication takes as long as computation.
+  ModelShape model = Model();
+  const SchedulerOptions waves = {.waves = WavesUpTo(model.sequences)};
+  const auto together = EstimateStep(model, cluster, {.expert = 8}, {}, waves, Record::kNo);
+  model.balance = false;
+  const auto apart = EstimateStep(model, cluster, {.expert = 8}, {}, waves, Record::kNo);
+  ASSERT_TRUE(together.ok() && apart.ok());
+  EXPECT_TRUE(together->choice.schedule.turns.empty());
+  EXPECT_FALSE(apart->choice.schedule.turns.empty());
+  EXPECT_LT(apart->step_ns, 0.98 * together->step_ns);
+}
+
 TEST(EstimateStep, SixteenThousandRanksInSeconds) {
   ModelShape model = Model();
   model.experts = 256;
@@ -127,6 +141,19 @@ TEST(PeakMemory, OneRankByHand) {
 }
 
 // Two hosts of one rank each, which keep everything in pages of 2 MiB.
+TEST(PeakMemory, WholeBlocksAreOwned) {
+  ModelShape model = Model();
+  model.blocks.resize(model.BucketElements().size());
+  const int layer = 2;
+  model.blocks[layer] = {400, 300, 200, 100};
+  EXPECT_EQ(model.OwnedElements(layer, 1), 1000);
+  EXPECT_EQ(model.OwnedElements(layer, 2), 600);
+  EXPECT_EQ(model.OwnedElements(layer, 8), 400);
+  model.blocks.clear();
+  const int64_t elements = model.BucketElements()[layer];
+  EXPECT_EQ(model.OwnedElements(layer, 7), (elements + 6) / 7);
+}
+
 TEST(PeakMemory, WavesHaveTensorsAndBuffersOfTheirOwn) {
   ModelShape model;
   model.vocab = 100;

@@ -562,6 +562,13 @@ int CompletedBy(const StepShape& shape, int bucket) {
   return layer < 0 ? -1 : layer;
 }
 
+std::vector<int> WavesUpTo(int64_t sequences) {
+  constexpr int kMost = 8;
+  std::vector<int> waves = {1};
+  while (waves.back() < kMost && 2 * waves.back() <= sequences) waves.push_back(2 * waves.back());
+  return waves;
+}
+
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements) {
   Schedule schedule;
   schedule.layers.resize(shape.layers.size());

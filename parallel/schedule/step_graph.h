@@ -105,6 +105,9 @@ struct TurnRule {
 std::vector<int> ChooseTurns(const StepShape& shape, const Schedule& schedule, const TurnRule& rule,
                              const std::function<double(const Task&)>& cost_ns);
 
+// Numbers of waves worth a trial where a rank has so many sequences: powers of two, not more than hide what their messages cost.
+std::vector<int> WavesUpTo(int64_t sequences);
+
 // One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);
 
