@@ -93,9 +93,9 @@ absl::Status TrainAndTrace(const Config& config, const TraceOptions& options, Ra
   std::vector<StepSummary> summaries;
   for (int64_t step = 0; step < options.steps; ++step) {
     SHOAL_ASSIGN_OR_RETURN(const std::vector<Tensor> parts, ReadParts(config, *data.train, step, model), "data");
-    const Graph graph = model.graph();  // After the step it may be the next one's.
     SHOAL_ASSIGN_OR_RETURN(const StepResult result, model.Train(parts, LearningRate(config, step), step + 1), "step ", step);
     if (!result.finite) return absl::FailedPreconditionError(absl::StrCat("step ", step, ": loss ", result.loss, " is not finite"));
+    const Graph& graph = model.graph();
     SHOAL_RETURN_IF_ERROR(watch->AfterStep(step, graph, model.record()), "step ", step);
     if (step >= std::min(kWarmup, options.steps - 1)) summaries.push_back(Summarise(graph, model.record()));
   }
