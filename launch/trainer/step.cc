@@ -244,7 +244,11 @@ absl::Status RankModel::Execute(const Program& program, StreamLanes* lanes, Step
 // The host's one wait, unless it has to know more.
 absl::Status RankModel::AwaitStreams(const StreamLanes* lanes, StepRecord* record) {
   stream_->WaitFor(*copy_stream_);
-  SHOAL_RETURN_IF_ERROR(stream_->Wait(), "at the end of the step");
+  const absl::Status status = stream_->Wait();
+  if (!status.ok()) {
+    world_->Abort(status);
+    return Annotate(status, "at the end of the step");
+  }
   if (lanes == nullptr || record == nullptr) return absl::OkStatus();
   record->end_ns = NowNs();
   return lanes->SetTimes(record);

@@ -3,9 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -32,8 +34,11 @@ Config SmallConfig(const std::string& router, bool graphs) {
   model.set_num_hidden_layers(2);
   model.set_intermediate_size(16);
   model.set_num_local_experts(4);
-  model.set_router(router);
-  if (router == "sigmoid_bias") {
+  model.set_router(router == "none" ? "topk" : router);
+  if (router == "none") {
+    for (int layer = 0; layer < 2; ++layer) model.add_dense_layers(layer);
+    model.set_aux_loss("none");
+  } else if (router == "sigmoid_bias") {
     model.set_seq_aux_loss_coef(0.01);
     model.set_bias_update_rate(0.5);  // Moves choices from one step to the next.
     model.set_shared_intermediate_size(16);
@@ -119,10 +124,50 @@ TEST(DeviceStep, OfOneRankWaitsOnceAndAllocatesNothing) {
   });
 }
 
+// Where a rank of two waits for its device, by what the graph says: a task of communication for what it sends (once for each lane of
+// streams that it depends on), rows on their way for their copies before and behind the exchange, routers for choices, sums of
+// probabilities and of squared logarithms, which the other rank needs, and the step for its end. The group of ranks that read each
+// other's memory waits at most once in each operation: for what it reads, if that is anything.
+TEST(DeviceStep, OfTwoRanksWaitsForWhatTheOtherOneNeeds) {
+  if (OnRealDevice()) GTEST_SKIP() << "there, ranks that read each other's memory are processes of their own";
+  setenv("SHOAL_DEVICE_GROUP", "peers", 1);
+  RunRanks(2, "auto", [](Communicator& world) {
+    Config config = SmallConfig("topk", /*graphs=*/true);
+    config.mutable_parallel()->set_expert(2);
+    const auto model = NewModel(config, world);
+    int64_t own = 1, operations = 0;
+    for (const Task& task : model->graph().tasks) {
+      if (task.lane == Lane::kCompute && task.op == Op::kRoute && task.phase == Phase::kForward) own += 3;
+      if (task.lane == Lane::kCompute || task.lane == Lane::kCopy) continue;
+      std::set<Lane> streams;
+      for (const int before : task.after) {
+        const Lane lane = model->graph().tasks[static_cast<size_t>(before)].lane;
+        if (lane == Lane::kCompute || lane == Lane::kCopy) streams.insert(lane);
+      }
+      own += static_cast<int64_t>(streams.size());
+      if (task.op == Op::kDispatch || task.op == Op::kReturn) own += 2;
+      if (task.lane == Lane::kIntra) ++operations;
+    }
+    for (int64_t step = 0; step < 5; ++step) {
+      // Between barriers nobody waits for the device.
+      ASSERT_TRUE(world.Barrier({.label = "before"}).Await().ok());
+      const DeviceWaits before = TestDevice().waits();
+      ASSERT_TRUE(world.Barrier({.label = "begin"}).Await().ok());
+      TrainOne(step, *model);
+      ASSERT_TRUE(world.Barrier({.label = "end"}).Await().ok());
+      const int64_t waits = TestDevice().waits().waits - before.waits;
+      if (step < 3) continue;  // Buffers for rows grow.
+      EXPECT_GE(waits, 2 * own) << step;
+      EXPECT_LE(waits, 2 * (own + operations)) << step;
+    }
+  });
+  unsetenv("SHOAL_DEVICE_GROUP");
+}
+
 // Also behind evaluations, and behind steps in which somebody looks at the gradients, which run as they did before.
 TEST(DeviceStep, RecordedHasTheBitsOfOneThatIsNot) {
   RunRanks(1, "auto", [](Communicator& world) {
-    for (const char* router : {"topk", "sigmoid_bias"}) {
+    for (const char* router : {"topk", "sigmoid_bias", "none"}) {
       for (const int parts : {1, 2}) {
         SCOPED_TRACE(router);
         Config plain = SmallConfig(router, /*graphs=*/false), graphs = SmallConfig(router, /*graphs=*/true);

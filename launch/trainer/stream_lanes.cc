@@ -1,6 +1,7 @@
 #include "launch/trainer/stream_lanes.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 
 #include "runtime/base/status.h"
@@ -11,6 +12,9 @@ StreamLanes::StreamLanes(const Graph& graph, Stream& compute, Stream& copy, Timi
     : graph_(&graph), compute_(&compute), copy_(&copy), timing_(timing), marks_(graph.tasks.size()) {
   for (const Task& task : graph.tasks) {
     for (const int before : AwaitedBy(task)) marks_[static_cast<size_t>(before)].awaited = true;
+    for (const int before : task.after) {
+      if (graph.tasks[static_cast<size_t>(before)].lane != task.lane) marks_[IndexOf(task)].follows = false;
+    }
   }
 }
 
@@ -42,7 +46,8 @@ absl::Status StreamLanes::Begin(const Task& task) {
     }
   }
   if (!OnStream(task.lane)) return absl::OkStatus();
-  if (timing_ == Timing::kYes) marks_[IndexOf(task)].began = StreamOf(task.lane).Record(Timing::kYes);
+  Marks& marks = marks_[IndexOf(task)];
+  if (timing_ == Timing::kYes && !marks.follows) marks.began = StreamOf(task.lane).Record(Timing::kYes);
   return StreamOf(task.lane).status();
 }
 
@@ -56,13 +61,24 @@ absl::Status StreamLanes::End(const Task& task) {
 }
 
 absl::Status StreamLanes::SetTimes(StepRecord* record) const {
+  const auto ns_of = [&](const Event& event) -> absl::StatusOr<int64_t> {
+    SHOAL_ASSIGN_OR_RETURN(const double ms, Event::Milliseconds(start_, event));
+    return start_ns_ + static_cast<int64_t>(ms * 1e6);
+  };
+  record->begin_ns = std::min(record->begin_ns, start_ns_);
+  std::array<int64_t, kLanes> last;
+  last.fill(start_ns_);
   for (size_t i = 0; i < marks_.size(); ++i) {
-    if (!OnStream(graph_->tasks[i].lane)) continue;
-    SHOAL_ASSIGN_OR_RETURN(const double began_ms, Event::Milliseconds(start_, marks_[i].began));
-    SHOAL_ASSIGN_OR_RETURN(const double ended_ms, Event::Milliseconds(start_, marks_[i].ended));
-    record->tasks[i].begin_ns = start_ns_ + static_cast<int64_t>(began_ms * 1e6);
-    record->tasks[i].end_ns = start_ns_ + static_cast<int64_t>(ended_ms * 1e6);
-    record->end_ns = std::max(record->end_ns, record->tasks[i].end_ns);
+    const Lane lane = graph_->tasks[i].lane;
+    if (!OnStream(lane)) continue;
+    TaskRecord& task = record->tasks[i];
+    task.begin_ns = last[static_cast<size_t>(lane)];
+    if (!marks_[i].follows) {
+      SHOAL_ASSIGN_OR_RETURN(task.begin_ns, ns_of(marks_[i].began));
+    }
+    SHOAL_ASSIGN_OR_RETURN(task.end_ns, ns_of(marks_[i].ended));
+    last[static_cast<size_t>(lane)] = task.end_ns;
+    record->end_ns = std::max(record->end_ns, task.end_ns);
   }
   return absl::OkStatus();
 }

@@ -39,6 +39,7 @@ class StreamLanes {
 
   struct Marks {
     bool awaited = false;
+    bool follows = true;  // It waits for its own lane alone, so begins where the task before it ends.
     Event done;
     Event began, ended;  // With times.
   };

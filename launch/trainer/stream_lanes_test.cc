@@ -115,7 +115,7 @@ TEST_F(StreamLanesTest, WorkThatFailsIsMetByTheLaneThatWaitsForIt) {
 TEST_F(StreamLanesTest, TimesAreTheDevices) {
   const int a = Add(Lane::kCompute);
   const int b = Add(Lane::kCopy, {a});
-  const int c = Add(Lane::kCompute, {b});
+  const int c = Add(Lane::kCompute, {b}), d = Add(Lane::kCompute, {c});
   StreamLanes lanes(graph_, *compute_, *copy_, Timing::kYes);
   StepRecord record;
   ASSERT_TRUE(Run(&lanes, &record).ok());
@@ -128,8 +128,10 @@ TEST_F(StreamLanesTest, TimesAreTheDevices) {
   EXPECT_GE(task(b).begin_ns, task(a).end_ns);
   EXPECT_EQ(task(b).end_ns - task(b).begin_ns, 2'000'000);
   EXPECT_GE(task(c).begin_ns, task(b).end_ns);
+  EXPECT_EQ(task(d).begin_ns, task(c).end_ns);
+  EXPECT_GT(task(d).end_ns, task(d).begin_ns);
   EXPECT_GE(task(a).begin_ns, record.begin_ns);
-  EXPECT_GE(record.end_ns, task(c).end_ns);
+  EXPECT_GE(record.end_ns, task(d).end_ns);
   EXPECT_EQ(task(c).units, 1);
 }
 

@@ -87,7 +87,8 @@ void Decoder::Begin(Pass pass, Stream& stream) {
       layer.moe.first = training() && pass_.part == 0 && index == 0;
     }
   }
-  routing_ = moe_layers_ == 0 ? Tensor() : NewRoutingSums(config_, *experts_, moe_layers_, stream);
+  routing_ = moe_layers_ == 0 ? Empty({0, RoutingSums::Width(config_.num_local_experts)}, DType::kF64)
+                              : NewRoutingSums(config_, *experts_, moe_layers_, stream);
   if (pass_.part == 0) rows_by_rank_.assign(static_cast<size_t>(moe_layers_), {});
   routing_gradients_.clear();
 }

@@ -25,8 +25,9 @@ struct StepRecord {
 
 class Executor {
  public:
-  // What a task does, on the thread of its lane; blocks until it is done. Returns the units that it did. Bodies of different
-  // lanes run at the same time. Those on lanes other than kCompute must not use the OpenMP team.
+  // What a task does, on the thread of its lane; blocks until it is done, or until those that wait for it can look after the rest
+  // (launch/trainer/stream_lanes.h). Returns the units that it did. Bodies of different lanes run at the same time. Those on lanes
+  // other than kCompute must not use the OpenMP team.
   using Body = std::function<absl::StatusOr<double>(const Task&)>;
 
   Executor();
