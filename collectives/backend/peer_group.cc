@@ -21,7 +21,8 @@
 namespace shoal {
 namespace {
 
-// So long the runner helps the host's group with the operation that it waits for, before it sleeps: waking it up takes as long.
+// So long the runner helps the host's group with what it waits for, before it sleeps and has another thread do that: waking both up takes
+// as long.
 constexpr absl::Duration kHelp = absl::Microseconds(100);
 
 // Wakes a thread. Outlives the group in callbacks that still run.
@@ -51,6 +52,7 @@ struct Flight {
   Tensor own_note, notes;
   Work note_sent;  // Of a send.
   Work pending;
+  bool watched = false;  // It rings when it has ended.
   bool staged = false;
   PeerPlan plan;
   size_t phases_done = 0;
@@ -98,13 +100,11 @@ class PeerGroup final : public OperationGroup {
   absl::Status RunPhase(const PeerPlan::Phase& phase);
   absl::Status Receive(Flight* flight);
   void Stage(Flight* flight);
-  void Await(Flight* flight, Work work) {
+  static void Await(Flight* flight, Work work) {
     flight->pending = std::move(work);
-    RingAfter(flight->pending);
+    flight->watched = false;
   }
-  void RingAfter(const Work& work) {
-    work.OnDone([bell = bell_](const absl::Status&) { bell->Ring(); });
-  }
+  void Watch(Flight* flight);
   void Finish(Flight flight, absl::Status result);
 
   OpOptions OptionsOf(const Flight& flight) const { return {.deadline = flight.deadline, .label = flight.op.label}; }
@@ -187,7 +187,6 @@ void PeerGroup::Meet(Flight* flight) {
   const Operation& op = flight->op;
   if (op.kind == OpKind::kSend) {
     flight->note_sent = meets_->Send(flight->own_note, op.root, op.tag, options);
-    RingAfter(flight->note_sent);
     flight->notes = Empty({1}, DType::kU8);  // The receiver's word that it has read all.
     Await(flight, flight->staged ? IssueOn(*staged_, op, flight->deadline) : phases_->Receive(flight->notes, op.root, op.tag, options));
   } else if (op.kind == OpKind::kReceive) {
@@ -224,7 +223,18 @@ bool PeerGroup::TakeIssued() {
 void PeerGroup::Help() {
   const std::deque<Flight>& oldest = leaving_.empty() ? collectives_ : leaving_;
   if (!oldest.empty() && oldest.front().pending.Await(absl::Now() + kHelp).ok()) return;
+  if (!collectives_.empty()) Watch(&collectives_.front());
+  for (std::deque<Flight>* flights : {&receives_, &leaving_}) {
+    for (Flight& flight : *flights) Watch(&flight);
+  }
   bell_->Wait();
+}
+
+void PeerGroup::Watch(Flight* flight) {
+  if (std::exchange(flight->watched, true)) return;
+  const auto ring = [bell = bell_](const absl::Status&) { bell->Ring(); };
+  flight->pending.OnDone(ring);
+  if (!flight->note_sent.Done()) flight->note_sent.OnDone(ring);
 }
 
 // Whether the first collective has gone on. Those after it wait: ends of phases have one order on all ranks.

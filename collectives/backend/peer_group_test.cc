@@ -26,10 +26,10 @@ using ::testing::HasSubstr;
 // Ranks with a Device each, as processes have, on one or several fake ones.
 class PeerJob {
  public:
-  explicit PeerJob(int size, int devices = 1, bool protect = true)
+  explicit PeerJob(int size, int devices = 1)
       : size_(size),
         devices_(devices),
-        fake_({.progress = FakeDeviceOptions::Progress::kByWaits, .devices = devices, .protect = protect, .kernels = &SumKernels()}) {}
+        fake_({.progress = FakeDeviceOptions::Progress::kByWaits, .devices = devices, .kernels = &SumKernels()}) {}
 
   FakeDevice& fake() { return fake_; }
 
@@ -80,17 +80,48 @@ TEST_P(PeerGroupTest, OperationsEqualTheReference) {
   });
 }
 
+TEST_P(PeerGroupTest, RandomSequencesEqualTheReference) {
+  const uint32_t seed = std::random_device()();
+  SCOPED_TRACE(absl::StrCat("seed ", seed));
+  PeerJob(GetParam(), /*devices=*/2).RunConnected([&](Communicator& group, Device& device) {
+    const std::unique_ptr<Communicator> mirror = MirrorOnDevice(group, device);
+    Checker checker(*mirror, Place::kShared);
+    std::mt19937 random(seed);
+    const auto below = [&](int64_t end) { return static_cast<int64_t>(random() % static_cast<uint64_t>(end)); };
+    for (uint64_t round = 0; round < 60; ++round) {
+      const DType dtype = std::vector<DType>{DType::kF32, DType::kBF16, DType::kI8}[static_cast<size_t>(below(3))];
+      const int64_t elements = below(below(2) == 0 ? 20 : 5000);
+      std::vector<int64_t> counts;
+      for (int rank = 0; rank < group.size(); ++rank) counts.push_back(below(3) == 0 ? 0 : below(700));
+      const int root = static_cast<int>(below(group.size()));
+      const bool in_place = below(2) == 0;
+      switch (below(9)) {
+        case 0: checker.AllReduce(elements, dtype, ReduceOp::kSum, round); break;
+        case 1: checker.OutOfPlace(elements, dtype, ReduceOp::kSum, round); break;
+        case 2: checker.ReduceScatter(counts, dtype, ReduceOp::kSum, in_place, round); break;
+        case 3: checker.AllGather(counts, dtype, in_place, round); break;
+        case 4: checker.Reduce(elements, dtype, ReduceOp::kSum, root, in_place, round); break;
+        case 5: checker.Gather(counts, dtype, root, in_place, round); break;
+        case 6: checker.Scatter(counts, dtype, root, in_place, round); break;
+        case 7: checker.Sparse(elements, dtype, round); break;
+        default: checker.Exchange(elements, dtype, round);
+      }
+    }
+  });
+}
+
 TEST(PeerGroup, DevicesMayDiffer) {
   PeerJob(4, /*devices=*/3).RunConnected([](Communicator& group, Device& device) { CheckAll(group, device, 333, DType::kF32); });
 }
 
 // Buffers outside of the device, on some ranks: the operation is staged on all.
 TEST_P(PeerGroupTest, TensorsElsewhereAreStaged) {
-  PeerJob(GetParam(), 1, /*protect=*/false).RunConnected([](Communicator& group, Device&) {
-    for (const Place place : {Place::kPrivate, Place::kMixed}) {
+  PeerJob(GetParam()).RunConnected([](Communicator& group, Device& device) {
+    const std::unique_ptr<Communicator> mirror = MirrorOnDevice(group, device);
+    for (Communicator* own : {&group, group.index() % 2 == 0 ? mirror.get() : &group}) {
       for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI32}) {
-        CheckDenseOperations(group, place, 500, dtype);
-        Checker(group, place).Sparse(500, dtype, 12);
+        CheckDenseOperations(*own, Place::kPrivate, 500, dtype);
+        Checker(*own, Place::kPrivate).Sparse(500, dtype, 12);
       }
     }
   });

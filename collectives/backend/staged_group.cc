@@ -201,11 +201,9 @@ void StagedGroup::IssueAll() {
     const Work work = copied.ok() ? IssueOn(*host_, flight.op, flight.deadline) : EndedWork(copied);
     const auto kept = std::make_shared<Flight>(std::move(flight));
     work.OnDone([this, kept](const absl::Status& result) {
-      {
-        const MutexLock lock(&mutex_);
-        to_finish_.emplace_back(std::move(*kept), result);
-      }
-      changed_.NotifyAll();
+      const MutexLock lock(&mutex_);
+      to_finish_.emplace_back(std::move(*kept), result);
+      changed_.NotifyAll();  // Under the lock: after it the group may be gone.
     });
   }
 }
