@@ -366,6 +366,7 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<float, kAAcross, kBAc
   static constexpr int kSharedBytes = 2 * kStep * kStride * 4, kSharedBytesMost = kSharedBytes;
 
   template <typename Work> __device__ static void Run(Work& work, unsigned char* shared) {
+    static_assert(!Work::kGated);
     typename Work::Steps steps;
     TileShape shape;
     TileResult result;
