@@ -55,9 +55,13 @@ class ExpertRows {
   void Forward(ExpertProjection& projection, int chunk, const Run& run, const Tensor& x, absl::Span<const Tensor> weights, const Tensor& y,
                Numerics numerics, Stream& stream) const {
     if (!plan_.has_value()) return projection.Forward(x, weights, segments_, y, stream);
-    std::vector<kernels::Segment> segments = plan_->Segments(Direction::kForward, chunk);
-    for (kernels::Segment& segment : segments) segment.begin -= run.begin;
-    projection.Forward(x, weights, segments, y, stream, numerics);
+    projection.Forward(x, weights, SegmentsOf(chunk, run), y, stream, numerics);
+  }
+  // gate_up = x w^T likewise, and h of it (kernels/swiglu.h).
+  void ForwardSwiGlu(ExpertProjection& projection, int chunk, const Run& run, const Tensor& x, absl::Span<const Tensor> weights,
+                     const Tensor& gate_up, const Tensor& h, Numerics numerics, Stream& stream) const {
+    if (!plan_.has_value()) return projection.ForwardSwiGlu(x, weights, segments_, gate_up, h, stream);
+    projection.ForwardSwiGlu(x, weights, SegmentsOf(chunk, run), gate_up, h, stream, numerics);
   }
   // dx = dy w for a backward chunk of all rows.
   void BackwardInput(ExpertProjection& projection, int chunk, const Tensor& dy, absl::Span<const Tensor> weights, const Tensor& dx,
@@ -75,6 +79,13 @@ class ExpertRows {
   }
 
  private:
+  // Of a run of a forward chunk, counted from its first row.
+  std::vector<kernels::Segment> SegmentsOf(int chunk, const Run& run) const {
+    std::vector<kernels::Segment> segments = plan_->Segments(Direction::kForward, chunk);
+    for (kernels::Segment& segment : segments) segment.begin -= run.begin;
+    return segments;
+  }
+
   std::optional<DispatchPlan> plan_;
   Tensor segments_;  // Without a plan.
   int64_t sent_ = 0, arrived_ = 0;

@@ -204,10 +204,9 @@ int64_t MoeLayer::Experts(int chunk, Saved* saved, Stream& stream) {
   int64_t rows = 0;
   for (const ExpertRows::Run& run : saved->rows->Rows(Direction::kForward, chunk, /*sends=*/false)) {
     const Tensor gate_up = saved->gate_up.Rows(run.begin, run.rows);
-    saved->rows->Forward(gate_up_, chunk, run, saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), gate_up,
-                         context_->numerics, stream);
     const Tensor h = Empty({run.rows, config_.intermediate_size}, gate_up.dtype(), stream);
-    kernels::SwiGlu(gate_up, h, stream);
+    saved->rows->ForwardSwiGlu(gate_up_, chunk, run, saved->arrived.Rows(run.begin, run.rows), LocalWeights(/*down=*/false), gate_up, h,
+                               context_->numerics, stream);
     saved->rows->Forward(down_, chunk, run, h, LocalWeights(/*down=*/true), saved->results.Rows(run.begin, run.rows),
                          context_->numerics, stream);
     rows += run.rows;  // A forward chunk is one run.
