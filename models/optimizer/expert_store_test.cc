@@ -327,6 +327,30 @@ TEST_P(ExpertStoreRanks, NewOwnersHaveTheSameBits) {
   });
 }
 
+// As DenseStore's buffers.
+TEST(ExpertStore, RoomsAreTakenInTheOrderInWhichTheyWereFreed) {
+  RunRanks(2, "auto", [](Communicator& world) {
+    Fixture fixture({.ranks = 2, .experts = 1, .policy = ExpertPolicy::kRematerialise}, world, /*seed=*/1);
+    ExpertStore& store = *fixture.store;
+    std::vector<ExpertPlacement> placement = store.placement();
+    for (int layer : kMoeLayers) {
+      ExpertCopies& expert = placement[static_cast<size_t>(layer)][0];
+      expert.holders = {1 - expert.owner};
+    }
+    store.SetHolders(placement);
+    const int first = kMoeLayers[0], second = kMoeLayers[1];
+    for (int layer : kMoeLayers) ASSERT_TRUE(store.Materialise(layer).ok());
+    const void* const before = store.Weights(first, 0).raw();
+    store.Release(second);
+    store.Release(first);
+    ASSERT_TRUE(store.Materialise(first).ok());
+    const bool copied = placement[static_cast<size_t>(first)][0].owner != world.index();
+    EXPECT_EQ(store.Weights(first, 0).raw() != before, copied) << "the other layer's room was free first";
+    fixture.ExpectWeights(first);
+    store.Release(first);
+  });
+}
+
 TEST_P(ExpertStoreRanks, UpdateIsOfWhatIsOwnedAndReachesCopies) {
   ForEachSeed([](Fixture& fixture) {
     fixture.ForEachLayer([&](int layer) {

@@ -109,7 +109,10 @@ absl::StatusOr<double> Decoder::Run(const Task& task, Stream& stream) {
   if (task.op == Op::kDispatch || task.op == Op::kReturn) return moe->Travel(task, &state->moe);
   if (task.op == Op::kStay) return static_cast<double>(moe->Stay(task, &state->moe, stream));
   if (task.op == Op::kExchange) return moe->Exchange(&state->moe);
-  return task.phase == Phase::kBackward ? RunBackward(task, wave, stream) : RunForward(task, wave, stream);
+  SHOAL_ASSIGN_OR_RETURN(const double units, task.phase == Phase::kBackward ? RunBackward(task, wave, stream)
+                                                                            : RunForward(task, wave, stream));
+  SHOAL_RETURN_IF_ERROR(stream.status());
+  return units;
 }
 
 absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream& stream) {

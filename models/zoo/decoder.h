@@ -42,7 +42,7 @@ class Decoder {
   void Begin(Pass pass, Stream& stream);
 
   // The body of a task of the model: from kEmbed to kHead, forward and backward, with the rows on their way. Returns the units
-  // done, when its kernels are on `stream`, of the task's lane. ABORTED when the group is over.
+  // done, when its kernels are on `stream`, of the task's lane. ABORTED when the group is over; the stream's failure.
   absl::StatusOr<double> Run(const Task& task, Stream& stream);
 
   // Sums over this rank's tokens, when the forward tasks are done.
