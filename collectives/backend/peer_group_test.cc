@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -26,10 +27,10 @@ using ::testing::HasSubstr;
 // Ranks with a Device each, as processes have, on one or several fake ones.
 class PeerJob {
  public:
-  explicit PeerJob(int size, int devices = 1)
+  explicit PeerJob(int size, int devices = 1, const DeviceKernels& kernels = SumKernels())
       : size_(size),
         devices_(devices),
-        fake_({.progress = FakeDeviceOptions::Progress::kByWaits, .devices = devices, .kernels = &SumKernels()}) {}
+        fake_({.progress = FakeDeviceOptions::Progress::kByWaits, .devices = devices, .kernels = &kernels}) {}
 
   FakeDevice& fake() { return fake_; }
 
@@ -282,6 +283,37 @@ TEST(PeerGroup, AbortReachesAllRanks) {
     EXPECT_FALSE(group.status().ok());
     EXPECT_TRUE(absl::IsAborted(group.Broadcast(tensor, 0, {}).Await()));
   });
+}
+
+// Counts down sums on all ranks; rank 0's group is aborted before the last.
+std::atomic<int> g_sums_left = 0;
+std::atomic<Communicator*> g_aborted = nullptr;
+
+DeviceResult SumOrAbort(const DeviceTensor* from, int32_t count, const DeviceTensor& to, DeviceStream* stream) {
+  if (--g_sums_left == 0) g_aborted.load()->Abort(absl::CancelledError("in the middle"));
+  return SumKernels().sum_tensors(from, count, to, stream);
+}
+
+TEST(PeerGroup, AnAbortInTheMiddleOfAnOperationReachesAllRanks) {
+  const DeviceKernels kernels = {.sum_tensors = &SumOrAbort};
+  for (const int sums : {1, 2, 3, 4, 50}) {
+    SCOPED_TRACE(absl::StrCat(sums, " sums"));
+    g_sums_left = sums;
+    PeerJob(3, 1, kernels).RunConnected([](Communicator& group, Device&) {
+      if (group.index() == 0) g_aborted = &group;
+      std::vector<Tensor> tensors;
+      for (int i = 0; i < 4; ++i) tensors.push_back(*group.Allocate({1000}, DType::kF32));
+      ASSERT_EQ(group.Barrier({}).Await(), absl::OkStatus());
+      absl::Status end;
+      while (end.ok()) {
+        std::vector<Work> works;
+        for (const Tensor& tensor : tensors) works.push_back(group.AllReduce(tensor, tensor, ReduceOp::kSum, {}));
+        for (const Work& work : works) end.Update(work.Await());
+      }
+      EXPECT_EQ(end.code(), absl::StatusCode::kAborted) << end;
+      EXPECT_THAT(std::string(end.message()), HasSubstr("in the middle"));
+    });
+  }
 }
 
 TEST(PeerGroup, ClosingEndsWhatIsPendingEverywhere) {
