@@ -48,14 +48,14 @@ class StreamLanesTest : public testing::Test {
     return executor_.Run(graph_, body, nullptr, record);
   }
 
+  std::vector<int> ran_;  // Streams that end do what is left of their work.
+  std::vector<std::vector<int>> seen_;
   FakeDevice fake_{{.progress = FakeDeviceOptions::Progress::kByWaits}};
   std::unique_ptr<Device> device_ = *Device::Create(fake_.api(), 0);
   std::unique_ptr<Stream> compute_ = *device_->NewStream(), copy_ = *device_->NewStream();
   Executor executor_;
   Graph graph_;
   int fails_ = -1;  // This task's body makes its stream fail.
-  std::vector<int> ran_;
-  std::vector<std::vector<int>> seen_;
 };
 
 TEST_F(StreamLanesTest, TheHostRunsAheadOfStreamsThatWaitForEachOther) {
