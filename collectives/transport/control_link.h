@@ -23,7 +23,7 @@ struct ControlMessage {
 
 class ControlLink {
  public:
-  explicit ControlLink(Fd socket) : socket_(std::move(socket)) {}
+  explicit ControlLink(Fd socket) : socket_(std::move(socket)) { SendUrgently(socket_.get()); }
 
   int fd() const { return socket_.get(); }
   void Push(ControlMessage message);

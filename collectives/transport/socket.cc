@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <netdb.h>
 #include <netinet/in.h>
+#include <netinet/ip.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/un.h>
@@ -162,6 +163,14 @@ absl::StatusOr<Fd> Accept(int listener) {
     // The other end may have given up already; the listener is still good.
     if (errno != EINTR && errno != ECONNABORTED) return ErrnoStatus(errno, "accept");
   }
+}
+
+void SendUrgently(int fd) {
+  // linux/pkt_sched.h: TC_PRIO_INTERACTIVE, the highest that needs no privilege. The type of service may set it, too.
+  const int type_of_service = IPTOS_LOWDELAY, priority = 6;
+  (void)setsockopt(fd, IPPROTO_IP, IP_TOS, &type_of_service, sizeof type_of_service);
+  (void)setsockopt(fd, IPPROTO_IPV6, IPV6_TCLASS, &type_of_service, sizeof type_of_service);
+  (void)setsockopt(fd, SOL_SOCKET, SO_PRIORITY, &priority, sizeof priority);
 }
 
 absl::StatusOr<SocketAddress> LocalAddressTowards(const SocketAddress& remote) {

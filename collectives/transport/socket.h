@@ -59,6 +59,10 @@ absl::StatusOr<Fd> Dial(const SocketAddress& address, int64_t deadline_ns);
 // An invalid Fd when nobody waits to be accepted.
 absl::StatusOr<Fd> Accept(int listener);
 
+// From now on what is sent there overtakes the bytes of other connections where they queue: in this host, and in networks that
+// honour the type of service. For small messages that somebody waits for.
+void SendUrgently(int fd);
+
 // The address of this host that a connection to `remote` would come from, port 0; no bytes travel. UNAVAILABLE: no route.
 absl::StatusOr<SocketAddress> LocalAddressTowards(const SocketAddress& remote);
 SocketAddress LocalAddressOf(int fd);

@@ -172,8 +172,8 @@ absl::Status DataMesh::Impl::Start(std::vector<DataPeer> data_peers) {
     if (data_peers[rank].flows.empty()) peers[rank].status = absl::InternalError("no data connection");
     for (Fd& socket : data_peers[rank].flows) {
       event.data.u64 = flows.size();
-      if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, socket.get(), &event) != 0)
-        return ErrnoStatus(errno, "epoll_ctl");
+      if (epoll_ctl(epoll.get(), EPOLL_CTL_ADD, socket.get(), &event) != 0) return ErrnoStatus(errno, "epoll_ctl");
+      if (peers[rank].flows.empty() && data_peers[rank].flows.size() > 1) SendUrgently(socket.get());  // See PumpOut.
       flows.push_back(std::make_unique<Flow>(this, static_cast<int>(rank), std::move(socket), shared.epoch));
       peers[rank].flows.push_back(flows.back().get());
     }
