@@ -19,7 +19,7 @@ namespace {
 constexpr char kIp[] = "/usr/sbin/ip", kTc[] = "/usr/sbin/tc";
 constexpr int kSwitchByte = 254;
 // A host never loses what it sends itself (a connection whose first packet is, waits for 200 ms), as its kernel limits what
-// waits; a switch does, after 20 ms or 512 KiB.
+// waits, and lets urgent connections overtake others; a switch does neither, and loses what comes after 20 ms or 512 KiB.
 constexpr int64_t kHostQueue = 4 << 20, kSwitchQueueMin = 512 << 10;
 // No interface has it: frames to it reach nobody.
 constexpr char kNobody[] = "02:00:00:00:00:fe";
@@ -50,7 +50,7 @@ absl::Status Shape(const std::string& space, const std::string& device, int64_t 
   // Not `replace`: a bucket that becomes smaller while packets wait may never let them go. What waits is lost, and sent again.
   Run(kTc, absl::StrCat(at, "del dev ", device, " root")).IgnoreError();  // There may be none.
   if (bytes == 0) return absl::OkStatus();
-  return Run(kTc, absl::StrCat(at, "add dev ", device, " root tbf rate ", bits_per_second, "bit burst ",
+  return Run(kTc, absl::StrCat(at, "add dev ", device, " root handle 1: tbf rate ", bits_per_second, "bit burst ",
                                packet + 128 + bytes / 10'000, " limit ", queue));
 }
 
@@ -141,6 +141,9 @@ absl::Status NetworkHosts::SetCable(int host, Cable cable) {
 
 absl::Status NetworkHosts::SetRate(int host, int64_t bits_per_second) {
   SHOAL_RETURN_IF_ERROR(Shape(Name(host), "eth0", bits_per_second, kHostQueue));
+  if (bits_per_second > 0) {
+    SHOAL_RETURN_IF_ERROR(Run(kTc, absl::StrCat("-n ", Name(host), " qdisc add dev eth0 parent 1:1 pfifo_fast")));
+  }
   return Shape(Name(kSwitch), absl::StrCat("port", host), bits_per_second,
                std::max(bits_per_second / 8 / 50, kSwitchQueueMin));
 }
