@@ -51,7 +51,7 @@ struct BenchOptions {
   double gflops = 4;        // Of an emulated device.
   double task_us = 300;     // Fixed cost of a compute task.
   double sigma = 1.0;
-  int64_t width = 128, inner = 256, experts = 16, layers = 4, rows = 4, seq = 128;
+  int64_t width = 128, inner = 256, experts = 16, layers = 4, rows = 4, seq = 128, vocab = 64;
   int64_t warmup = 70, steps = 20;
   int64_t seed = 1;
   int64_t waves = 1;  // Of skew; 0: schedules are chosen.
@@ -100,7 +100,7 @@ struct Variant {
 Config BaseConfig(const BenchOptions& o, int ranks) {
   Config config;
   Model& model = *config.mutable_model();
-  model.set_vocab_size(64);
+  model.set_vocab_size(o.vocab);
   model.set_hidden_size(o.width);
   model.set_intermediate_size(o.inner);
   model.set_num_hidden_layers(static_cast<int>(o.layers));
@@ -172,7 +172,7 @@ absl::StatusOr<Tensor> Rows(const BenchOptions& o, RankModel& model) {
   const Range mine = model.RowsOf(o.rows * model.topology().ranks());
   Tensor rows = Empty({mine.count, o.seq + 1}, DType::kI32);
   std::mt19937 random(static_cast<uint32_t>(o.seed * 1000 + mine.begin));
-  for (int32_t& id : rows.span<int32_t>()) id = static_cast<int32_t>(random() % 64);
+  for (int32_t& id : rows.span<int32_t>()) id = static_cast<int32_t>(random() % static_cast<uint64_t>(o.vocab));
   return rows;
 }
 
@@ -404,7 +404,7 @@ bool Parse(int argc, char** argv, BenchOptions* o) {
   const std::map<std::string, int64_t*> integers = {
       {"--width", &o->width}, {"--inner", &o->inner},   {"--experts", &o->experts}, {"--layers", &o->layers}, {"--rows", &o->rows},
       {"--seq", &o->seq},     {"--warmup", &o->warmup}, {"--steps", &o->steps},     {"--seed", &o->seed},
-      {"--waves", &o->waves}, {"--grid", &o->grid}};
+      {"--waves", &o->waves}, {"--grid", &o->grid},     {"--vocab", &o->vocab}};
   for (int i = 2; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--lock") == 0) {
       o->lock = argv[i + 1];
