@@ -93,6 +93,7 @@ ModelShape ModelShapeOf(const Config& config) {
   shape.balance = model.aux_loss != AuxLoss::kNone;
   shape.blocks = BlocksOfBuckets(model);
   shape.compute_bytes = config.train().precision() == "bf16" ? 2 : 4;
+  shape.fp8 = ProductsFor(config) == kernels::Products::kFp8;
   shape.sequences = config.train().global_batch_size();
   shape.sequence_length = config.train().seq_length();
   shape.loss_chunk = config.train().loss_chunk();

@@ -1,5 +1,7 @@
 #include "models/layers/projection.h"
 
+#include <utility>
+
 #include "runtime/kernels/gated_matmul.h"
 #include "runtime/kernels/swiglu.h"
 
@@ -11,15 +13,17 @@ using kernels::Products;
 using kernels::Segment;
 using kernels::Transpose;
 
-const Fp8Weights& QuantisedWeights::Of(absl::Span<const Tensor> weights, const ParameterStore& store, bool kept, Stream& stream) {
+Fp8Weights QuantisedWeights::Of(absl::Span<const Tensor> weights, const ParameterStore& store, bool kept, Stream& stream) {
   if (kept && pass_ == store.pass()) return weights_;
-  if (!kept) weights_ = Fp8Weights();
-  kernels::QuantiseWeights(weights, &weights_, stream);
+  Fp8Weights fresh = kept ? weights_ : Fp8Weights();
+  kernels::QuantiseWeights(weights, &fresh, stream);
+  if (!kept) return fresh;
+  weights_ = std::move(fresh);
   pass_ = store.pass();
   return weights_;
 }
 
-const Fp8Weights& Projection::Quantised(Stream& stream) {
+Fp8Weights Projection::Quantised(Stream& stream) {
   const Tensor weight = store_->Weight(name_, shape_);
   return quantised_.Of({&weight, 1}, *store_, store_->keeps_dense(), stream);
 }
@@ -45,7 +49,7 @@ void Projection::BackwardWeight(const Tensor& dy, const Tensor& x, kernels::Accu
   MatMul(dy, Transpose::kYes, x, Transpose::kNo, accumulate, store_->Gradient(name_, shape_), stream);
 }
 
-const Fp8Weights& ExpertProjection::Quantised(absl::Span<const Tensor> weights, Stream& stream) {
+Fp8Weights ExpertProjection::Quantised(absl::Span<const Tensor> weights, Stream& stream) {
   return quantised_.Of(weights, *store_, store_->keeps_experts(), stream);
 }
 

@@ -13,11 +13,11 @@
 
 namespace shoal {
 
-// Quantised weights, kept from pass to pass where weights are: quantised once, when a pass first uses them (ParameterStore::pass).
+// Quantised weights. Where weights are kept, so are these: quantised once, when a pass first uses them (ParameterStore::pass).
 class QuantisedWeights {
  public:
-  // As `weights` are in this pass. Valid until the next call.
-  const kernels::Fp8Weights& Of(absl::Span<const Tensor> weights, const ParameterStore& store, bool kept, Stream& stream);
+  // As `weights` are in this pass.
+  kernels::Fp8Weights Of(absl::Span<const Tensor> weights, const ParameterStore& store, bool kept, Stream& stream);
 
  private:
   kernels::Fp8Weights weights_;
@@ -40,7 +40,7 @@ class Projection {
   void BackwardWeight(const Tensor& dy, const Tensor& x, kernels::Accumulate accumulate, Stream& stream);
 
  private:
-  const kernels::Fp8Weights& Quantised(Stream& stream);
+  kernels::Fp8Weights Quantised(Stream& stream);
 
   std::string name_;
   Shape shape_;
@@ -68,7 +68,7 @@ class ExpertProjection {
 
  private:
   bool quantised() const { return store_->products() == kernels::Products::kFp8; }
-  const kernels::Fp8Weights& Quantised(absl::Span<const Tensor> weights, Stream& stream);
+  kernels::Fp8Weights Quantised(absl::Span<const Tensor> weights, Stream& stream);
 
   const ParameterStore* store_;
   QuantisedWeights quantised_;

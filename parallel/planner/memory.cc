@@ -13,6 +13,7 @@ namespace shoal {
 namespace {
 
 constexpr int64_t kF32 = 4;
+constexpr int64_t kQuantised = 2;  // Of a weight: its code, once by rows and once by columns; on the CPU what the code means.
 
 // What HostMemory gives for a tensor: small ones as they are, others in whole pages.
 constexpr int64_t kSmallBytes = 1 << 18, kPageBytes = 1 << 21;
@@ -99,8 +100,26 @@ class MemoryCount {
     use_.weights += Shared(slots * expert * b_);
     use_.gradients += Shared(slots * expert * kF32);
     use_.optimizer += 2 * Held(slots * expert * kF32) + Held(slots * expert * master_bytes());
+    if (model_.fp8) CountQuantised(layers == 0 ? 0 : CeilDiv(owned, layers) + room, layers);
     const int64_t rooms = layout_.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout_.prefetch + 1, layers);
     use_.copies += rooms * (Shared(room * expert * b_) + Shared(room * expert * kF32));
+  }
+
+  // Of every layer where weights are kept, otherwise of one product at a time. `experts`: of a layer, on this rank.
+  void CountQuantised(int64_t experts, int64_t moe_layers) {
+    const int64_t up = 2 * model_.width * model_.expert_inner * kQuantised, down = up / 2;
+    const int64_t of_experts = Held(experts * up) + Held(experts * down);
+    use_.quantised += layout_.experts == ExpertPolicy::kKeep ? moe_layers * of_experts : Held(experts * up);
+    int64_t kept = 0, largest = 0;  // Of dense matrices.
+    for (const bool moe : model_.moe) {
+      const int64_t inner = moe ? model_.shared_inner : model_.dense_inner;
+      for (const int64_t rows : {model_.query_size + 2 * model_.kv_size, model_.query_size, 2 * inner, inner}) {
+        const int64_t bytes = Held(rows * model_.width * kQuantised);
+        kept += bytes;
+        largest = std::max(largest, bytes);
+      }
+    }
+    use_.quantised += layout_.dense == DensePolicy::kReplicated || ranks_ == 1 ? kept : largest;
   }
 
   // ---- Of one wave.
@@ -253,7 +272,7 @@ std::string BytesText(int64_t bytes) {
 std::string MemoryUse::ToString() const {
   std::vector<std::pair<int64_t, const char*>> parts = {
       {weights, "weights"},         {gradients, "gradients"},     {optimizer, "optimizer state"}, {copies, "copies of experts"},
-      {activations, "activations"}, {buffers, "buffers of rows"}, {working, "working memory"}};
+      {activations, "activations"}, {buffers, "buffers of rows"}, {working, "working memory"},  {quantised, "quantised weights"}};
   std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   std::string text = BytesText(total());
   for (size_t i = 0; i < parts.size() && parts[i].first > 0; ++i) {

@@ -11,6 +11,7 @@
 //   copies       of experts that others own, b + 4 each: of all layers, or prefetch + 1 rooms when they are rematerialised.
 //   activations  of a layer: x 4TD; attention bT(D + 2q + 2kv) + 4T(1 + heads); experts 4TD + bTD + 4T(2 + E + 2K) + 8S +
 //                b(RD + 2RF + SD); shared 2bTF'; dense 4TD + bTD + 4T + 2bTF. With recompute x of every layer, the rest of one.
+//   quantised    in fp8, 2 for each weight of layers and experts that are here; where they are not kept, of the largest product.
 //   buffers      two for rows on their way where rows travel, b SD and b RD, each with room for a quarter more.
 //   working      of the head 4TD and the larger of bTD + logits of a chunk and 4TD; of a layer's backward pass
 //                4TD + 4S + b(RD + SD + RF), and what waves that are behind have of the layer above.
@@ -25,8 +26,8 @@
 namespace shoal {
 
 struct MemoryUse {
-  int64_t weights = 0, gradients = 0, optimizer = 0, copies = 0, activations = 0, buffers = 0, working = 0;
-  int64_t total() const { return weights + gradients + optimizer + copies + activations + buffers + working; }
+  int64_t weights = 0, gradients = 0, optimizer = 0, copies = 0, activations = 0, buffers = 0, working = 0, quantised = 0;
+  int64_t total() const { return weights + gradients + optimizer + copies + activations + buffers + working + quantised; }
   std::string ToString() const;  // "3.2 GiB: activations 2.0, weights 0.6, ..." by size.
 };
 

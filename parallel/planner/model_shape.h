@@ -18,6 +18,7 @@ struct ModelShape {
   // By bucket, elements of its blocks (models/blocks.h), which are owned whole; empty: as fine as may be.
   std::vector<std::vector<int64_t>> blocks;
   int64_t compute_bytes = 4;                     // Of an element of weights and activations: 2 in bf16.
+  bool fp8 = false;                              // Products of layers are (runtime/kernels/fp8.h).
   int64_t sequences = 8, sequence_length = 256;  // Of a step, on all ranks together.
   int64_t loss_chunk = 1024;
 

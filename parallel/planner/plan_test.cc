@@ -191,6 +191,21 @@ TEST(EstimateStep, TransportThatComputesMakesCommunicationDearer) {
   EXPECT_LT(taxed.step_ns, free_ns / 0.8);
 }
 
+TEST(PeakMemory, QuantisedWeightsAreKeptWhereWeightsAre) {
+  ModelShape model = Model();
+  const MemoryUse plain = Memory(model, Hosts(1, 4), {.expert = 4});
+  model.fp8 = true;
+  const MemoryUse kept = Memory(model, Hosts(1, 4), {.expert = 4});
+  const int64_t weights = 8 * (model.AttentionElements() + 4 * model.expert_elements());  // Of 8 layers, 4 experts of 16 each.
+  EXPECT_EQ(plain.quantised, 0);
+  EXPECT_EQ(kept.quantised, 2 * weights);
+  EXPECT_EQ(kept.total() - plain.total(), kept.quantised);
+  const MemoryUse sharded =
+      Memory(model, Hosts(1, 4), {.expert = 2, .dense = DensePolicy::kSharded, .experts = ExpertPolicy::kRematerialise});
+  const int64_t up = 2 * model.width * model.expert_inner, largest_dense = model.width * (model.query_size + 2 * model.kv_size);
+  EXPECT_EQ(sharded.quantised, 2 * (8 * up + largest_dense));  // 8 experts are here, 4 of them copies.
+}
+
 TEST(PeakMemory, EachPolicySavesWhatItShould) {
   const ModelShape model = Model();
   const Cluster cluster = Hosts(2, 8);
