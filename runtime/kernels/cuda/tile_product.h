@@ -162,6 +162,17 @@ __device__ __forceinline__ void StoreGated(const float (&sums)[kTilesM][kTilesN]
   }
 }
 
+// Either, of a tile of work.
+template <typename Work, int kTilesM, int kTilesN>
+__device__ __forceinline__ void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, int64_t gates,
+                                      const TileResult& result, float* staging) {
+  if constexpr (Work::kGated) {
+    StoreGated(sums, row, column, m, gates, result, staging);
+  } else {
+    StoreSums(sums, row, column, m, n, result, staging);
+  }
+}
+
 // The tiles c[m, n] = a b of a Work. kAAcross: a lies as [k][m], else [m][k]; kBAcross: b lies as [k][n], else [n][k].
 template <typename T, bool kAAcross, bool kBAcross> struct TileProduct;
 
@@ -306,16 +317,6 @@ template <bool kAAcross, bool kBAcross> struct TileProduct<Bf16, kAAcross, kBAcr
     }
     CommitCopies();
     return more ? 1 : 0;
-  }
-
-  template <typename Work, int kTilesM, int kTilesN>
-  __device__ __forceinline__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, int64_t gates,
-                                               const TileResult& result, float* staging) {
-    if constexpr (Work::kGated) {
-      StoreGated(sums, row, column, m, gates, result, staging);
-    } else {
-      StoreSums(sums, row, column, m, n, result, staging);
-    }
   }
 
   struct Fragments {

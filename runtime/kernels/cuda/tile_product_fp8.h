@@ -115,16 +115,6 @@ struct Fp8TileProduct {
     }
   }
 
-  template <typename Work, int kTilesM, int kTilesN>
-  __device__ __forceinline__ static void Store(const float (&sums)[kTilesM][kTilesN][4], int row, int column, int m, int n, int64_t gates,
-                                               const TileResult& result, float* staging) {
-    if constexpr (Work::kGated) {
-      StoreGated(sums, row, column, m, gates, result, staging);
-    } else {
-      StoreSums(sums, row, column, m, n, result, staging);
-    }
-  }
-
   template <typename Work> __device__ static void ByWarps(Work& work, unsigned char* shared) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int row = warp % 2 * kWarpRows, column = warp / 2 * kWarpColumns, own_row = row + static_cast<int>(threadIdx.x) % 32 / 4;
