@@ -381,4 +381,18 @@ inline void CheckDenseOperations(Communicator& group, Place place, int64_t eleme
   checker.Exchange(elements, dtype, 11);
 }
 
+// A member that closes a group ends what is pending on those that have issued it. Of three ranks.
+inline void CheckClosingEndsWhatIsPending(Communicator& group) {
+  auto part = group.Split({0, 1, 2});
+  ASSERT_TRUE(part.ok()) << part.status();
+  const Tensor tensor = *group.Allocate({64}, DType::kBF16);
+  ASSERT_EQ((*part)->Barrier({}).Await(), absl::OkStatus());  // All have connected.
+  Work work;
+  if (group.index() != 1) work = (*part)->AllReduce(tensor, tensor, ReduceOp::kSum, {});
+  if (group.index() == 0) part->reset();
+  EXPECT_EQ(work.Await().code(), group.index() == 1 ? absl::StatusCode::kOk : absl::StatusCode::kAborted);
+  if (group.index() == 1) part->reset();
+  EXPECT_EQ(group.Barrier({}).Await(), absl::OkStatus());
+}
+
 }  // namespace shoal
