@@ -8,6 +8,7 @@
 #include "absl/strings/match.h"
 #include "gtest/gtest.h"
 #include "launch/trainer/session.h"
+#include "parallel/expert/testing.h"
 #include "tests/harness/ranks.h"
 
 namespace shoal {
@@ -23,6 +24,7 @@ struct Case {
   bool rematerialise = false, water_fill = false;
   std::string owners = "hecate", transport = "auto";
   int ranks_per_host = kRanks;
+  bool calibrate = false;  // Copies that no step expected, wherever there is room.
 };
 
 // What all runs of a comparison have in common.
@@ -112,7 +114,13 @@ void SkewRouters(RankModel& model) {
 
 void TrainOneRank(const Case& c, const Model& m, Communicator& world, Recorder* recorder) {
   const Config config = ConfigOf(c, m);
-  const auto model = RankModel::Create(config, ModelConfigOf(config), world, {.host = world.index() / c.ranks_per_host});
+  RankModel::Options options{.host = world.index() / c.ranks_per_host};
+  if (c.calibrate) {
+    options.calibrate = [&](const ExpertPlacement& planned, absl::Span<const int64_t> counts) {
+      return expert_testing::AddCopies(planned, counts, kRanks, c.copies);
+    };
+  }
+  const auto model = RankModel::Create(config, ModelConfigOf(config), world, options);
   ASSERT_TRUE(model.ok()) << model.status();
   ASSERT_TRUE(LoadWeights({.seed = 7}, **model).ok());
   SkewRouters(**model);
@@ -188,7 +196,10 @@ std::vector<Case> Placements() {
            .owners = "eplb", .ranks_per_host = 2},
           {.name = "filling", .expert = 0, .copies = 1, .overlap = 3, .water_fill = true},
           {.name = "filling, rematerialised, tuned owners", .expert = 0, .reshard = 2, .rematerialise = true, .water_fill = true,
-           .owners = "tuned"}};
+           .owners = "tuned"},
+          {.name = "calibrated", .expert = 0, .copies = 3, .overlap = 0, .calibrate = true},
+          {.name = "calibrated, filling, moving owners on hosts, rematerialised", .expert = 0, .copies = 4, .overlap = 1, .reshard = 2,
+           .rematerialise = true, .water_fill = true, .owners = "eplb", .ranks_per_host = 2, .calibrate = true}};
 }
 
 void ExpectSameBits(const Model& m, const std::vector<Case>& cases) {
@@ -200,7 +211,7 @@ void ExpectSameBits(const Model& m, const std::vector<Case>& cases) {
     SCOPED_TRACE(c.name);
     const Run run = TrainAll(c, m);
     EXPECT_EQ(Differences(plain, run), "");
-    if (skewed && c.expert == 0 && c.overlap > 0) {
+    if (skewed && c.expert == 0 && (c.overlap > 0 || c.calibrate)) {
       EXPECT_GT(run.copies, 0);
     }
     if (skewed && c.reshard > 0) {
@@ -226,7 +237,8 @@ TEST(Pinned, SameBitsRecomputedAndSharded) {
   ExpectSameBits({.precision = "bf16", .parts = 2, .recompute = true, .sharded = true},
                  {{.name = "data parallel", .expert = 1},
                   {.name = "sparse", .expert = 0, .reshard = 2, .owners = "eplb", .ranks_per_host = 2},
-                  {.name = "filling, rematerialised", .expert = 0, .copies = 1, .rematerialise = true, .water_fill = true}});
+                  {.name = "filling, rematerialised", .expert = 0, .copies = 1, .rematerialise = true, .water_fill = true},
+                  {.name = "calibrated", .expert = 0, .copies = 3, .overlap = 1, .calibrate = true}});
 }
 
 TEST(Pinned, SameBitsWithOtherRouters) {
