@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <filesystem>
 #include <numeric>
 #include <random>
 #include <thread>
@@ -220,6 +221,32 @@ TEST(Allocate, MemoryIsGivenBackHereAndAtThePeers) {
       ASSERT_EQ(group.AllReduce(tensor, tensor, ReduceOp::kSum, {}).Await().ToString(), "OK");
       ASSERT_EQ(tensor.data<float>()[99'999], 2.0f);
     }
+  });
+}
+
+int OpenDescriptors() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<int>(std::distance(begin(all), end(all)));
+}
+
+TEST_P(Usage, GroupsMakeNoConnectionsOfTheirOwn) {
+  RunRanks(3, GetParam(), [](Communicator& world) {
+    std::vector<std::unique_ptr<Communicator>> groups;
+    const auto meet = [&] {
+      for (const auto& group : groups) ASSERT_EQ(group->Barrier({}).Await().ToString(), "OK");
+      ASSERT_EQ(world.Barrier({}).Await().ToString(), "OK");
+    };
+    groups.push_back(*world.Split({0, 1, 2}));
+    meet();
+    const int before = OpenDescriptors();  // Of all ranks, which are threads.
+    meet();
+    for (int i = 0; i < 20; ++i) groups.push_back(*world.Split({0, 1, 2}));
+    meet();
+    // What a group shares travels through descriptors that are closed when they have arrived.
+    const absl::Time deadline = absl::Now() + absl::Seconds(30);
+    while (OpenDescriptors() > before && absl::Now() < deadline) std::this_thread::yield();
+    EXPECT_LE(OpenDescriptors(), before);
+    meet();
   });
 }
 

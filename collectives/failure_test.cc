@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <fstream>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -380,6 +381,42 @@ TEST_P(Failures, HandlesOutliveTheCommunicator) {
     if (group.index() == 1) works[1] = group.Broadcast(Zeros({1}, DType::kF32), 0, {});
   });
   for (const Work& work : works) EXPECT_TRUE(absl::IsAborted(work.Await()));
+}
+
+// What came for them is not kept.
+TEST(Groups, MayEndBeforeTheirPeersMakeThemAsOftenAsTheyLike) {
+  RunRanks(2, "tcp", [](Communicator& world) {
+    const Tensor data = Zeros({1}, DType::kF32);
+    for (int i = 0; world.index() == 0 && i < 4200; ++i) {
+      const std::unique_ptr<Communicator> group = *world.Split({0, 1});
+      ASSERT_EQ(group->Send(data, 1, 0, {}).Await().ToString(), "OK");
+      group->Abort(absl::CancelledError("enough"));
+    }
+    EXPECT_EQ(world.AllReduce(data, data, ReduceOp::kSum, {}).Await().ToString(), "OK");
+  });
+}
+
+// Whoever is killed cleans nothing up.
+TEST(SharedMemory, HasNoNameThatCouldStayBehind) {
+  RankProcesses ranks(RankOptions(0, 2, "auto", UniqueRendezvous()), ReduceForEver);
+  for (int rank = 0; rank < 2; ++rank) ASSERT_EQ(ranks.Line(rank), "running");
+  std::ifstream maps(absl::StrCat("/proc/", ranks.pid(0), "/maps"));
+  int shared = 0;
+  for (std::string line; std::getline(maps, line);) {
+    if (line[line.find(' ') + 4] != 's') continue;  // rw-s
+    ++shared;
+    EXPECT_THAT(line, AllOf(HasSubstr(" /memfd:"), HasSubstr(" (deleted)")));
+  }
+  EXPECT_GT(shared, 0);
+}
+
+TEST(OneRankDeathTest, ACommunicatorMayNotBeDestroyedByItsOwnCallback) {
+  const auto destroy = [] {
+    std::unique_ptr<Communicator> world = *ConnectWorld(WorldOptions());
+    world->OnAbort([&](const absl::Status&) { world.reset(); });
+    world->Abort(absl::CancelledError("enough"));
+  };
+  EXPECT_DEATH(destroy(), "a communicator is destroyed by its own OnAbort callback");
 }
 
 TEST(OneRank, NeedsNoNetworkAndCanAbort) {

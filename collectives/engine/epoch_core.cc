@@ -26,6 +26,7 @@ EpochCore::EpochCore(Options options, int64_t now_ns)
     : options_(std::move(options)),
       beat_ns_(std::max<int64_t>(options_.heartbeat_timeout_ns / kBeatsPerTimeout, 1'000'000)),
       peers_(options_.names.size()),
+      ended_keys_(kEndedKeysMax),
       next_beat_ns_(now_ns),
       ticked_ns_(now_ns) {
   for (Peer& peer : peers_) peer.heard_ns = now_ns;
@@ -47,8 +48,8 @@ uint64_t EpochCore::AddGroup(uint64_t key, std::vector<int> ranks, std::vector<u
   Group group = {key, std::move(ranks), std::move(ancestors)};
   *over = all_over_;
   const auto look = [&](uint64_t of) {
-    const auto ended = ended_keys_.find(of);
-    if (over->empty() && ended != ended_keys_.end()) *over = ended->second;
+    const std::string* const ended = ended_keys_.Find(of);
+    if (over->empty() && ended != nullptr) *over = *ended;
   };
   for (const uint64_t ancestor : group.ancestors) look(ancestor);
   look(key);
@@ -69,20 +70,11 @@ void EpochCore::End(uint64_t group, const std::string& cause, Effects* effects) 
 
 void EpochCore::EndAll(const std::string& cause, Effects* effects) { EndKey(kAllGroups, Cut(cause), effects); }
 
-// False: it is known already.
-bool EpochCore::Remember(uint64_t key, const std::string& cause) {
-  if (!ended_keys_.emplace(key, cause).second) return false;
-  ended_order_.push_back(key);
-  if (ended_order_.size() <= kEndedKeysMax) return true;
-  ended_keys_.erase(ended_order_.front());
-  ended_order_.pop_front();
-  return true;
-}
-
 void EpochCore::EndKey(uint64_t key, const std::string& cause, Effects* effects) {
   const bool all = key == kAllGroups;
-  if (all ? !all_over_.empty() : !Remember(key, cause)) return;
+  if (all ? !all_over_.empty() : !ended_keys_.Add(key, cause)) return;
   if (all) all_over_ = cause;
+  if (!all) effects->over.push_back(key);
   std::set<int> told;
   for (auto& [number, group] : groups_) {
     if (!all && !IsOrDescendsFrom(group, key)) continue;

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
 #include <map>
 #include <set>
 #include <string>
@@ -12,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/engine/recent.h"
 #include "collectives/transport/control_type.h"
 
 namespace shoal {
@@ -36,6 +36,7 @@ class EpochCore {
       std::string body;
     };
     std::vector<Ended> ended;
+    std::vector<uint64_t> over;  // Keys of groups that were ended by somebody; some may never have been made here.
     std::vector<int> left, died;    // Peers.
     std::vector<Message> messages;  // In order, per rank.
     // Nothing will be said to these peers any more: the sending side of their links ends behind what was said.
@@ -99,7 +100,6 @@ class EpochCore {
   void OnEnd(int rank, std::string_view body, Effects* effects);
   void OnDead(int rank, std::string_view body, Effects* effects);
   void OnHeartbeat(int rank, std::string_view body, int64_t now_ns, Effects* effects);
-  bool Remember(uint64_t key, const std::string& cause);
   void EndKey(uint64_t key, const std::string& cause, Effects* effects);
   void Tell(int rank, ControlType type, const std::string& body, Effects* effects) const;
   void CheckSilence(int64_t now_ns, Effects* effects);
@@ -112,8 +112,7 @@ class EpochCore {
   uint64_t last_group_ = 0;
   // Groups that were ended, with causes; also those unknown here, which may be made here only later. The oldest are
   // forgotten when there are too many: whoever makes one of those then finds out by its deadline.
-  std::map<uint64_t, std::string> ended_keys_;
-  std::deque<uint64_t> ended_order_;
+  Recent<std::string> ended_keys_;
   std::string all_over_;                        // This rank was declared dead, or EndAll: the cause. Empty: not.
   bool judges_ = true;                          // False when leaving, and when the others gave this rank up.
   int64_t next_beat_ns_;

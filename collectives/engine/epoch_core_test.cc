@@ -24,7 +24,7 @@ constexpr int64_t kTimeoutNs = 1000 * kMs;
 // Ranks of one epoch. What one says arrives at once, in order, unless the link is cut.
 class Epoch {
  public:
-  explicit Epoch(int size) : ended_(size), left_(size), cut_(size, std::vector<bool>(size)) {
+  explicit Epoch(int size) : ended_(size), over_(size), left_(size), cut_(size, std::vector<bool>(size)) {
     for (int rank = 0; rank < size; ++rank) {
       EpochCore::Options options;
       options.rank = rank;
@@ -91,6 +91,7 @@ class Epoch {
 
   // By key, with causes.
   const std::map<uint64_t, std::string>& ended(int rank) const { return ended_[rank]; }
+  const std::vector<uint64_t>& over(int rank) const { return over_[rank]; }
   const std::vector<int>& left(int rank) const { return left_[rank]; }
   EpochCore::Doing doing;
 
@@ -106,6 +107,7 @@ class Epoch {
       const bool first = ended_[rank].emplace(keys_.at({rank, group}), cause).second;
       EXPECT_TRUE(first) << "rank " << rank << ": a group ended twice";
     }
+    over_[rank].insert(over_[rank].end(), effects.over.begin(), effects.over.end());
     left_[rank].insert(left_[rank].end(), effects.left.begin(), effects.left.end());
     for (const auto& [to, type, body] : effects.messages) {
       EXPECT_NE(to, rank);
@@ -117,6 +119,7 @@ class Epoch {
   std::vector<std::unique_ptr<EpochCore>> cores_;
   std::map<std::pair<int, uint64_t>, uint64_t> keys_, numbers_;
   std::vector<std::map<uint64_t, std::string>> ended_;
+  std::vector<std::vector<uint64_t>> over_;
   std::vector<std::vector<int>> left_;
   std::vector<std::vector<bool>> cut_;
   std::deque<Wire> wire_;
@@ -186,6 +189,15 @@ TEST(EpochCore, AGroupThatIsMadeAfterItsEndWasToldIsOver) {
   epoch.AddGroupOn(1, 12, {0, 1}, {10, 11});
   epoch.AddGroupOn(1, 13, {0, 1}, {10});
   EXPECT_THAT(epoch.ended(1), ElementsAre(Pair(11, "late"), Pair(12, "late")));
+}
+
+TEST(EpochCore, AMemberHearsOfTheEndOfAGroupThatItNeverMade) {
+  Epoch epoch(2);
+  epoch.AddGroupOn(0, 11, {0, 1}, {});
+  epoch.End(0, 11, "late");
+  EXPECT_THAT(epoch.over(1), ElementsAre(11));
+  epoch.End(0, 11, "again");
+  EXPECT_THAT(epoch.over(1), ElementsAre(11));
 }
 
 TEST(EpochCore, AGroupThatADeathEndedDoesNotTakeItsDescendantsWithIt) {

@@ -96,7 +96,11 @@ void GroupLife::AddCallback(const void* owner, Callback callback) {
 }
 
 void GroupLife::RemoveCallbacks(const void* owner) {
+  std::vector<Callback> removed;  // What they hold goes without the lock.
   MutexLock lock(&mutex_);
+  for (auto& [of, callback] : callbacks_) {
+    if (of == owner) removed.push_back(std::move(callback));
+  }
   std::erase_if(callbacks_, [owner](const auto& entry) { return entry.first == owner; });
   while (running_ == owner && runner_ != std::this_thread::get_id()) callback_done_.Wait(&mutex_);
 }

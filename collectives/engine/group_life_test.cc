@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
 #include <thread>
 
 namespace shoal {
@@ -77,6 +78,22 @@ TEST(GroupLife, RemovedCallbacksDoNotRunAndARunningOneIsAwaited) {
   let_go = true;
   remover.join();
   ender.join();
+}
+
+// A callback may own another communicator of the world, whose end needs locks itself.
+TEST(GroupLife, WhatARemovedCallbackHoldsGoesWithoutTheLock) {
+  LocalLife life;
+  bool gone = false;
+  {
+    const std::shared_ptr<int> held(new int(0), [&](const int* number) {
+      delete number;
+      life.RemoveCallbacks(&gone);
+      gone = true;
+    });
+    life.AddCallback(&life, [held](const absl::Status&) { ADD_FAILURE() << "removed"; });
+  }
+  life.RemoveCallbacks(&life);
+  EXPECT_TRUE(gone);
 }
 
 TEST(OperationNote, SaysWhatRunsAndWhatEnded) {

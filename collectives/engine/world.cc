@@ -82,7 +82,9 @@ std::shared_ptr<World::Life> World::NewLife(uint64_t key, std::vector<int> ranks
   MutexLock lock(&mutex_);
   life->set_number(core_->AddGroup(key, std::move(ranks), std::move(ancestors), &over));
   lives_[life->number()] = {life.get(), life};
-  if (!over.empty()) life->Finish(absl::AbortedError(over));
+  if (over.empty()) return life;
+  life->Finish(absl::AbortedError(over));
+  if (mesh_ != nullptr) mesh_->Drop(key);
   return life;
 }
 
@@ -133,6 +135,9 @@ void World::Apply(const EpochCore::Effects& effects) {
     deaths_->Set(std::move(deaths));
   }
   for (const auto& [group, cause] : effects.ended) lives_.at(group).raw->Finish(absl::AbortedError(cause));
+  for (uint64_t key : effects.over) {
+    if (mesh_ != nullptr) mesh_->Drop(key);
+  }
   for (int rank : effects.left) peers_[rank]->left.store(true, std::memory_order_release);
   std::set<int> urgent;
   for (const auto& [rank, type, body] : effects.messages) {

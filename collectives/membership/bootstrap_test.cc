@@ -8,6 +8,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "collectives/communicator.h"
+#include "collectives/membership/doors.h"
 #include "collectives/membership/frame.h"
 #include "collectives/transport/clock.h"
 #include "collectives/transport/socket.h"
@@ -18,6 +19,7 @@ namespace shoal {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::Contains;
 using ::testing::HasSubstr;
 
 int64_t Soon() { return NowNs() + 30'000'000'000; }
@@ -240,11 +242,25 @@ TEST(Bootstrap, RanksThatLeaveAtOnceHoldNobodyUp) {
   }
 }
 
+TEST(Bootstrap, PeersAreToldTheAddressesOfTheChosenInterface) {
+  const SocketAddress towards = AnyAddress(AF_INET, /*loopback_only=*/true);
+  for (const char* interface : {"lo", "127.0.0.1"}) {
+    const Doors doors = *OpenDoors("tcp", interface, towards);
+    EXPECT_THAT(*OwnEndpoints(doors, interface, towards), Contains(absl::StrCat("127.0.0.1:", doors.port)));
+    std::vector<WorldOptions> options = AllRanks(3, "tcp");
+    for (WorldOptions& rank : options) rank.interface = interface;
+    for (const absl::Status& status : ConnectAll(options)) EXPECT_EQ(status.ToString(), "OK");
+  }
+}
+
 TEST(Bootstrap, BadOptionsAreNamed) {
   WorldOptions options = RankOptions(2, 2, "auto", UniqueRendezvous());
   EXPECT_TRUE(absl::IsInvalidArgument(ConnectWorld(options).status()));
   options = RankOptions(0, 2, "pigeon", UniqueRendezvous());
   EXPECT_THAT(std::string(ConnectWorld(options).status().message()), HasSubstr("pigeon"));
+  options = RankOptions(0, 2, "tcp", UniqueRendezvous());
+  options.interface = "nowhere0";
+  EXPECT_THAT(ConnectWorld(options).status().ToString(), AllOf(HasSubstr("INVALID_ARGUMENT"), HasSubstr("nowhere0")));
 }
 
 }  // namespace

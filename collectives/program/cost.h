@@ -22,7 +22,6 @@ struct CostModel {
   int64_t cores_per_host = 1;          // Ranks of one host share them.
   bool shared_memory = true;           // Ranks of one host read each other's memory: a view costs no transfer, and what is
                                        // received is copied by the receiver, at the link's bandwidth.
-  bool operator==(const CostModel&) const = default;
 };
 
 // When the last rank is through, where messages of one link queue behind each other, a rank's messages to all others

@@ -2,11 +2,12 @@
 // Needs root and iproute2.
 //
 //   bench_links [--hosts 2,4] [--mbit 200,1000,4000] [--kib 64,1024,8192,32768] [--small-kib 1]
-//               [--ranks-per-host 1] [--verbose]
+//               [--ranks-per-host 1] [--algorithms ring,ring2,halving_doubling] [--verbose]
 //
 // Three tables for each number of hosts and rate:
 //   operations   medians of the slowest rank's time, alone. Limit: the bytes that the busiest cable must carry in one
-//                direction, with headers of frames and packets left out, over the rate.
+//                direction, with headers of frames and packets left out, over the rate. all_reduce also by each of
+//                the `algorithms`.
 //   together     two operations at once, of two groups over the same ranks: their time beside the sum of each alone.
 //   beside bulk  a small operation of one group while another group moves 16 MiB: its time, and without the bulk.
 #include <sched.h>
@@ -41,6 +42,7 @@ struct Options {
   std::vector<int64_t> hosts = {2, 4}, mbit = {200, 1000, 4000}, kib = {64, 1024, 8192, 32768};
   int64_t small_kib = 1;
   int64_t ranks_per_host = 1;
+  std::vector<std::string> algorithms;
   bool verbose = false;
 };
 
@@ -78,7 +80,7 @@ class Bench {
  private:
   // Element counts are of f32; every rank gives or gets `bytes` / size of it per peer.
   struct Operation {
-    const char* name;
+    std::string name;
     double cable_share;  // Bytes of the busiest cable in one direction, of a rank's bytes, with one rank per host.
     std::function<Work(Communicator&, const Tensor&, const Tensor&, int64_t)> start;
   };
@@ -112,7 +114,7 @@ class Bench {
     const double others = (size_ - 1.0) / size_;
     using C = Communicator;
     using T = Tensor;
-    return {
+    std::vector<Operation> all = {
         {"all_reduce", 2 * others,
          [](C& c, const T& in, const T& out, int64_t n) {
            return c.AllReduce(in.Elements(0, {n}), out.Elements(0, {n}), ReduceOp::kSum, {});
@@ -142,6 +144,12 @@ class Bench {
            return c.SparseReduceScatter(Chunks(in, n), Moves(), ReduceOp::kSum, {});
          }},
     };
+    for (const std::string& algorithm : options_.algorithms) {
+      all.push_back({"all_reduce by " + algorithm, 2 * others, [algorithm](C& c, const T& in, const T& out, int64_t n) {
+                       return c.AllReduce(in.Elements(0, {n}), out.Elements(0, {n}), ReduceOp::kSum, {.algorithm = algorithm});
+                     }});
+    }
+    return all;
   }
 
   void Await(const Work& work) {
@@ -179,15 +187,15 @@ class Bench {
     const float sum = size_ * (size_ + 1) / 2.0F;
     for (const Operation& operation : All()) {
       Await(operation.start(*bulk_, in, out, n));
-      const std::string name = operation.name;
-      if (name == "all_reduce" || name == "reduce_scatter") SHOAL_CHECK_EQ(out.data<float>()[n / size_ - 1], sum);
+      const std::string& name = operation.name;
+      if (name.starts_with("all_reduce") || name == "reduce_scatter") SHOAL_CHECK_EQ(out.data<float>()[n / size_ - 1], sum);
       if (name == "all_gather" || name == "all_to_all") SHOAL_CHECK_EQ(out.data<float>()[n - 1], size_);
     }
   }
 
   void Operations() {
     if (world_.index() == 0)
-      std::printf("%-22s %9s %10s %10s %7s %9s\n", "operation", "KiB", "limit ms", "ms", "ratio", "cpu s/GB");
+      std::printf("%-32s %9s %10s %10s %7s %9s\n", "operation", "KiB", "limit ms", "ms", "ratio", "cpu s/GB");
     for (const Operation& operation : All()) {
       for (const int64_t kib : options_.kib) {
         const int64_t n = kib * 256;
@@ -198,7 +206,7 @@ class Bench {
         const double seconds = Timed(repeats, [&] { Await(operation.start(*bulk_, in, out, n)); });
         const double cpu = (CpuSeconds() - cpu_begin) / (repeats + 1) / (cable_bytes * 1e-9);
         if (world_.index() != 0) continue;
-        std::printf("%-22s %9lld %10.3f %10.3f %7.2f %9.2f\n", operation.name, static_cast<long long>(kib), limit * 1e3,
+        std::printf("%-32s %9lld %10.3f %10.3f %7.2f %9.2f\n", operation.name.c_str(), static_cast<long long>(kib), limit * 1e3,
                     seconds * 1e3, seconds / limit, cpu);
         std::fflush(stdout);
       }
@@ -325,6 +333,10 @@ int Main(int argc, char** argv) {
       continue;
     }
     SHOAL_CHECK(i + 1 < argc) << flag << ": unknown, or without a value";
+    if (flag == "--algorithms") {
+      options.algorithms = absl::StrSplit(argv[++i], ',');
+      continue;
+    }
     const std::vector<int64_t> numbers = Numbers(argv[++i]);
     if (flag == "--hosts") options.hosts = numbers;
     else if (flag == "--mbit") options.mbit = numbers;

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <deque>
 
+#include "collectives/engine/recent.h"
 #include "collectives/engine/tcp/data_flow.h"
 #include "collectives/engine/tcp/data_port.h"
 #include "collectives/transport/clock.h"
@@ -32,7 +32,8 @@ constexpr int64_t kLetInNs = 200'000;
 constexpr int64_t kSleepMaxNs = 50'000'000;  // Ends are also announced by Wake; this bounds a lost one.
 // How long the control connection has to say why a peer's data connections closed.
 constexpr int64_t kGraceNs = 500'000'000;
-constexpr size_t kEarlyGroupsMax = 4096, kClosedGroupsMax = 1 << 16;
+constexpr int64_t kEarlyGroupsMax = 4096;
+constexpr size_t kClosedGroupsMax = 1 << 16;
 constexpr uint64_t kWakeTag = ~uint64_t{0};
 constexpr char kLeft[] = "nothing is sent to it any more: this process has left the epoch";
 
@@ -61,7 +62,7 @@ struct DataMesh::Impl {
   absl::Status Start(std::vector<DataPeer> data_peers);
 
   Port* Find(uint64_t group);
-  void Forget(uint64_t group);
+  void Remove(uint64_t group);
   // Lets go of all memory of a failed port.
   void Detach(Port* port);
   void DetachFailed(Port* port) {
@@ -99,10 +100,8 @@ struct DataMesh::Impl {
   size_t open_flows = 0;
   bool some_closed = false, left = false;
   absl::flat_hash_map<uint64_t, std::unique_ptr<Port>> ports;
-  // What still comes for them is dropped. The oldest are forgotten, for which nothing can be under way any more.
-  absl::flat_hash_set<uint64_t> closed_groups;
-  std::deque<uint64_t> closed_order;
-  size_t early_groups = 0;
+  struct Closed {};
+  Recent<Closed> closed_groups{kClosedGroupsMax};  // What still comes for them is thrown away.
   Port* leader = nullptr;  // Whose thread asks the sockets; the other waiting threads sleep meanwhile.
   bool asleep = false;     // The leader, in the kernel.
   std::vector<Port*> waiters;
@@ -131,10 +130,10 @@ class ABSL_SCOPED_LOCKABLE DataMesh::Visit {
 absl::StatusOr<std::byte*> DataMesh::Impl::Flow::OnHeader(const DataHeader& header) {
   Port* port = mesh->Find(header.group);
   if (port == nullptr) {
-    if (mesh->closed_groups.contains(header.group)) return nullptr;
-    if (mesh->early_groups >= kEarlyGroupsMax)
+    if (mesh->closed_groups.Find(header.group) != nullptr) return nullptr;
+    const auto early = [](const auto& entry) { return entry.second->life == nullptr; };
+    if (std::count_if(mesh->ports.begin(), mesh->ports.end(), early) >= kEarlyGroupsMax)
       return absl::DataLossError("speaks of too many groups that this rank does not have");
-    ++mesh->early_groups;
     port = (mesh->ports[header.group] = std::make_unique<Port>(&mesh->shared, header.group)).get();
   }
   absl::StatusOr<std::byte*> into = port->OnHeader(rank, header);
@@ -187,17 +186,18 @@ DataMesh::Port* DataMesh::Impl::Find(uint64_t group) {
   return found == ports.end() ? nullptr : found->second.get();
 }
 
-void DataMesh::Impl::Forget(uint64_t group) {
-  if (!closed_groups.insert(group).second) return;
-  closed_order.push_back(group);
-  if (closed_order.size() <= kClosedGroupsMax) return;
-  closed_groups.erase(closed_order.front());
-  closed_order.pop_front();
-}
-
 void DataMesh::Impl::Detach(Port* port) {
   for (const auto& flow : flows) flow->bytes.Detach(port->key);
   port->detached = true;
+}
+
+void DataMesh::Impl::Remove(uint64_t group) {
+  (void)closed_groups.Add(group, {});
+  Port* const port = Find(group);
+  if (port == nullptr) return;
+  port->Fail(absl::CancelledError("the group is closed"));
+  Detach(port);
+  ports.erase(group);
 }
 
 void DataMesh::Impl::ClosePeer(int rank, const absl::Status& status) {
@@ -466,22 +466,21 @@ absl::StatusOr<std::unique_ptr<DataMesh>> DataMesh::Create(uint64_t epoch, std::
 DataMesh::Port* DataMesh::Open(const GroupLife* life) {
   Visit lock(impl_.get());
   Port* port = impl_->Find(life->key());
-  if (port != nullptr) {
-    SHOAL_CHECK(port->life == nullptr) << "group " << life->key() << " is open already";
-    --impl_->early_groups;
-  } else {
-    port = (impl_->ports[life->key()] = std::make_unique<Port>(&impl_->shared, life->key())).get();
-  }
+  if (port == nullptr) port = (impl_->ports[life->key()] = std::make_unique<Port>(&impl_->shared, life->key())).get();
+  SHOAL_CHECK(port->life == nullptr) << "group " << life->key() << " is open already";
   port->life = life;
   return port;
 }
 
 void DataMesh::Close(Port* port) {
   Visit lock(impl_.get());
-  port->Fail(absl::CancelledError("the group is closed"));
-  impl_->Detach(port);
-  impl_->Forget(port->key);
-  impl_->ports.erase(port->key);
+  impl_->Remove(port->key);
+}
+
+void DataMesh::Drop(uint64_t group) {
+  Visit lock(impl_.get());
+  const Port* const port = impl_->Find(group);
+  if (port == nullptr || port->life == nullptr) impl_->Remove(group);
 }
 
 void DataMesh::Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {

@@ -42,6 +42,8 @@ class DataMesh {
   struct Port;
   Port* Open(const GroupLife* life);
   void Close(Port* port);
+  // The group ended. Unless it is open: what came for it is let go, and what still comes is thrown away.
+  void Drop(uint64_t group);
 
   void Send(Port* port, int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token);
   enum class Into : uint8_t {
