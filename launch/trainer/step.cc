@@ -285,6 +285,7 @@ absl::Status RankModel::RecordStep(StepState* step) {
   absl::Status status = stream_->BeginCapture();
   if (status.ok()) {
     status = executor_.Run(train_.graph, on_lane, /*on_failure=*/nullptr, &recorded_->record);
+    if (copy_stream_->capturing()) stream_->WaitFor(*copy_stream_);
     absl::StatusOr<CapturedGraph> graph = stream_->EndCapture();
     if (status.ok()) status = graph.status();
     if (status.ok()) recorded_->graph = *std::move(graph);
@@ -472,7 +473,8 @@ void RankModel::FinishNorm(const Tensor& sums, StepState* step) {
                          static_cast<double>(config_.train().global_batch_size() * config_.train().seq_length());
   result.loss = result.cross_entropy + model_.router_aux_loss_coef * result.aux + model_.router_z_loss_coef * result.z +
                 model_.seq_aux_loss_coef * result.seq_aux;
-  result.finite = std::isfinite(result.loss) && std::isfinite(result.grad_norm);
+  // As the stream decides. What auxiliary losses add to gradients is in the norm.
+  result.finite = std::isfinite(result.cross_entropy) && std::isfinite(result.grad_norm);
   if (!result.finite) buffers_->Skip();
 }
 

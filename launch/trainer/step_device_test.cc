@@ -132,9 +132,9 @@ TEST(DeviceStep, OfOneRankWaitsOnceAndAllocatesNothing) {
 }
 
 // Where a rank of two waits for its device, by what the graph says: a task of communication for what it sends (once for each lane of
-// streams that it depends on), rows on their way for their copies before and behind the exchange, routers for choices, sums of
-// probabilities and of squared logarithms, which the other rank needs, and the step for its end. The group of ranks that read each
-// other's memory waits at most once in each operation: for what it reads, if that is anything.
+// streams that it depends on), rows on their way for their copies before and behind the exchange, routers once for choices and sums, which
+// the other rank needs, and the step for its end. The group of ranks that read each other's memory waits at most once in each operation:
+// for what it reads, if that is anything.
 TEST(DeviceStep, OfTwoRanksWaitsForWhatTheOtherOneNeeds) {
   if (OnRealDevice()) GTEST_SKIP() << "there, ranks that read each other's memory are processes of their own";
   setenv("SHOAL_DEVICE_GROUP", "peers", 1);
@@ -144,7 +144,7 @@ TEST(DeviceStep, OfTwoRanksWaitsForWhatTheOtherOneNeeds) {
     const auto model = NewModel(config, world);
     int64_t own = 1, operations = 0;
     for (const Task& task : model->graph().tasks) {
-      if (task.lane == Lane::kCompute && task.op == Op::kRoute && task.phase == Phase::kForward) own += 3;
+      if (task.lane == Lane::kCompute && task.op == Op::kRoute && task.phase == Phase::kForward) own += 1;
       if (task.lane == Lane::kCompute || task.lane == Lane::kCopy) continue;
       std::set<Lane> streams;
       for (const int before : task.after) {

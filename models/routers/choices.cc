@@ -43,11 +43,22 @@ void AddSums(const Tensor& from, const Tensor& to) {
   for (int64_t i = 0; i < to.elements(); ++i) to.data<double>()[i] += from.data<double>()[i];
 }
 
-double SumOfSquaredLogz(const Tensor& logz, Stream& stream) {
-  const Tensor values = ToHost(logz, stream);
+double SumOfSquares(const Tensor& logz) {
   double sum = 0;
-  for (float value : values.span<float>()) sum += static_cast<double>(value) * static_cast<double>(value);
+  for (float value : logz.span<float>()) sum += static_cast<double>(value) * static_cast<double>(value);
   return sum;
+}
+
+std::vector<Tensor> AllToHost(std::vector<Tensor> tensors, Stream& stream) {
+  if (stream.device() == nullptr) return tensors;
+  std::vector<Tensor> host;
+  for (const Tensor& tensor : tensors) {
+    host.push_back(tensor.empty() ? tensor : EmptyHost(tensor.shape(), tensor.dtype(), stream));
+    if (!tensor.empty()) Copy(tensor, host.back(), stream);
+  }
+  if (stream.Wait().ok()) return host;
+  for (Tensor& tensor : tensors) tensor = Zeros(tensor.shape(), tensor.dtype());
+  return tensors;
 }
 
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries) {
@@ -115,7 +126,7 @@ RoutedTokens KeepAdmitted(const Tensor& chosen, const Tensor& weights, Admission
     for (int64_t k = 0; k < K; ++k, ++i) {
       const int32_t expert = chosen.data<int32_t>()[i];
       const bool stays = room[static_cast<size_t>(k * experts + expert)]-- > 0;
-      pair.data<int32_t>()[i] = stays ? next : -1;
+      pair.data<int32_t>()[i] = stays ? next : static_cast<int32_t>(pairs);
       if (!stays) continue;
       routed.expert.data<int32_t>()[next] = expert;
       routed.weight.data<float>()[next++] = weights.data<float>()[i];

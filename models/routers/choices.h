@@ -19,8 +19,12 @@ void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const 
 void CountChoices(const Tensor& chosen, const Tensor& counts);
 // to += from, both f64.
 void AddSums(const Tensor& from, const Tensor& to);
-// The sum of the squares of logz_T (f32, where the stream computes), in order. Waits for a device's stream.
-double SumOfSquaredLogz(const Tensor& logz, Stream& stream);
+// The sum of the squares of logz_T (f32), in order.
+double SumOfSquares(const Tensor& logz);
+
+// What lies where the stream computes, in host memory; empty tensors stay. On a device's stream it waits once for all; zeros when the
+// stream has failed.
+std::vector<Tensor> AllToHost(std::vector<Tensor> tensors, Stream& stream);
 
 // The list in which every choice stays. `summaries` by CountByPiece; `weights` may be anywhere.
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
@@ -39,7 +43,7 @@ struct Admission {
 };
 Admission Admit(absl::Span<const int32_t> summaries, int choices, int experts, int64_t capacity, const Router::Batch& batch);
 
-// The list of the choices that `admission` admits. pair_TK (i32): the pair of each choice, -1 for those that were refused.
+// The list of the choices that `admission` admits. pair_TK (i32): the pair of each choice; of those that were refused the number of pairs.
 RoutedTokens KeepAdmitted(const Tensor& chosen, const Tensor& weights, Admission admission, int experts, const Tensor& pair);
 
 }  // namespace shoal

@@ -45,9 +45,10 @@ class ExpertChoiceRouter : public Router {
     kept->logz = Empty({normed.dim(0)}, DType::kF32, stream);
     kernels::Softmax(logits, kept->probs, kept->logz, stream);
     SHOAL_CHECK_EQ(summary.elements(), kept->probs.elements());
-    kept->seen = ToHost(kept->probs, stream);
+    const std::vector<Tensor> host = AllToHost({kept->probs, sums == nullptr ? Tensor() : kept->logz}, stream);
+    kept->seen = host[0];
     if (!summary.empty()) std::memcpy(summary.data<float>(), kept->seen.raw(), static_cast<size_t>(kept->seen.bytes()));
-    if (sums != nullptr) *sums->z().data<double>() += SumOfSquaredLogz(kept->logz, stream);
+    if (sums != nullptr) *sums->z().data<double>() += SumOfSquares(host[1]);
     return kept;
   }
 
@@ -59,7 +60,8 @@ class ExpertChoiceRouter : public Router {
     const Tensor probs = summaries.Reshape({tokens, experts()});
     kernels::TopTokens(ToDevice(probs, stream), ExpertCapacity(config_.capacity_factor, tokens, experts()), cutoffs.prob, cutoffs.token,
                        stream);
-    cutoffs = {ToHost(cutoffs.prob, stream), ToHost(cutoffs.token, stream)};
+    const std::vector<Tensor> host = AllToHost({cutoffs.prob, cutoffs.token}, stream);
+    cutoffs = {host[0], host[1]};
     RoutedTokens routed = ListOf(kept.seen, FirstTokenOf(batch, batch.rank), cutoffs);
     routed.weight = ToDevice(routed.weight, stream);
     routed.rows = RowsOf(probs, batch, cutoffs);

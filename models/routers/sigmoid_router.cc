@@ -40,13 +40,14 @@ class SigmoidRouter : public Router {
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
     kernels::TopKSigmoid(logits, BiasFor(stream), scale_, kept->scores, kept->chosen, kept->weights, stream);
     if (summary.empty()) return kept;
-    kept->choices = ToHost(kept->chosen, stream);
+    const Tensor loss = Zeros({1}, DType::kF64, stream);
+    if (sums != nullptr) AddSequenceLoss(*kept, loss, stream);
+    const std::vector<Tensor> host = AllToHost({kept->chosen, loss}, stream);
+    kept->choices = host[0];
     CountByPiece(kept->choices, batch.pieces, experts(), summary);
     if (sums == nullptr) return kept;
     CountChoices(kept->choices, sums->counts());
-    const Tensor loss = Zeros({1}, DType::kF64, stream);
-    AddSequenceLoss(*kept, loss, stream);
-    AddSums(ToHost(loss, stream), sums->seq_aux());
+    AddSums(host[1], sums->seq_aux());
     return kept;
   }
 

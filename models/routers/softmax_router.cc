@@ -3,6 +3,7 @@
 
 #include "models/routers/choices.h"
 #include "models/routers/kinds.h"
+#include "runtime/kernels/permute.h"
 #include "runtime/kernels/router.h"
 
 namespace shoal {
@@ -12,8 +13,10 @@ using kernels::Renormalize;
 
 struct SoftmaxSaved : Router::Saved {
   Tensor normed, probs, chosen, weights, logz;
-  Tensor choices;  // `chosen` in host memory.
-  Tensor pair;     // [T, K] i32, in host memory: where a choice stands in the list, -1 for refused ones. Empty: at its own place.
+  // In host memory:
+  Tensor choices;       // `chosen`.
+  Tensor host_weights;  // `weights`, where there are capacities.
+  Tensor pair;          // [T, K] i32: where a choice stands in the list; refused ones behind its end. Empty: at its own place.
   std::unique_ptr<RouterLogits::Saved> logits;
 };
 
@@ -39,13 +42,18 @@ class SoftmaxRouter : public Router {
     kept->logz = Empty({tokens}, DType::kF32, stream);
     kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream);
     if (summary.empty()) return kept;
+    const std::vector<Tensor> host =
+        AllToHost({kept->chosen, config_.has_capacity() ? kept->weights : Tensor(),
+                   sums == nullptr ? Tensor() : ProbSums(*kept, stream), sums == nullptr ? Tensor() : kept->logz},
+                  stream);
+    kept->choices = host[0];
+    kept->host_weights = host[1];
     const auto count = config_.has_capacity() ? CountByPieceAndChoice : CountByPiece;
-    kept->choices = ToHost(kept->chosen, stream);
     count(kept->choices, batch.pieces, experts(), summary);
     if (sums == nullptr) return kept;
     CountChoices(kept->choices, sums->counts());
-    if (config_.aux_loss != AuxLoss::kNone) AddSums(ToHost(ProbSums(*kept, stream), stream), sums->probs());
-    *sums->z().data<double>() += SumOfSquaredLogz(kept->logz, stream);
+    if (!host[2].empty()) AddSums(host[2], sums->probs());
+    *sums->z().data<double>() += SumOfSquares(host[3]);
     return kept;
   }
 
@@ -58,7 +66,7 @@ class SoftmaxRouter : public Router {
     const int64_t capacity = ExpertCapacity(config_.capacity_factor, tokens, experts());
     kept.pair = Empty(kept.choices.shape(), DType::kI32);
     Admission admission = Admit(summaries.span<int32_t>(), choices(), experts(), capacity, batch);
-    RoutedTokens routed = KeepAdmitted(kept.choices, ToHost(kept.weights, stream), std::move(admission), experts(), kept.pair);
+    RoutedTokens routed = KeepAdmitted(kept.choices, kept.host_weights, std::move(admission), experts(), kept.pair);
     routed.weight = ToDevice(routed.weight, stream);
     if (sums != nullptr) CountRefused(kept, routed, sums);
     return routed;
@@ -81,7 +89,9 @@ class SoftmaxRouter : public Router {
     return raw ? Renormalize::kNo : Renormalize::kYes;
   }
 
+  // Empty where no loss reads them.
   Tensor ProbSums(const SoftmaxSaved& kept, Stream& stream) const {
+    if (config_.aux_loss == AuxLoss::kNone) return Tensor();
     Tensor sums = Empty({experts()}, DType::kF64, stream);
     kernels::SumOverTokens(kept.probs, sums, stream);
     return sums;
@@ -91,15 +101,15 @@ class SoftmaxRouter : public Router {
     SHOAL_CHECK(!config_.has_capacity()) << "capacities are shared out by the host";
     RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, experts(), stream);
     if (sums == nullptr) return routed;
-    const Tensor prob_sums = config_.aux_loss == AuxLoss::kNone ? Tensor() : ProbSums(kept, stream);
-    kernels::AddRoutingSums(routed.segments, prob_sums, kept.logz, sums->counts(), sums->probs(), sums->z(), stream);
+    kernels::AddRoutingSums(routed.segments, ProbSums(kept, stream), kept.logz, sums->counts(), sums->probs(), sums->z(), stream);
     return routed;
   }
 
   void CountRefused(const SoftmaxSaved& kept, const RoutedTokens& routed, const RoutingSums* sums) const {
     double* dropped = sums->dropped().data<double>();
+    const int64_t pairs = routed.expert.elements();
     for (int64_t i = 0; i < kept.pair.elements(); ++i) {
-      if (kept.pair.data<int32_t>()[i] < 0) ++dropped[kept.choices.data<int32_t>()[i]];
+      if (kept.pair.data<int32_t>()[i] == pairs) ++dropped[kept.choices.data<int32_t>()[i]];
     }
     const int32_t* offset = routed.offset.data<int32_t>();
     for (int64_t t = 0; t < kept.chosen.dim(0); ++t) *sums->unrouted().data<double>() += offset[t] == offset[t + 1] ? 1 : 0;
@@ -108,12 +118,12 @@ class SoftmaxRouter : public Router {
   // [T, K]: gradients by the choices' weights, 0 for those that were refused.
   static Tensor ByChoice(const SoftmaxSaved& kept, const Tensor& dweight, Stream& stream) {
     if (kept.pair.empty()) return dweight.Reshape(kept.chosen.shape());
-    const Tensor by_choice = Empty(kept.chosen.shape(), DType::kF32), by_pair = ToHost(dweight, stream);
-    for (int64_t i = 0; i < by_choice.elements(); ++i) {
-      const int32_t pair = kept.pair.data<int32_t>()[i];
-      by_choice.data<float>()[i] = pair < 0 ? 0.0f : by_pair.data<float>()[pair];
-    }
-    return ToDevice(by_choice, stream);
+    const int64_t pairs = dweight.elements(), all = kept.pair.elements();
+    const Tensor by_pair = Empty({pairs + 1, 1}, DType::kF32, stream), by_choice = Empty({all, 1}, DType::kF32, stream);
+    Copy(dweight, by_pair.Rows(0, pairs), stream);
+    FillWithZeros(by_pair.Rows(pairs, 1), stream);
+    kernels::GatherRows(by_pair, ToDevice(kept.pair.Reshape({all}), stream), by_choice, stream);
+    return by_choice.Reshape(kept.chosen.shape());
   }
 
   ModelConfig config_;

@@ -1,9 +1,14 @@
 #include "runtime/device/device.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <vector>
 
 #include "gtest/gtest.h"
 #include "runtime/device/fake_device.h"
+#include "runtime/device/fake_memory.h"
 #include "runtime/tensor/tensor.h"
 
 namespace shoal {
@@ -164,6 +169,19 @@ TEST_F(DeviceTest, AGraphDoesItsWorkAtEachLaunchInMemoryOfItsOwn) {
   EXPECT_TRUE(b->Wait().ok()) << "b records no longer";
 }
 
+TEST_F(DeviceTest, AGraphWithWorkThatNothingWaitsForIsRefused) {
+  const std::unique_ptr<Stream> a = NewStream(), b = NewStream();
+  ASSERT_TRUE(a->BeginCapture().ok());
+  b->WaitFor(*a);
+  Note(*b, 1);
+  a->WaitFor(*b);
+  Note(*b, 2);
+  EXPECT_TRUE(absl::IsInternal(a->EndCapture().status())) << "of CUDA's: cudaErrorStreamCaptureUnjoined";
+  Note(*b, 3);
+  EXPECT_TRUE(b->Wait().ok());
+  EXPECT_EQ(order_, std::vector<int>{3});
+}
+
 TEST_F(DeviceTest, StreamsOfAGraphDoNotShareItsMemory) {
   const std::unique_ptr<Stream> a = NewStream(), b = NewStream();
   ASSERT_TRUE(a->BeginCapture().ok());
@@ -269,6 +287,45 @@ TEST_F(DeviceTest, EveryCallThatFailsIsReportedAndNothingIsLost) {
     EXPECT_NE(status.message().find("told to"), absl::string_view::npos) << status;
     device_->memory().Trim();
   }
+}
+
+// Another process finds the memory by its handle, until it is released; what it has open stays.
+TEST(FakeMemoryTest, IsOpenedByAnotherProcess) {
+  FakeMemory memory(/*protect=*/true);
+  void* const own = memory.Allocate(100, 0);
+  DeviceIpcHandle handle;
+  ASSERT_TRUE(memory.Export(own, &handle));
+  int turns[2];  // A byte when the memory was released.
+  ASSERT_EQ(pipe(turns), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    FakeMemory there(/*protect=*/true);
+    void* const opened = there.Open(handle);
+    if (opened == nullptr || there.Open(handle) != opened || !there.Contains(opened)) _exit(1);
+    {
+      const FakeMemory::Touching touching(&there);
+      ++*static_cast<int*>(opened);
+    }
+    char byte = 0;
+    if (!there.Close(opened) || !there.Close(opened) || there.Contains(opened)) _exit(2);
+    kill(getpid(), SIGSTOP);
+    if (read(turns[0], &byte, 1) != 1 || there.Open(handle) != nullptr) _exit(3);
+    _exit(0);
+  }
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, WUNTRACED), child);
+  ASSERT_TRUE(WIFSTOPPED(status)) << status;
+  {
+    const FakeMemory::Touching touching(&memory);
+    EXPECT_EQ(*static_cast<int*>(own), 0) << "from -1, which memory is full of";
+  }
+  EXPECT_TRUE(memory.Release(own));
+  kill(child, SIGCONT);
+  ASSERT_EQ(write(turns[1], "", 1), 1);
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  close(turns[0]);
+  close(turns[1]);
 }
 
 TEST(DeviceOrdinal, EachThreadUsesTheDeviceThatItCalls) {

@@ -1,7 +1,5 @@
 #include "runtime/device/fake_device.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <set>
@@ -10,13 +8,14 @@
 #include "absl/strings/str_cat.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
+#include "runtime/device/fake_memory.h"
 
 namespace shoal {
 namespace {
 
 using Code = DeviceResult::Code;
 
-constexpr int64_t kPage = 4096;
+constexpr size_t kPage = 4096;
 
 FakeDevice* g_current = nullptr;
 thread_local int t_device = 0;
@@ -27,10 +26,14 @@ DeviceResult Say(Code code, std::string message) {
   return {code, t_message.c_str()};
 }
 
+// How much of the work of each stream comes before a point of a graph that is recorded.
+using Seen = std::map<DeviceStream*, int64_t>;
+
 // A point in the work of a stream.
 struct Mark {
   DeviceStream* stream;
   std::shared_ptr<struct Capture> capture;  // Recorded, not done: passes never.
+  Seen seen;                                // Then.
   bool passed = false;
   int64_t time = 0;
 };
@@ -45,7 +48,18 @@ struct Op {
 struct Capture {
   bool open = true;
   std::vector<Op> ops;
-  std::vector<DeviceStream*> streams;
+  DeviceStream* origin = nullptr;
+  std::map<DeviceStream*, Seen> streams;  // What comes before the next work of each.
+
+  void Join(DeviceStream* stream) { ++streams[stream][stream]; }
+  // All work of all streams comes before the end of the one that began.
+  bool IsJoined() {
+    const Seen& end = streams[origin];
+    return std::all_of(streams.begin(), streams.end(), [&](const auto& stream) {
+      const auto seen = end.find(stream.first);
+      return seen != end.end() && seen->second == stream.second.at(stream.first);
+    });
+  }
 };
 
 }  // namespace
@@ -68,28 +82,23 @@ struct DeviceGraph {
 };
 
 struct FakeDevice::State {
-  struct Range {
-    int64_t bytes;
-    int device;
-    int opened = 0;         // By others.
-    bool released = false;  // By whom it was allocated.
-  };
   struct Failure {
     int nth;
     Code code;
     std::string message;
   };
 
-  FakeDeviceOptions options;
+  explicit State(const FakeDeviceOptions& options) : options(options), memory(options.protect) {}
+
+  const FakeDeviceOptions options;
   mutable Mutex mutex;
-  std::map<char*, Range> memory ABSL_GUARDED_BY(mutex);
+  FakeMemory memory ABSL_GUARDED_BY(mutex);
   std::map<char*, int64_t> pinned ABSL_GUARDED_BY(mutex);
   std::set<DeviceStream*> streams ABSL_GUARDED_BY(mutex);
   std::map<std::string, int64_t, std::less<>> calls ABSL_GUARDED_BY(mutex);
   std::map<std::string, Failure, std::less<>> failures ABSL_GUARDED_BY(mutex);
   int64_t waits ABSL_GUARDED_BY(mutex) = 0;
   int64_t clock ABSL_GUARDED_BY(mutex) = 0;
-  int open ABSL_GUARDED_BY(mutex) = 0;
 
   // Counts a call, which may have been told to fail.
   DeviceResult Enter(std::string_view function) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
@@ -101,29 +110,9 @@ struct FakeDevice::State {
     return result;
   }
 
-  void Protect(int protection) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    if (!options.protect) return;
-    for (const auto& [base, range] : memory) SHOAL_CHECK_EQ(mprotect(base, static_cast<size_t>(range.bytes), protection), 0);
-  }
-
-  // Device memory can be touched while one of these exists.
-  class Opened {
-   public:
-    explicit Opened(State* state) ABSL_NO_THREAD_SAFETY_ANALYSIS : state_(*state) {
-      if (state_.open++ == 0) state_.Protect(PROT_READ | PROT_WRITE);
-    }
-    ~Opened() ABSL_NO_THREAD_SAFETY_ANALYSIS {
-      if (--state_.open == 0) state_.Protect(PROT_NONE);
-    }
-    Opened(const Opened&) = delete;
-
-   private:
-    State& state_;
-  };
-
   bool RunOne(DeviceStream* stream) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     if (stream->ops.empty()) return false;
-    const Opened opened(this);
+    const FakeMemory::Touching touching(&memory);
     const Op op = std::move(stream->ops.front());
     stream->ops.pop_front();
     if (op.after != nullptr) {
@@ -142,40 +131,28 @@ struct FakeDevice::State {
     return true;
   }
   void RunDry(DeviceStream* stream) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    const Opened opened(this);
+    const FakeMemory::Touching touching(&memory);
     while (RunOne(stream)) {
     }
   }
   void RunAll() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    const Opened opened(this);
+    const FakeMemory::Touching touching(&memory);
     for (DeviceStream* stream : streams) RunDry(stream);
   }
 
   void Put(DeviceStream* stream, Op op) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     if (stream->capture != nullptr) {
       stream->capture->ops.push_back(std::move(op));
+      ++stream->capture->streams[stream][stream];
       return;
     }
     stream->ops.push_back(std::move(op));
     if (options.progress == FakeDeviceOptions::Progress::kAtOnce) RunDry(stream);
   }
 
-  bool OnDevice(const void* address) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    auto found = memory.upper_bound(const_cast<char*>(static_cast<const char*>(address)));
-    return found != memory.begin() && static_cast<const char*>(address) < (--found)->first + found->second.bytes;
-  }
   bool Pinned(const void* address) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
     auto found = pinned.upper_bound(const_cast<char*>(static_cast<const char*>(address)));
     return found != pinned.begin() && static_cast<const char*>(address) < (--found)->first + found->second;
-  }
-  void Unmap(std::map<char*, Range>::iterator range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    munmap(range->first, static_cast<size_t>(range->second.bytes + kPage));
-    memory.erase(range);
-  }
-  int64_t Allocated(int device) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex) {
-    int64_t bytes = 0;
-    for (const auto& [base, range] : memory) bytes += range.device == device ? range.bytes : 0;
-    return bytes;
   }
   DeviceResult CopyNow(void* to, const void* from, int64_t bytes) {
     std::memmove(to, from, static_cast<size_t>(bytes));
@@ -221,16 +198,8 @@ DeviceResult Use(int32_t device) {
 DeviceResult Allocate(int64_t bytes, void** memory) {
   SHOAL_FAKE_ENTER("allocate");
   ++state.waits;
-  bytes = (std::max<int64_t>(bytes, 1) + kPage - 1) / kPage * kPage;
-  if (state.Allocated(t_device) + bytes > state.options.memory_bytes) return Say(Code::kOutOfMemory, "out of memory");
-  // A page that is never opened lies behind it.
-  void* const base = mmap(nullptr, static_cast<size_t>(bytes + kPage), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  SHOAL_CHECK(base != MAP_FAILED) << bytes << " bytes";
-  SHOAL_CHECK_EQ(mprotect(base, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE), 0);
-  std::memset(base, 0xff, static_cast<size_t>(bytes));  // NaN: what nobody wrote.
-  if (state.options.protect && state.open == 0) SHOAL_CHECK_EQ(mprotect(base, static_cast<size_t>(bytes), PROT_NONE), 0);
-  state.memory[static_cast<char*>(base)] = {bytes, t_device};
-  *memory = base;
+  if (state.memory.BytesOf(t_device) + bytes > state.options.memory_bytes) return Say(Code::kOutOfMemory, "out of memory");
+  *memory = state.memory.Allocate(std::max<int64_t>(bytes, 1), t_device);
   return {};
 }
 
@@ -238,17 +207,14 @@ DeviceResult Release(void* memory) {
   SHOAL_FAKE_ENTER("release");
   ++state.waits;
   state.RunAll();
-  const auto found = state.memory.find(static_cast<char*>(memory));
-  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "not an allocation");
-  found->second.released = true;
-  if (found->second.opened == 0) state.Unmap(found);
+  if (!state.memory.Release(memory)) return Say(Code::kFailed, "not an allocation");
   return {};
 }
 
 DeviceResult Memory(int64_t* free_bytes, int64_t* all_bytes) {
   SHOAL_FAKE_ENTER("memory");
   *all_bytes = state.options.memory_bytes;
-  *free_bytes = *all_bytes - state.Allocated(t_device);
+  *free_bytes = *all_bytes - state.memory.BytesOf(t_device);
   return {};
 }
 
@@ -326,9 +292,12 @@ DeviceResult DestroyEvent(DeviceEvent* event) {
 
 DeviceResult Record(DeviceEvent* event, DeviceStream* stream) {
   SHOAL_FAKE_ENTER("record");
-  const auto mark = std::make_shared<Mark>(Mark{.stream = stream, .capture = stream->capture});
+  const auto mark = std::make_shared<Mark>(Mark{.stream = stream, .capture = stream->capture, .seen = {}});
   event->mark = mark;
-  if (mark->capture != nullptr) return {};  // Work of a graph runs in the order in which it was put there.
+  if (mark->capture != nullptr) {  // Work of a graph runs in the order in which it was put there.
+    mark->seen = mark->capture->streams[stream];
+    return {};
+  }
   state.Put(stream, {.passes = mark});
   return {};
 }
@@ -336,7 +305,7 @@ DeviceResult Record(DeviceEvent* event, DeviceStream* stream) {
 DeviceResult RecordInGraph(DeviceEvent* event, DeviceStream* stream) {
   SHOAL_FAKE_ENTER("record_in_graph");
   if (stream->capture == nullptr || !event->timed) return Say(Code::kFailed, "not a timed event on a stream that records");
-  event->mark = std::make_shared<Mark>(Mark{.stream = stream});
+  event->mark = std::make_shared<Mark>(Mark{.stream = stream, .capture = nullptr, .seen = {}});
   state.Put(stream, {.passes = event->mark});
   return {};
 }
@@ -354,7 +323,11 @@ DeviceResult WaitFor(DeviceStream* stream, DeviceEvent* event) {
   if (stream->capture != nullptr && stream->capture != capture) return Say(Code::kFailed, "two graphs cannot wait for each other");
   if (stream->capture == nullptr) {
     stream->capture = capture;
-    capture->streams.push_back(stream);
+    capture->Join(stream);
+  }
+  for (const auto& [other, before] : event->mark->seen) {
+    int64_t& known = capture->streams[stream][other];
+    known = std::max(known, before);
   }
   return {};
 }
@@ -388,7 +361,7 @@ DeviceResult ElapsedMs(DeviceEvent* begin, DeviceEvent* end, float* milliseconds
 
 DeviceResult Copy(void* to, const void* from, int64_t bytes, DeviceStream* stream) {
   SHOAL_FAKE_ENTER("copy");
-  const bool pageable = (!state.OnDevice(to) && !state.Pinned(to)) || (!state.OnDevice(from) && !state.Pinned(from));
+  const bool pageable = (!state.memory.Contains(to) && !state.Pinned(to)) || (!state.memory.Contains(from) && !state.Pinned(from));
   FakeDevice::State* const at = &state;
   state.Put(stream, {.run = [=] { return at->CopyNow(to, from, bytes); }});
   if (!pageable) return {};
@@ -401,7 +374,7 @@ DeviceResult Copy(void* to, const void* from, int64_t bytes, DeviceStream* strea
 
 DeviceResult Fill(void* to, int32_t byte, int64_t bytes, DeviceStream* stream) {
   SHOAL_FAKE_ENTER("fill");
-  if (!state.OnDevice(to)) return Say(Code::kFailed, "not device memory");
+  if (!state.memory.Contains(to)) return Say(Code::kFailed, "not device memory");
   state.Put(stream, {.run = [=] {
     std::memset(to, byte, static_cast<size_t>(bytes));
     return DeviceResult{};
@@ -413,7 +386,8 @@ DeviceResult BeginCapture(DeviceStream* stream) {
   SHOAL_FAKE_ENTER("begin_capture");
   if (stream->capture != nullptr) return Capturing();
   stream->capture = std::make_shared<Capture>();
-  stream->capture->streams.push_back(stream);
+  stream->capture->origin = stream;
+  stream->capture->Join(stream);
   return {};
 }
 
@@ -423,10 +397,11 @@ DeviceResult EndCapture(DeviceStream* stream, DeviceGraph** graph) {
   MutexLock lock(&state.mutex);
   const DeviceResult told = state.Enter("end_capture");
   const std::shared_ptr<Capture> capture = stream->capture;
-  if (capture == nullptr || capture->streams.front() != stream) return Say(Code::kFailed, "this stream did not begin to record");
+  if (capture == nullptr || capture->origin != stream) return Say(Code::kFailed, "this stream did not begin to record");
   capture->open = false;
-  for (DeviceStream* joined : capture->streams) joined->capture = nullptr;
+  for (const auto& [joined, seen] : capture->streams) joined->capture = nullptr;
   if (told.code != Code::kOk) return told;
+  if (!capture->IsJoined()) return Say(Code::kFailed, "work of another stream that nothing waits for");
   *graph = new DeviceGraph{std::move(capture->ops)};
   return {};
 }
@@ -445,26 +420,20 @@ DeviceResult DestroyGraph(DeviceGraph* graph) {
 
 DeviceResult ExportMemory(void* memory, DeviceIpcHandle* handle) {
   SHOAL_FAKE_ENTER("export_memory");
-  const auto found = state.memory.find(static_cast<char*>(memory));
-  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "not the start of an allocation");
-  std::memcpy(handle->bytes, &memory, sizeof(memory));
+  if (!state.memory.Export(memory, handle)) return Say(Code::kFailed, "not the start of an allocation");
   return {};
 }
 
 DeviceResult OpenMemory(const DeviceIpcHandle* handle, void** memory) {
   SHOAL_FAKE_ENTER("open_memory");
-  std::memcpy(memory, handle->bytes, sizeof(*memory));
-  const auto found = state.memory.find(static_cast<char*>(*memory));
-  if (found == state.memory.end() || found->second.released) return Say(Code::kFailed, "the memory of this handle is gone");
-  ++found->second.opened;
+  *memory = state.memory.Open(*handle);
+  if (*memory == nullptr) return Say(Code::kFailed, "the memory of this handle is gone");
   return {};
 }
 
 DeviceResult CloseMemory(void* memory) {
   SHOAL_FAKE_ENTER("close_memory");
-  const auto found = state.memory.find(static_cast<char*>(memory));
-  if (found == state.memory.end() || found->second.opened == 0) return Say(Code::kFailed, "not opened");
-  if (--found->second.opened == 0 && found->second.released) state.Unmap(found);
+  if (!state.memory.Close(memory)) return Say(Code::kFailed, "not opened");
   return {};
 }
 
@@ -505,16 +474,15 @@ FakeDevice::FakeDevice(const FakeDeviceOptions& options)
            .open_memory = &OpenMemory,
            .close_memory = &CloseMemory,
            .kernels = options.kernels},
-      state_(std::make_unique<State>()) {
+      state_(std::make_unique<State>(options)) {
   SHOAL_CHECK(g_current == nullptr) << "there is a fake device already";
-  state_->options = options;
   g_current = this;
 }
 
 FakeDevice::~FakeDevice() {
   MutexLock lock(&state_->mutex);
   SHOAL_CHECK(state_->memory.empty() && state_->pinned.empty() && state_->streams.empty())
-      << state_->memory.size() << " allocations, " << state_->pinned.size() << " pinned ones and " << state_->streams.size()
+      << state_->memory.bytes() << " bytes, " << state_->pinned.size() << " pinned ones and " << state_->streams.size()
       << " streams are left";
   g_current = nullptr;
 }
@@ -563,9 +531,7 @@ void FakeDevice::RunAll() {
 
 int64_t FakeDevice::allocated_bytes() const {
   MutexLock lock(&state_->mutex);
-  int64_t bytes = 0;
-  for (const auto& [base, range] : state_->memory) bytes += range.bytes;
-  return bytes;
+  return state_->memory.bytes();
 }
 
 }  // namespace shoal

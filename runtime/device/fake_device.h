@@ -1,7 +1,6 @@
 // A device for tests: a table of functions on host memory. Streams note their work and do it when they are told, so that what waits for
 // too little shows; device memory cannot be touched by the host (PROT_NONE) while no work of the device runs; every call can be made to
-// fail, and is counted. What another "process" opens is the same memory; it lives until the last one has closed it. One at a time per
-// process.
+// fail, and is counted. Devices of several processes can open each other's memory (fake_memory.h). One at a time per process.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 // Rates of collectives on device tensors between processes: bench_gpu_collectives [--emulated] [--seconds S] [--ranks N]. Ranks have
 // GPUs by turns, so that they share one where there is one; each way (peers, staged) does the same operations, whose results are
-// checked first. Prints one line of JSON for each, as rank 0 sees it; exits with 1 when one failed. --emulated: threads on the emulated
-// device of tests, at small sizes, where times mean nothing.
+// checked first. Prints one line of JSON for each, as rank 0 sees it; exits with 1 when one failed. --emulated: on emulated devices of
+// tests, at small sizes, where times mean nothing.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -145,13 +145,20 @@ void RunRank(const Options& options, Communicator& world, Device& device, int de
   if (world.index() == 0) say("end");
 }
 
-// On `ranks` processes that each choose a device.
+// The first device for rank 0, and so on.
+absl::StatusOr<Device*> DeviceOf(int rank, bool emulated, int32_t* devices) {
+  *devices = 1;
+  if (emulated) return &kernels::testing::TestDevice();
+  SHOAL_ASSIGN_OR_RETURN(Device* const first, LoadDevice("cuda", 0));
+  SHOAL_RETURN_IF_ERROR(first->StatusOf(first->api().count(devices), "counting devices"));
+  return LoadDevice("cuda", rank % *devices);
+}
+
+// On `size` processes that each have a device.
 void RunProcesses(const Options& options, int size, const std::function<void(const std::string&)>& print) {
   RankProcesses processes(RankOptions(0, size, "auto", UniqueRendezvous()), [&](Communicator& world, const Say& say) {
-    int32_t devices = 1;
-    const absl::StatusOr<Device*> first = LoadDevice("cuda", 0);
-    if (first.ok()) (*first)->api().count(&devices);
-    const absl::StatusOr<Device*> device = LoadDevice("cuda", world.index() % devices);
+    int32_t devices = 0;
+    const absl::StatusOr<Device*> device = DeviceOf(world.index(), options.emulated, &devices);
     if (!device.ok()) return say(json{{"error", device.status().ToString()}}.dump());
     RunRank(options, world, **device, devices, say);
   });
@@ -165,19 +172,11 @@ void RunProcesses(const Options& options, int size, const std::function<void(con
 int Main(const Options& options) {
   bool failed = false;
   const auto print = [&](const std::string& line) {
-    if (line == "end") return;
     failed = failed || json::parse(line).contains("error");
     std::printf("%s\n", line.c_str());
     std::fflush(stdout);
   };
-  for (const int size : options.ranks) {
-    if (options.emulated) {
-      Device& device = kernels::testing::TestDevice();
-      RunRanks(size, "auto", [&](Communicator& world) { RunRank(options, world, device, 1, print); });
-    } else {
-      RunProcesses(options, size, print);
-    }
-  }
+  for (const int size : options.ranks) RunProcesses(options, size, print);
   return failed ? 1 : 0;
 }
 

@@ -1,5 +1,5 @@
-// Collectives on device tensors between ranks: on a GPU (SHOAL_TEST_DEVICE=cuda) processes that share it, or have those that there are by
-// turns; otherwise threads on the emulated one.
+// Collectives on device tensors between processes: on a GPU (SHOAL_TEST_DEVICE=cuda) that they share, or on those that there are by turns;
+// otherwise each has an emulated one.
 #include <gtest/gtest.h>
 #include <signal.h>
 
@@ -49,7 +49,6 @@ std::unique_ptr<Communicator> All(Communicator& world) {
 }
 
 void OnRanks(int size, const Body& body) {
-  if (!OnRealDevice()) return RunRanks(size, "auto", [&](Communicator& world) { body(All(world), TestDevice()); });
   RankProcesses ranks(RankOptions(0, size, "auto", UniqueRendezvous()), [&](Communicator& world, const RankProcesses::Say& say) {
     body(All(world), DeviceOf(world.index()));
     std::fflush(stdout);
@@ -92,7 +91,6 @@ TEST_P(Collectives, EqualTheReference) {
 
 // Rank 1 is killed while the others use its memory again and again.
 TEST(PeersOnGpu, AKilledProcessEndsTheGroupOfTheOthers) {
-  if (!OnRealDevice()) GTEST_SKIP() << "processes cannot share an emulated device";
   constexpr int kSize = 3;
   RankProcesses ranks(RankOptions(0, kSize, "auto", UniqueRendezvous()), [](Communicator& world, const RankProcesses::Say& say) {
     Device& device = DeviceOf(world.index());

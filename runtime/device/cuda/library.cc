@@ -1,6 +1,8 @@
 #include <dlfcn.h>
 #include <glob.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <vector>
 
@@ -35,7 +37,14 @@ std::vector<std::string> UsualFolders() {
   for (const char* name : {"VIRTUAL_ENV", "CONDA_PREFIX"}) {
     if (const char* prefix = std::getenv(name)) prefixes.push_back(prefix);
   }
-  for (const char* prefix : {"/usr/local", "/usr", "/opt/*", "/root/.local"}) prefixes.push_back(prefix);
+  // Those of the Pythons that a shell would find, which may be environments that nobody has activated.
+  std::vector<std::string> programs;
+  if (const char* path = std::getenv("PATH")) AddFolders(path, &programs);
+  for (const std::string& program : programs) {
+    if (access((program + "/python3").c_str(), X_OK) == 0) prefixes.push_back(program + "/..");
+  }
+  if (const char* home = std::getenv("HOME")) prefixes.push_back(std::string(home) + "/.local");
+  for (const char* prefix : {"/usr/local", "/usr", "/opt/*"}) prefixes.push_back(prefix);
   for (const std::string& prefix : prefixes) {
     for (const char* packages : {"dist-packages", "site-packages"}) {
       AddMatches(prefix + "/lib/python3*/" + packages + "/nvidia/*/lib", &folders);

@@ -47,7 +47,7 @@ TEST(CudaPlugin, OffersEveryFunctionAndKernel) {
 }
 
 TEST(CudaPlugin, OffersNcclOrSaysWhatIsMissing) {
-  void* const library = dlopen(SHOAL_CUDA_PLUGIN, RTLD_NOW | RTLD_LOCAL);
+  void* const library = dlopen(Plugin(), RTLD_NOW | RTLD_LOCAL);
   ASSERT_NE(library, nullptr) << dlerror();
   const auto entry = reinterpret_cast<DeviceResult (*)(const NcclApi**)>(dlsym(library, kNcclApiSymbol));
   if (entry == nullptr) GTEST_SKIP() << "built without NCCL's header";

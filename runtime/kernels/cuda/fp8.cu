@@ -111,7 +111,7 @@ __global__ void WeightsKernel(Matrices matrices, int64_t rows, int64_t columns, 
                               float* scales) {
   constexpr int kThreads = 256, kEach = kBlock * kBlock / 4 / kThreads, kStride = kBlock + 4;
   SHOAL_SHARED(uint32_t, largest_of_warp, [kThreads / 32]);
-  SHOAL_SHARED(uint8_t, tile, [kBlock * kStride]);
+  SHOAL_SHARED(uint32_t, tile, [kBlock * kStride / 4]);  // Of bytes, written four at once.
   const int64_t down = Blocks(rows, kBlock), across = Blocks(columns, kBlock);
   const int64_t first_row = blockIdx.x / across * kBlock, first_column = blockIdx.x % across * kBlock, matrix = blockIdx.y;
   const Bf16* const from = matrices.at[matrix];
@@ -135,16 +135,17 @@ __global__ void WeightsKernel(Matrices matrices, int64_t rows, int64_t columns, 
   for (int i = 0; i < kEach; ++i) {
     const int row = i * (kThreads / 32) + warp;
     const uint32_t four = Codes(values[i], scale);
-    *reinterpret_cast<uint32_t*>(tile + row * kStride + 4 * lane) = four;
+    tile[row * (kStride / 4) + lane] = four;
     if (first_row + row < rows) {
       *reinterpret_cast<uint32_t*>(codes + ((matrix * rows + first_row + row) * across * kBlock + first_column + 4 * lane)) = four;
     }
   }
   __syncthreads();
+  const uint8_t* const bytes = reinterpret_cast<const uint8_t*>(tile);
   for (int i = 0; i < kEach; ++i) {
     const int column = i * (kThreads / 32) + warp;
     uint32_t four = 0;
-    for (int j = 0; j < 4; ++j) four |= static_cast<uint32_t>(tile[(4 * lane + j) * kStride + column]) << 8 * j;
+    for (int j = 0; j < 4; ++j) four |= static_cast<uint32_t>(bytes[(4 * lane + j) * kStride + column]) << 8 * j;
     if (first_column + column < columns) {
       *reinterpret_cast<uint32_t*>(transposed + ((matrix * columns + first_column + column) * down * kBlock + first_row + 4 * lane)) = four;
     }

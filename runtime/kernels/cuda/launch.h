@@ -44,11 +44,14 @@ DeviceResult Scratch(DeviceStream* stream, int64_t bytes, void** memory);
 #ifdef __CUDACC__
 DeviceResult Failed(cudaError_t error);  // In plugin.cc: kOk for cudaSuccess.
 
+// More dynamic shared memory than this a kernel must be allowed to have: 48 KiB less room for its shared memory of fixed size.
+constexpr int64_t kSharedUnasked = 32 * 1024;
+
 // Nothing is launched without blocks.
 template <typename... P, typename... A>
 DeviceResult Launch(const LaunchShape& shape, DeviceStream* stream, void (*kernel)(P...), A&&... arguments) {
   if (shape.blocks == 0 || shape.blocks_y == 0 || shape.blocks_z == 0) return {};
-  if (shape.shared_bytes > 48 * 1024) {
+  if (shape.shared_bytes > kSharedUnasked) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
     if (error != cudaSuccess) return Failed(error);
   }
