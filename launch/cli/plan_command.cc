@@ -90,7 +90,9 @@ int RunPlan(absl::Span<const std::string> args) {
   if (const auto code = ParseOrExit(&flags, args)) return *code;
   auto inputs = LoadPlanInputs(values);
   if (!inputs.ok()) return Fail(flags.command(), inputs.status());
-  const PlanOptions options = {.skew = inputs->skew, .scheduler = SchedulerOptionsOf(inputs->config.config)};
+  const PlanOptions options = {.skew = inputs->skew,
+                               .scheduler = SchedulerOptionsOf(inputs->config.config),
+                               .base = LayoutOf(inputs->config.config, inputs->cluster.ranks())};
   const auto plan = FindPlan(inputs->model, inputs->cluster, options);
   if (!plan.ok()) return Fail(flags.command(), plan.status());
   Print(*plan, inputs->cluster, top);

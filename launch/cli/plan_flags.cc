@@ -112,6 +112,7 @@ StepLayout LayoutOf(const Config& config, int ranks) {
   layout.parts = static_cast<int>(config.train().gradient_accumulation_steps());
   layout.prefetch = config.schedule().prefetch();
   layout.copies = config.parallel().expert_copies();
+  layout.overlap = config.parallel().expert_overlap();
   return layout;
 }
 

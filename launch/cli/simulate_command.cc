@@ -71,11 +71,13 @@ void PrintJson(const StepEstimate& estimate) {
   const MemoryUse& memory = estimate.memory;
   absl::PrintF("{\"step_ms\":%.3f,\"exposed_ms\":%.3f,\"compute_ms\":%.3f,\"intra_ms\":%.3f,\"inter_ms\":%.3f,"
                "\"peak_memory_mib\":%.2f,\"weights_mib\":%.2f,\"gradients_mib\":%.2f,\"state_mib\":%.2f,"
-               "\"copies_mib\":%.2f,\"activations_mib\":%.2f,\"buffers_mib\":%.2f,\"working_mib\":%.2f,\"quantised_mib\":%.2f}\n",
+               "\"copies_mib\":%.2f,\"activations_mib\":%.2f,\"buffers_mib\":%.2f,\"working_mib\":%.2f,\"partials_mib\":%.2f,"
+               "\"quantised_mib\":%.2f}\n",
                estimate.step_ns / 1e6, estimate.exposed_ns / 1e6, estimate.busy_ns[static_cast<size_t>(Lane::kCompute)] / 1e6,
                estimate.busy_ns[static_cast<size_t>(Lane::kIntra)] / 1e6,
                estimate.busy_ns[static_cast<size_t>(Lane::kInter)] / 1e6, mib(memory.total()), mib(memory.weights), mib(memory.gradients), mib(memory.optimizer), mib(memory.copies),
-               mib(memory.activations), mib(memory.buffers), mib(memory.working), mib(memory.quantised));
+               mib(memory.activations), mib(memory.buffers), mib(memory.working), mib(memory.partials),
+               mib(memory.quantised));
 }
 
 int RunSweep(absl::Span<const std::string> args) {

@@ -124,10 +124,8 @@ OwnerMap Proposed(absl::Span<const std::vector<int64_t>> rows, absl::Span<const 
     tune.experts_per_rank_max = (static_cast<int>(current[layer].size()) + ranks - 1) / ranks;
     const std::vector<int64_t> here = OwnedByRank({current[layer]}, ranks);
     const bool fits = *std::max_element(here.begin(), here.end()) <= tune.experts_per_rank_max;
-    owners.push_back(TuneOwners(rows[layer], {},
-                                fits ? absl::MakeConstSpan(current[layer]) : absl::Span<const int>(),
-                                topology, tune)
-                         .owners);
+    const auto start = fits ? absl::MakeConstSpan(current[layer]) : absl::Span<const int>();
+    owners.push_back(TuneOwners(rows[layer], start, topology, tune).owners);
   }
   FitPlaces(loads, PlacesOf(current, ranks), &owners);
   return owners;

@@ -20,7 +20,6 @@ constexpr size_t kAllExperts = 24;
 // Experts that are tried because the rank, or host, that sends most uses them most.
 constexpr size_t kUsedExperts = 8;
 constexpr int kDisturbances = 3;
-constexpr int kSweepsMax = 4;
 
 // What is minimised: the time, then its unevenness over ranks and hosts, which shows a way across plateaus.
 struct Score {
@@ -32,14 +31,9 @@ struct Score {
 // Owners under construction; the owner of an unplaced expert is -1, and all its rows count as sent.
 class Assignment {
  public:
-  Assignment(absl::Span<const int64_t> rows, absl::Span<const int64_t> linked, const Topology& topology,
-             const TuneOptions& options)
+  Assignment(absl::Span<const int64_t> rows, const Topology& topology, const TuneOptions& options)
       : topology_(topology), options_(options), load_(ColumnSums(rows, Experts(rows, topology))),
-        by_rank_(rows.begin(), rows.end()) {
-    SHOAL_CHECK(linked.empty() || linked.size() == rows.size());
-    for (size_t i = 0; i < linked.size(); ++i) by_rank_[i] += linked[i];
-    by_host_ = SumByHost(topology, by_rank_, experts());
-    used_ = ColumnSums(by_rank_, experts());
+        by_rank_(rows.begin(), rows.end()), by_host_(SumByHost(topology, rows, experts())) {
     const size_t ranks = static_cast<size_t>(topology.ranks()), hosts = static_cast<size_t>(topology.hosts());
     owners_.assign(load_.size(), -1);
     work_.assign(ranks, 0);
@@ -142,16 +136,16 @@ class Assignment {
     const int64_t of_rank = by_rank_[r * load_.size() + e], of_host = by_host_[h * load_.size() + e];
     work_[r] += sign * load_[e];
     count_[r] += static_cast<int>(sign);
-    rank_in_[r] += sign * (used_[e] - of_rank);
+    rank_in_[r] += sign * (load_[e] - of_rank);
     rank_out_[r] -= sign * of_rank;
-    host_in_[h] += sign * (used_[e] - of_host);
+    host_in_[h] += sign * (load_[e] - of_host);
     host_out_[h] -= sign * of_host;
   }
 
   const Topology& topology_;
   const TuneOptions& options_;
-  const std::vector<int64_t> load_;              // By expert.
-  std::vector<int64_t> by_rank_, by_host_, used_;  // Rows that make traffic: of each rank, of each host, of all.
+  const std::vector<int64_t> load_;               // Rows of each expert.
+  const std::vector<int64_t> by_rank_, by_host_;  // Rows of each rank, and of each host, for each expert.
   std::vector<int> owners_, count_;
   std::vector<int64_t> work_, rank_in_, rank_out_, host_in_, host_out_;
   int max_per_rank_ = 0;
@@ -237,31 +231,11 @@ class Search {
   int64_t work_ = 0;
 };
 
-// Rows that experts of a layer exchange with those of the neighbouring layers that have owners, by the ranks of the latter
-// [ranks, experts].
-std::vector<int64_t> LinkedRows(const OwnerMap& owners, absl::Span<const std::vector<int64_t>> transitions, size_t layer,
-                                size_t experts, int ranks) {
-  std::vector<int64_t> linked(static_cast<size_t>(ranks) * experts);
-  for (size_t mine = 0; mine < experts; ++mine) {
-    for (size_t other = 0; other < experts; ++other) {
-      if (layer > 0) {
-        const size_t rank = static_cast<size_t>(owners[layer - 1][other]);
-        linked[rank * experts + mine] += transitions[layer - 1][other * experts + mine];
-      }
-      if (layer + 1 < owners.size()) {
-        const size_t rank = static_cast<size_t>(owners[layer + 1][other]);
-        linked[rank * experts + mine] += transitions[layer][mine * experts + other];
-      }
-    }
-  }
-  return linked;
-}
-
 }  // namespace
 
-TunedOwners TuneOwners(absl::Span<const int64_t> rows, absl::Span<const int64_t> linked, absl::Span<const int> start,
-                       const Topology& topology, const TuneOptions& options) {
-  Assignment assignment(rows, linked, topology, options);
+TunedOwners TuneOwners(absl::Span<const int64_t> rows, absl::Span<const int> start, const Topology& topology,
+                       const TuneOptions& options) {
+  Assignment assignment(rows, topology, options);
   if (assignment.experts() == 0) return {};
   const int64_t total = std::accumulate(rows.begin(), rows.end(), int64_t{0}), ranks = topology.ranks();
   const int64_t largest = *std::max_element(assignment.load().begin(), assignment.load().end());
@@ -285,31 +259,6 @@ TunedOwners TuneOwners(absl::Span<const int64_t> rows, absl::Span<const int64_t>
     keep_if_better(search.Descend());
   }
   return {std::move(owners), best.forward_ps, bound_ps};
-}
-
-OwnerMap TuneLayers(absl::Span<const std::vector<int64_t>> rows_SE, absl::Span<const std::vector<int64_t>> transitions,
-                    const Topology& topology, const TuneOptions& options) {
-  SHOAL_CHECK(transitions.empty() || transitions.size() + 1 == rows_SE.size());
-  OwnerMap owners;
-  const auto tune = [&](size_t layer, absl::Span<const int> start) {
-    std::vector<int64_t> linked;
-    if (!transitions.empty()) {
-      const size_t experts = rows_SE[layer].size() / static_cast<size_t>(topology.ranks());
-      linked = LinkedRows(owners, transitions, layer, experts, topology.ranks());
-    }
-    return TuneOwners(rows_SE[layer], linked, start, topology, options).owners;
-  };
-  for (size_t layer = 0; layer < rows_SE.size(); ++layer) owners.push_back(tune(layer, {}));
-  bool changed = !transitions.empty();
-  for (int sweep = 0; sweep < kSweepsMax && changed; ++sweep) {
-    changed = false;
-    for (size_t layer = 0; layer < owners.size(); ++layer) {
-      std::vector<int> tuned = tune(layer, owners[layer]);
-      changed |= tuned != owners[layer];
-      owners[layer] = std::move(tuned);
-    }
-  }
-  return owners;
 }
 
 }  // namespace shoal

@@ -48,7 +48,7 @@ TEST(TuneOwners, IsAsGoodAsBruteForceOnSmallCases) {
     TuneOptions options;
     options.costs = all_costs[seed / 2];
     options.experts_per_rank_max = seed % 3 == 0 ? 2 : 0;
-    const TunedOwners tuned = TuneOwners(rows, {}, {}, topology, options);
+    const TunedOwners tuned = TuneOwners(rows, {}, topology, options);
     EXPECT_EQ(tuned.forward_ps, PsOf(tuned.owners, rows, topology, options.costs));
     EXPECT_GE(tuned.forward_ps, tuned.bound_ps);
     const int64_t best = BruteForce(rows, topology, options.costs, options.experts_per_rank_max == 0 ? experts : 2);
@@ -72,7 +72,7 @@ TEST(TuneOwners, LoadIsWithinTwoPercentOfTheBound) {
     TuneOptions options;
     options.costs.row_work_ps = 100;
     const auto start = std::chrono::steady_clock::now();
-    const TunedOwners tuned = TuneOwners(RoutingTrace(trace).Rows(0), {}, {}, Hosts(ranks / 8, 8), options);
+    const TunedOwners tuned = TuneOwners(RoutingTrace(trace).Rows(0), {}, Hosts(ranks / 8, 8), options);
     std::printf("%d ranks, %d experts: %.4f of the bound in %.0f ms\n", ranks, experts,
                 static_cast<double>(tuned.forward_ps) / static_cast<double>(tuned.bound_ps),
                 std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count());
@@ -98,10 +98,10 @@ TEST(TuneOwners, ExpertsGoToTheHostsThatUseThem) {
   TuneOptions options;
   options.costs = {100, 6, 154};
   const auto start = std::chrono::steady_clock::now();
-  const TunedOwners tuned = TuneOwners(rows, {}, {}, topology, options);
+  const TunedOwners tuned = TuneOwners(rows, {}, topology, options);
   const double ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
   options.costs = {100, 0, 0};
-  const TunedOwners balanced = TuneOwners(rows, {}, {}, topology, options);
+  const TunedOwners balanced = TuneOwners(rows, {}, topology, options);
   std::printf("rows between hosts: %ld, of owners balanced by load alone %ld; %.0f ms\n",
               static_cast<long>(crossing(tuned.owners)), static_cast<long>(crossing(balanced.owners)), ms);
   EXPECT_LT(crossing(tuned.owners) * 10, crossing(balanced.owners) * 7);
@@ -113,20 +113,17 @@ TEST(TuneOwners, IsNeverWorseThanWhereItStartsAndRepeats) {
   for (uint32_t seed = 0; seed < 20; ++seed) {
     SCOPED_TRACE(seed);
     std::mt19937 random(seed);
-    std::vector<int64_t> rows, linked;
+    std::vector<int64_t> rows;
     std::vector<int> start;
-    for (int i = 0; i < 6 * 30; ++i) {
-      rows.push_back(random() % 100);
-      linked.push_back(random() % 100);
-    }
+    for (int i = 0; i < 6 * 30; ++i) rows.push_back(random() % 100);
     for (int e = 0; e < 30; ++e) start.push_back(static_cast<int>(random() % 6));
     TuneOptions options{{50, 5, 40}, 0, 2};
-    const TunedOwners tuned = TuneOwners(rows, linked, start, Hosts(3, 2), options);
-    EXPECT_EQ(TuneOwners(rows, linked, start, Hosts(3, 2), options).owners, tuned.owners);
-    EXPECT_LE(TuneOwners(rows, linked, tuned.owners, Hosts(3, 2), options).forward_ps, tuned.forward_ps);
+    const TunedOwners tuned = TuneOwners(rows, start, Hosts(3, 2), options);
+    EXPECT_EQ(TuneOwners(rows, start, Hosts(3, 2), options).owners, tuned.owners);
+    EXPECT_LE(TuneOwners(rows, tuned.owners, Hosts(3, 2), options).forward_ps, tuned.forward_ps);
     with_restarts += tuned.forward_ps;
     options.restarts = 0;
-    without += TuneOwners(rows, linked, start, Hosts(3, 2), options).forward_ps;
+    without += TuneOwners(rows, start, Hosts(3, 2), options).forward_ps;
   }
   EXPECT_LT(with_restarts, without);
 }
@@ -134,51 +131,16 @@ TEST(TuneOwners, IsNeverWorseThanWhereItStartsAndRepeats) {
 TEST(TuneOwners, EdgeShapes) {
   TuneOptions options;
   options.costs.row_work_ps = 1;
-  EXPECT_TRUE(TuneOwners({}, {}, {}, Hosts(1, 2), options).owners.empty());
-  EXPECT_EQ(TuneOwners({3, 1}, {}, {}, Hosts(1, 1), options).owners, (std::vector<int>{0, 0}));
+  EXPECT_TRUE(TuneOwners({}, {}, Hosts(1, 2), options).owners.empty());
+  EXPECT_EQ(TuneOwners({3, 1}, {}, Hosts(1, 1), options).owners, (std::vector<int>{0, 0}));
   // Traffic would have all on rank 0, whose tokens use them; there is room for one each.
   TuneOptions one_each{{1, 100, 100}, 1};
-  std::vector<int> spread = TuneOwners({9, 8, 7, 0, 0, 0, 0, 0, 0}, {}, {}, Hosts(1, 3), one_each).owners;
+  std::vector<int> spread = TuneOwners({9, 8, 7, 0, 0, 0, 0, 0, 0}, {}, Hosts(1, 3), one_each).owners;
   std::sort(spread.begin(), spread.end());
   EXPECT_EQ(spread, (std::vector<int>{0, 1, 2}));
-  const std::vector<int> two = TuneOwners({4, 4, 0, 0, 0, 0, 0, 0}, {}, {}, Hosts(2, 2), options).owners;
+  const std::vector<int> two = TuneOwners({4, 4, 0, 0, 0, 0, 0, 0}, {}, Hosts(2, 2), options).owners;
   EXPECT_NE(two[0], two[1]);
-  EXPECT_EQ(TuneOwners(std::vector<int64_t>(12), {}, {}, Hosts(2, 2), options).forward_ps, 0);
-}
-
-// Tokens that stay where their expert ran (ExFlow): chains of experts that follow each other come to one host.
-TEST(TuneLayers, ExpertsThatFollowEachOtherShareAHost) {
-  const Topology topology = Hosts(2, 2);
-  const int experts = 16, layers = 4;
-  std::vector<std::vector<int64_t>> rows(layers, std::vector<int64_t>(4 * experts, 25)), transitions;
-  for (int layer = 0; layer + 1 < layers; ++layer) {
-    transitions.emplace_back(experts * experts, 1);
-    // 80 of 95 rows go on from expert a to one of its own, another in every layer.
-    for (int a = 0; a < experts; ++a) transitions.back()[static_cast<size_t>(a * experts + (a * 5 + layer) % experts)] += 79;
-  }
-  const auto crossing = [&](const OwnerMap& owners) {
-    int64_t sum = 0;
-    for (size_t layer = 0; layer < transitions.size(); ++layer) {
-      for (size_t i = 0; i < transitions[layer].size(); ++i) {
-        const int from = owners[layer][i / experts], to = owners[layer + 1][i % experts];
-        if (topology.HostOf(from) != topology.HostOf(to)) sum += transitions[layer][i];
-      }
-    }
-    return sum;
-  };
-  OwnerMap contiguous(layers);
-  for (std::vector<int>& layer : contiguous) {
-    for (int e = 0; e < experts; ++e) layer.push_back(e / 4);
-  }
-  TuneOptions options{{100, 0, 20}, 4, 8};
-  const OwnerMap tuned = TuneLayers(rows, transitions, topology, options);
-  std::printf("rows between hosts from layer to layer: %ld, contiguous %ld\n", static_cast<long>(crossing(tuned)),
-              static_cast<long>(crossing(contiguous)));
-  EXPECT_LT(crossing(tuned) * 2, crossing(contiguous));
-  for (const std::vector<int>& layer : tuned) {
-    for (int rank = 0; rank < 4; ++rank) EXPECT_EQ(std::count(layer.begin(), layer.end(), rank), 4);
-  }
-  EXPECT_EQ(TuneLayers(rows, {}, topology, options).size(), 4u);
+  EXPECT_EQ(TuneOwners(std::vector<int64_t>(12), {}, Hosts(2, 2), options).forward_ps, 0);
 }
 
 }  // namespace

@@ -1,20 +1,27 @@
 #include "parallel/planner/layout.h"
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "parallel/expert/copy_costs.h"
+#include "parallel/placement/copies.h"
 #include "parallel/placement/expert_placement.h"
 #include "parallel/placement/hecate.h"
 #include "parallel/placement/placement.h"
 #include "parallel/placement/traces.h"
+#include "parallel/planner/memory.h"
 #include "runtime/base/status.h"
 
 namespace shoal {
 namespace {
 
-// Layers with loads of their own; deeper ones repeat them.
+// Layers with loads of their own; deeper ones repeat them. Fewer where ranks times experts are many: choosing copies for 512 ranks
+// and 256 experts takes 0.6 s a layer.
 constexpr int kDistinctLayers = 4;
+constexpr int64_t kDistinctEntries = 1 << 16;
 // Ranks for which loads by rank and expert are drawn.
 constexpr int kSkewRanksMax = 1024;
 
@@ -38,18 +45,23 @@ std::vector<int64_t> TokensOfRanks(const ModelShape& model, const StepLayout& la
   return tokens;
 }
 
-// Time of a layer's attention, and what its dense weights take of the link meanwhile, gives room to send experts.
-int Overlap(const ModelShape& model, const LaidOut& out, const Cluster& cluster) {
-  Task attention;
-  attention.op = Op::kAttention;
-  int64_t tokens = 0;
-  for (int64_t of_rank : out.work.tokens) tokens = std::max(tokens, of_rank);
-  const bool far = cluster.hosts > 1;
-  const OverlapInputs inputs = {
-      .other_work_ns = static_cast<int64_t>(out.costs.Predict(attention, static_cast<double>(tokens))),
-      .link_bytes_per_s = static_cast<int64_t>(1e9 * (far ? cluster.inter_bytes_per_ns : cluster.intra_bytes_per_ns)),
-      .expert_bytes = model.expert_elements() * model.compute_bytes};
-  return OverlapBudget(out.topology, inputs);
+// Copies of a layer's experts that a rank has room for. `out` has none yet.
+int RoomForCopies(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LaidOut& out) {
+  if (layout.copies >= 0) return std::min(layout.copies, model.experts);
+  const int64_t left = cluster.memory_bytes - PeakMemory(model, layout, out, /*waves=*/1).total();
+  return static_cast<int>(std::clamp<int64_t>(left / 4 * 3 / CopyBytes(model, layout), 0, model.experts));
+}
+
+// The copies that training would make, had it measured what the cluster's tasks are expected to take.
+ExpertPlacement PlaceCopies(const ModelShape& model, const StepLayout& layout, const LaidOut& out, const std::vector<int>& owners,
+                            std::vector<int64_t> rows, int room) {
+  if (layout.overlap >= 0) {
+    return MaterialisePerHost(owners, SumByHost(out.topology, rows, model.experts), out.topology, {layout.overlap, room});
+  }
+  const std::optional<CopyCosts> costs = MeasuredCopyCosts(out.costs, out.shape, out.work, out.topology);
+  if (!costs.has_value()) return OwnersOnly(owners);
+  for (int64_t& count : rows) count *= layout.parts;
+  return ChooseCopies(owners, rows, out.topology, {room, layout.dispatch, *costs});
 }
 
 void DrawLoads(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, const LoadSkew& skew, LaidOut* out) {
@@ -63,15 +75,15 @@ void DrawLoads(const ModelShape& model, const Cluster& cluster, const StepLayout
                             .tokens_per_rank = tokens,
                             .sigma = skew.sigma,
                             .seed = skew.seed});
-  const int overlap = layout.sparse ? Overlap(model, *out, cluster) : 0;
+  for (int layer = 0; layer < distinct; ++layer) out->work.experts[static_cast<size_t>(layer)].rows = trace.Rows(layer);
+  if (!layout.sparse) return;
   const OwnerMap owners = EvenOwners(distinct, model.experts, cluster.ranks());
-  for (int layer = 0; layer < distinct; ++layer) {
-    ExpertWork& experts = out->work.experts[static_cast<size_t>(layer)];
-    experts.rows = trace.Rows(layer);
-    if (!layout.sparse) continue;
-    experts.placement = MaterialisePerHost(owners[static_cast<size_t>(layer)], SumByHost(out->topology, experts.rows, model.experts), out->topology,
-                                           {.overlap = overlap, .memory = overlap});
+  const int room = RoomForCopies(model, cluster, layout, *out);
+  std::vector<ExpertPlacement> placed;
+  for (size_t layer = 0; layer < owners.size(); ++layer) {
+    placed.push_back(PlaceCopies(model, layout, *out, owners[layer], out->work.experts[layer].rows, room));
   }
+  for (size_t layer = 0; layer < placed.size(); ++layer) out->work.experts[layer].placement = std::move(placed[layer]);
 }
 
 Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const StepLayout& layout, bool skewed) {
@@ -90,8 +102,10 @@ Workload MakeWorkload(const ModelShape& model, const Cluster& cluster, const Ste
   work.summary_bytes = model.experts * 8;
   work.totals_bytes = moe_layers * model.experts * 16;
   const int replicas = layout.sparse ? 1 : cluster.ranks() / layout.expert;
+  const int64_t entries = int64_t{cluster.ranks()} * model.experts;
+  const int with_loads = static_cast<int>(std::clamp<int64_t>(kDistinctEntries / entries, 1, kDistinctLayers));
   // Owners are dealt in turn, so placements repeat after as many layers as there are replicas.
-  const int distinct = std::min<int>(static_cast<int>(moe_layers), skewed                          ? kDistinctLayers
+  const int distinct = std::min<int>(static_cast<int>(moe_layers), skewed                          ? with_loads
                                                                    : layout.sparse || replicas > 1 ? 2
                                                                                                    : 1);
   if (layout.sparse) {
@@ -133,12 +147,13 @@ absl::StatusOr<LaidOut> LayOut(const ModelShape& model, const Cluster& cluster, 
   out.shape.experts = layout.experts;
   out.work = MakeWorkload(model, cluster, layout, skew.sigma > 0);
   out.costs = CostsOf(model, cluster, out.work, out.topology);
+  DescribeTraffic(out.work, out.topology, &out.shape);
   if (skew.sigma > 0 && !out.work.experts.empty()) {
     DrawLoads(model, cluster, layout, skew, &out);
     out.costs = CostsOf(model, cluster, out.work, out.topology);
+    DescribeTraffic(out.work, out.topology, &out.shape);
   }
-  DescribeTraffic(out.work, out.topology, &out.shape);
-  out.shape.exchange = out.shape.dispatch;
+  out.shape.exchange = out.shape.dispatch || layout.pinned();
   return out;
 }
 

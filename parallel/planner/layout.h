@@ -23,9 +23,13 @@ struct StepLayout {
   bool recompute = false;
   int parts = 1;
   int prefetch = 1;
-  int copies = -1;  // Sparse: others' experts that a rank has room for, in each layer; -1: those that there are.
+  // Sparse: others' experts that a rank has room for, in each layer; -1: what fits into three quarters of the memory that the rest
+  // leaves.
+  int copies = -1;
+  int overlap = -1;  // Sparse: busy experts of a layer that are copied; -1: those that pay (placement/copies.h).
 
-  std::string ToString() const;  // "expert 8, dense sharded, recompute, 2 parts"
+  bool pinned() const { return IsWhole(dispatch); }  // Numerics::kPinned.
+  std::string ToString() const;                      // "expert 8, dense sharded, recompute, 2 parts"
 };
 
 // Loads of experts, which a layout does not decide.

@@ -34,6 +34,15 @@ ExpertCounts CountExperts(const ExpertPlacement& placement, int ranks) {
   return {*std::max_element(owned.begin(), owned.end()), *std::max_element(copies.begin(), copies.end())};
 }
 
+// Rooms for copies (ExpertStore), and what a copy in one of them takes.
+int64_t Rooms(const ModelShape& model, const StepLayout& layout) {
+  const int64_t layers = std::count(model.moe.begin(), model.moe.end(), true);
+  return layout.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout.prefetch + 1, layers);
+}
+int64_t GradientBytesOfCopy(const ModelShape& model, const StepLayout& layout) {
+  return layout.pinned() ? 0 : model.expert_elements() * kF32;
+}
+
 class MemoryCount {
  public:
   MemoryCount(const ModelShape& model, const StepLayout& layout, const LaidOut& out, int waves)
@@ -46,6 +55,7 @@ class MemoryCount {
         arrived = std::max(arrived, share.arrived);
       }
       rows_.push_back({std::llround(std::ceil(sent)), std::llround(std::ceil(arrived))});
+      partials_.push_back(layout.pinned() ? CountPartials(experts) : Partials());
     }
   }
 
@@ -60,6 +70,37 @@ class MemoryCount {
   struct Rows {
     int64_t sent = 0, arrived = 0;
   };
+  // Bytes of a layer's gradients in the pinned order: of experts without copies while those of one rank's rows are computed, of
+  // those with copies until owners have added them, and of what arrives for owners to add.
+  struct Partials {
+    int64_t passing = 0, kept = 0, arrived = 0;
+  };
+
+  // Of a layer; none past the last and of dense ones.
+  Partials PartialsOf(size_t layer) const {
+    const int index = layer < model_.moe.size() ? out_.work.experts_of_layer[layer] : -1;
+    return index < 0 ? Partials() : partials_[static_cast<size_t>(index)];
+  }
+  Partials CountPartials(const ExpertWork& experts) const {
+    const ExpertPlacement& placement = experts.placement;
+    const size_t ranks = static_cast<size_t>(ranks_);
+    // Without loads every rank has rows for every expert.
+    const std::vector<int64_t> rows =
+        experts.rows.empty() ? std::vector<int64_t>(ranks * placement.size(), 1) : experts.rows;
+    std::vector<int64_t> passing(ranks), kept(ranks), arrived(ranks);
+    for (const ExpertCopies& copies : placement) passing[static_cast<size_t>(copies.owner)] += copies.holders.empty() ? 1 : 0;
+    for (const auto& of_source : SplitTokens(layout_.dispatch, out_.topology, placement, rows)) {
+      for (const DispatchShare& share : of_source) {
+        const ExpertCopies& copies = placement[static_cast<size_t>(share.expert)];
+        if (copies.holders.empty()) continue;
+        ++kept[static_cast<size_t>(share.rank)];
+        if (share.rank != copies.owner) ++arrived[static_cast<size_t>(copies.owner)];
+      }
+    }
+    const int64_t bytes = Held(model_.expert_elements() * kF32);
+    const auto most = [&](const std::vector<int64_t>& counts) { return bytes * *std::max_element(counts.begin(), counts.end()); };
+    return {most(passing), most(kept), most(arrived)};
+  }
 
   // Of memory that ranks of a host map: exact. A host's only rank keeps it with its other tensors.
   int64_t Shared(int64_t bytes) const { return out_.shape.intra ? bytes : Held(bytes); }
@@ -101,8 +142,7 @@ class MemoryCount {
     use_.gradients += Shared(slots * expert * kF32);
     use_.optimizer += 2 * Held(slots * expert * kF32) + Held(slots * expert * master_bytes());
     if (model_.fp8) CountQuantised(layers == 0 ? 0 : CeilDiv(owned, layers) + room, layers);
-    const int64_t rooms = layout_.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout_.prefetch + 1, layers);
-    use_.copies += rooms * (Shared(room * expert * b_) + Shared(room * expert * kF32));
+    use_.copies += Rooms(model_, layout_) * (Shared(room * expert * b_) + Shared(room * GradientBytesOfCopy(model_, layout_)));
   }
 
   // Of every layer where weights are kept, otherwise of one product at a time. `experts`: of a layer, on this rank.
@@ -191,11 +231,12 @@ class MemoryCount {
     int64_t gradients = 0, inputs = 0, kept = 0;  // Of the layers up to the one at hand.
     for (const Wave& wave : waves) gradients += Wide(wave.tokens);
     int64_t peak = 0;
-    const auto consider = [&](int64_t activations, int64_t working) {
-      if (activations + working <= peak) return;
-      peak = activations + working;
+    const auto consider = [&](int64_t activations, int64_t working, int64_t partials) {
+      if (activations + working + partials <= peak) return;
+      peak = activations + working + partials;
       use_.activations = activations;
       use_.working = working;
+      use_.partials = partials;
     };
     for (size_t layer = 0; layer < layers.size(); ++layer) {
       int64_t here = 0;
@@ -205,10 +246,12 @@ class MemoryCount {
       }
       kept += here;
       const std::vector<LayerBytes>* above = layer + 1 < layers.size() && waves.size() > 1 ? &layers[layer + 1] : nullptr;
-      consider(inputs + (layout_.recompute ? here : kept), gradients + BackwardWorking(layers[layer], above));
+      const Partials own = PartialsOf(layer), travelling = PartialsOf(layer + 1);
+      consider(inputs + (layout_.recompute ? here : kept), gradients + BackwardWorking(layers[layer], above),
+               own.passing + own.kept + travelling.kept + travelling.arrived);
     }
     // The head, whose input is as wide as a layer's; the gradients of the waves before are there.
-    consider(inputs + gradients + (layout_.recompute ? 0 : kept), gradients + HeadWorking(waves));
+    consider(inputs + gradients + (layout_.recompute ? 0 : kept), gradients + HeadWorking(waves), 0);
     if (!out_.shape.dispatch) return;
     for (const Wave& wave : waves) CountBuffers(wave);
   }
@@ -253,7 +296,8 @@ class MemoryCount {
   const int waves_, ranks_;
   const int64_t b_;
   int64_t tokens_ = 0;
-  std::vector<Rows> rows_;  // By entry of Workload::experts, of the rank with most.
+  std::vector<Rows> rows_;          // By entry of Workload::experts, of the rank with most.
+  std::vector<Partials> partials_;  // Likewise.
   MemoryUse use_;
 };
 
@@ -261,6 +305,10 @@ class MemoryCount {
 
 MemoryUse PeakMemory(const ModelShape& model, const StepLayout& layout, const LaidOut& laid_out, int waves) {
   return MemoryCount(model, layout, laid_out, waves).Count();
+}
+
+int64_t CopyBytes(const ModelShape& model, const StepLayout& layout) {
+  return Rooms(model, layout) * (model.expert_elements() * model.compute_bytes + GradientBytesOfCopy(model, layout));
 }
 
 std::string BytesText(int64_t bytes) {
@@ -272,7 +320,8 @@ std::string BytesText(int64_t bytes) {
 std::string MemoryUse::ToString() const {
   std::vector<std::pair<int64_t, const char*>> parts = {
       {weights, "weights"},         {gradients, "gradients"},     {optimizer, "optimizer state"}, {copies, "copies of experts"},
-      {activations, "activations"}, {buffers, "buffers of rows"}, {working, "working memory"},  {quantised, "quantised weights"}};
+      {activations, "activations"}, {buffers, "buffers of rows"}, {working, "working memory"},
+      {partials, "partial sums"},   {quantised, "quantised weights"}};
   std::stable_sort(parts.begin(), parts.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
   std::string text = BytesText(total());
   for (size_t i = 0; i < parts.size() && parts[i].first > 0; ++i) {

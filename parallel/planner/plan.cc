@@ -30,13 +30,25 @@ std::vector<int> Parts(const ModelShape& model, int ranks) {
   return parts;
 }
 
+// Where experts may be, each on top of what is not searched.
+std::vector<StepLayout> ExpertLayouts(const ModelShape& model, int ranks, const PlanOptions& options) {
+  std::vector<StepLayout> layouts;
+  StepLayout layout = options.base;
+  layout.sparse = false;
+  for (int group : ExpertGroups(model, ranks)) {
+    layout.expert = group;
+    layouts.push_back(layout);
+  }
+  layout.expert = 1;
+  layout.sparse = true;
+  if (options.sparse && ranks > 1 && options.skew.sigma > 0) layouts.push_back(layout);
+  return layouts;
+}
+
 std::vector<StepLayout> AllLayouts(const ModelShape& model, const Cluster& cluster, const PlanOptions& options) {
   const int ranks = cluster.ranks();
-  std::vector<StepLayout> kinds;  // Where experts are.
-  for (int group : ExpertGroups(model, ranks)) kinds.push_back({.expert = group});
-  if (options.sparse && ranks > 1 && options.skew.sigma > 0) kinds.push_back({.sparse = true});
   std::vector<StepLayout> layouts;
-  for (const StepLayout& kind : kinds) {
+  for (const StepLayout& kind : ExpertLayouts(model, ranks, options)) {
     const bool copies = kind.sparse || kind.expert < ranks;
     for (const DensePolicy dense : {DensePolicy::kReplicated, DensePolicy::kSharded}) {
       if (dense == DensePolicy::kSharded && ranks == 1) continue;
@@ -44,6 +56,8 @@ std::vector<StepLayout> AllLayouts(const ModelShape& model, const Cluster& clust
         if (experts == ExpertPolicy::kRematerialise && !copies) continue;
         for (const bool recompute : {false, true}) {
           for (int parts : Parts(model, ranks)) {
+            // In the pinned order gradients of copies leave after each part.
+            if (kind.pinned() && copies && parts > 1 && experts == ExpertPolicy::kKeep) continue;
             StepLayout layout = kind;
             layout.dense = dense;
             layout.experts = experts;

@@ -36,6 +36,7 @@ struct PlanOptions {
   SchedulerOptions scheduler;
   int64_t memory_bytes = 0;  // 0: the cluster's.
   bool sparse = true;        // Whether layouts with moving copies are considered.
+  StepLayout base;           // What is not searched: dispatch, prefetch, room for copies and how many there are.
 };
 
 struct Plan {

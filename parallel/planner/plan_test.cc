@@ -76,6 +76,37 @@ TEST(EstimateStep, SkewCostsExpertParallelismAndCopiesWinItBack) {
   EXPECT_LT(sparse.step_ns, skewed.step_ns);
 }
 
+TEST(EstimateStep, CopiesByCostAreAsTheyPay) {
+  const LoadSkew skew = {.sigma = 1.0, .seed = 3};
+  const Cluster cluster = Hosts(2, 4);
+  const StepEstimate none = Estimate(Model(), cluster, {.sparse = true, .copies = 0}, skew);
+  const StepEstimate by_cost = Estimate(Model(), cluster, {.sparse = true}, skew);
+  EXPECT_EQ(none.memory.copies, 0);
+  EXPECT_GT(by_cost.memory.copies, 0);
+  EXPECT_LT(by_cost.step_ns, 0.9 * none.step_ns);
+  for (int overlap : {1, 2, 4}) {
+    EXPECT_LT(by_cost.step_ns, Estimate(Model(), cluster, {.sparse = true, .overlap = overlap}, skew).step_ns) << overlap;
+  }
+  // A link that is too slow for weights: as without copies.
+  Cluster slow = cluster;
+  slow.intra_bytes_per_ns = slow.inter_bytes_per_ns = 0.5;
+  ModelShape few_tokens = Model();
+  few_tokens.sequence_length = 64;
+  EXPECT_EQ(Estimate(few_tokens, slow, {.sparse = true}, skew).memory.copies, 0);
+}
+
+TEST(EstimateStep, CopiesTakeTheMemoryThatIsLeft) {
+  const LoadSkew skew = {.sigma = 1.0, .seed = 3};
+  Cluster cluster = Hosts(2, 4);
+  const MemoryUse roomy = Estimate(Model(), cluster, {.sparse = true}, skew).memory;
+  const MemoryUse none = Estimate(Model(), cluster, {.sparse = true, .copies = 0}, skew).memory;
+  cluster.memory_bytes = none.total() + roomy.copies / 2;
+  const MemoryUse tight = Estimate(Model(), cluster, {.sparse = true}, skew).memory;
+  EXPECT_GT(tight.copies, 0);
+  EXPECT_LT(tight.copies, roomy.copies);
+  EXPECT_LE(tight.total(), cluster.memory_bytes);
+}
+
 TEST(EstimateStep, WavesPartWhereNoLossBalancesExperts) {
   Cluster cluster = Hosts(8, 1);
   cluster.inter_bytes_per_ns = 20;  // Communication takes as long as computation.
@@ -206,6 +237,22 @@ TEST(PeakMemory, QuantisedWeightsAreKeptWhereWeightsAre) {
   EXPECT_EQ(sharded.quantised, 2 * (8 * up + largest_dense));  // 8 experts are here, 4 of them copies.
 }
 
+// Four ranks with all 16 experts, of which each owns four.
+TEST(PeakMemory, PinnedSumsArePartsOfExpertsByRank) {
+  ModelShape model = Model();
+  model.sequences = 4;  // Few tokens, so that gradients of experts make the worst moment.
+  const Cluster cluster = Hosts(1, 4);
+  const MemoryUse fast = Memory(model, cluster, {.expert = 1});
+  const MemoryUse pinned = Memory(model, cluster, {.expert = 1, .dispatch = DispatchRule::kNearestWhole});
+  const int64_t expert = 4 * model.expert_elements();
+  EXPECT_EQ(fast.partials, 0);
+  EXPECT_EQ(fast.copies - pinned.copies, 8 * 12 * expert);  // Of 8 layers; copies have no gradients.
+  // A rank computes its own rows of all experts, while those of the layer above go to their owners: 4 from each of 3 ranks.
+  EXPECT_EQ(pinned.partials, (16 + 16 + 4 * 3) * expert);
+  // Without copies, those of one rank's rows at a time.
+  EXPECT_EQ(Memory(model, cluster, {.expert = 4, .dispatch = DispatchRule::kNearestWhole}).partials, 4 * expert);
+}
+
 TEST(PeakMemory, EachPolicySavesWhatItShould) {
   const ModelShape model = Model();
   const Cluster cluster = Hosts(2, 8);
@@ -230,6 +277,16 @@ TEST(FindPlan, RanksWhatFitsAndSaysWhatDoesNot) {
   ASSERT_FALSE(tight->excluded.empty());
   EXPECT_THAT(tight->excluded.front(), HasSubstr("a device has 12 GiB"));
   for (const StepEstimate& estimate : tight->ranked) EXPECT_LE(estimate.memory.total(), options.memory_bytes);
+  for (const StepEstimate& estimate : roomy->ranked) EXPECT_EQ(estimate.layout.prefetch, 1);
+  options.base = {.expert = 2, .dispatch = DispatchRule::kWaterFillWhole, .prefetch = 2};
+  const auto pinned = FindPlan(model, Hosts(2, 4), options);
+  ASSERT_TRUE(pinned.ok()) << pinned.status();
+  for (const StepEstimate& estimate : pinned->ranked) {
+    EXPECT_EQ(estimate.layout.prefetch, 2);
+    EXPECT_TRUE(estimate.layout.pinned());
+    EXPECT_FALSE(estimate.layout.parts > 1 && estimate.layout.expert < 8 && estimate.layout.experts == ExpertPolicy::kKeep);
+  }
+  options.base = {};
   options.memory_bytes = int64_t{1} << 30;
   EXPECT_THAT(std::string(FindPlan(model, Hosts(2, 4), options).status().message()), HasSubstr("no layout fits; nearest is"));
 }
