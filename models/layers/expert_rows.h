@@ -69,11 +69,11 @@ class ExpertRows {
     if (!plan_.has_value()) return projection.BackwardInput(dy, weights, segments_, dx, stream);
     projection.BackwardInput(dy, weights, plan_->Segments(Direction::kBackward, chunk), dx, stream, numerics);
   }
-  // gradients (+)= dy^T x of a backward chunk of all rows.
+  // gradients (+)= dy^T x of a backward chunk of all rows. `list`: of such gradients.
   void BackwardWeight(int chunk, const Tensor& dy, const Tensor& x, kernels::Accumulate accumulate, absl::Span<const Tensor> gradients,
-                      Stream& stream) const {
+                      KeptMatrixList* list, Stream& stream) const {
     if (!plan_.has_value()) {
-      return kernels::GroupedMatMulGradWeight(dy, x, segments_, accumulate, kernels::MatrixList(gradients, stream), stream);
+      return kernels::GroupedMatMulGradWeight(dy, x, segments_, accumulate, list->Of(gradients, stream), stream);
     }
     kernels::GroupedMatMulGradWeight(dy, x, plan_->Segments(Direction::kBackward, chunk), accumulate, gradients, stream);
   }

@@ -272,8 +272,8 @@ int64_t MoeLayer::ExpertsWeight(int chunk, int part, Saved* saved, Stream& strea
   } else {
     const Accumulate accumulate =
         chunk == 0 && saved->wave == 0 ? store_->experts().BeginGradients(layer_, part, stream) : Accumulate::kAdd;
-    rows.BackwardWeight(chunk, saved->dy, saved->dh, accumulate, LocalGradients(/*down=*/true), stream);
-    rows.BackwardWeight(chunk, saved->gate_up, saved->arrived, accumulate, LocalGradients(/*down=*/false), stream);
+    rows.BackwardWeight(chunk, saved->dy, saved->dh, accumulate, LocalGradients(/*down=*/true), &down_gradients_, stream);
+    rows.BackwardWeight(chunk, saved->gate_up, saved->arrived, accumulate, LocalGradients(/*down=*/false), &gate_up_gradients_, stream);
   }
   if (chunk + 1 == rows.chunks(Direction::kBackward)) saved->dy = saved->dh = saved->arrived = saved->gate_up = Tensor();
   return rows.Count(chunk);

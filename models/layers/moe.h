@@ -117,6 +117,7 @@ class MoeLayer {
   std::unique_ptr<Router> router_;
   std::optional<GatedMlp> shared_;
   ExpertProjection gate_up_, down_;
+  KeptMatrixList gate_up_gradients_, down_gradients_;
 };
 
 }  // namespace shoal

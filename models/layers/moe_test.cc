@@ -150,6 +150,20 @@ TEST_P(DeviceMoe, NothingWaitsForTheDevice) {
   }
 }
 
+TEST(DeviceMatrixList, WhatAGraphUploadsIsNotKept) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  const std::vector<Tensor> matrices = {Zeros({2, 3}, DType::kF32, *stream)};
+  KeptMatrixList kept;
+  ASSERT_EQ(stream->BeginCapture(), absl::OkStatus());
+  (void)kept.Of(matrices, *stream);
+  EXPECT_EQ(stream->EndCapture().status(), absl::OkStatus());  // Never launched.
+  const Tensor list = kept.Of(matrices, *stream);
+  EXPECT_EQ(kHost(list, *stream).data<int64_t>()[0], reinterpret_cast<int64_t>(matrices[0].raw()));
+  ASSERT_EQ(stream->BeginCapture(), absl::OkStatus());
+  EXPECT_EQ(kept.Of(matrices, *stream).raw(), list.raw());
+  EXPECT_EQ(stream->EndCapture().status(), absl::OkStatus());
+}
+
 TEST(RoutesOnStream, NotWithCapacitiesNorRanks) {
   ModelConfig config = ConfigOf(RouterKind::kSwitch);
   const ExpertContext alone{.topology = Topology::OneHost(1)};

@@ -1,5 +1,6 @@
 #include "models/layers/projection.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "runtime/kernels/gated_matmul.h"
@@ -49,6 +50,16 @@ void Projection::BackwardWeight(const Tensor& dy, const Tensor& x, kernels::Accu
   MatMul(dy, Transpose::kYes, x, Transpose::kNo, accumulate, store_->Gradient(name_, shape_), stream);
 }
 
+Tensor KeptMatrixList::Of(absl::Span<const Tensor> matrices, Stream& stream) {
+  const auto same = [](const void* address, const Tensor& matrix) { return address == matrix.raw(); };
+  if (!list_.empty() && std::equal(addresses_.begin(), addresses_.end(), matrices.begin(), matrices.end(), same)) return list_;
+  Tensor list = kernels::MatrixList(matrices, stream);
+  if (stream.capturing()) return list;  // The graph's, and written by its launches.
+  addresses_.clear();
+  for (const Tensor& matrix : matrices) addresses_.push_back(matrix.raw());
+  return list_ = std::move(list);
+}
+
 Fp8Weights ExpertProjection::Quantised(absl::Span<const Tensor> weights, Stream& stream) {
   return quantised_.Of(weights, *store_, store_->keeps_experts(), stream);
 }
@@ -78,21 +89,21 @@ void ExpertProjection::Forward(const Tensor& x, absl::Span<const Tensor> weights
                                Stream& stream) {
   if (weights.empty()) return;
   if (quantised()) return GroupedMatMul(x, Quantised(weights, stream), segments, y, stream);
-  kernels::GroupedMatMul(x, kernels::MatrixList(weights, stream), segments, y, stream);
+  kernels::GroupedMatMul(x, list_.Of(weights, stream), segments, y, stream);
 }
 
 void ExpertProjection::ForwardSwiGlu(const Tensor& x, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& gate_up,
                                      const Tensor& h, Stream& stream) {
   if (weights.empty()) return;
   if (quantised()) return GroupedMatMulSwiGlu(x, Quantised(weights, stream), segments, gate_up, h, stream);
-  kernels::GroupedMatMulSwiGlu(x, kernels::MatrixList(weights, stream), segments, gate_up, h, stream);
+  kernels::GroupedMatMulSwiGlu(x, list_.Of(weights, stream), segments, gate_up, h, stream);
 }
 
 void ExpertProjection::BackwardInput(const Tensor& dy, absl::Span<const Tensor> weights, const Tensor& segments, const Tensor& dx,
                                      Stream& stream) {
   if (weights.empty()) return;
   if (quantised()) return GroupedMatMulGradInput(dy, Quantised(weights, stream), segments, dx, stream);
-  kernels::GroupedMatMulGradInput(dy, kernels::MatrixList(weights, stream), segments, dx, stream);
+  kernels::GroupedMatMulGradInput(dy, list_.Of(weights, stream), segments, dx, stream);
 }
 
 }  // namespace shoal

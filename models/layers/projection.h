@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "absl/types/span.h"
 #include "models/optimizer/parameter_store.h"
@@ -48,6 +49,16 @@ class Projection {
   QuantisedWeights quantised_;
 };
 
+// The addresses of matrices in memory of the stream (kernels::MatrixList), kept from call to call while they are the same. Of one stream.
+class KeptMatrixList {
+ public:
+  Tensor Of(absl::Span<const Tensor> matrices, Stream& stream);
+
+ private:
+  std::vector<const void*> addresses_;
+  Tensor list_;
+};
+
 // One matrix of each expert that is here. The weights of a pass are the same in all calls.
 class ExpertProjection {
  public:
@@ -72,6 +83,7 @@ class ExpertProjection {
 
   const ParameterStore* store_;
   QuantisedWeights quantised_;
+  KeptMatrixList list_;
 };
 
 }  // namespace shoal

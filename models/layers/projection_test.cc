@@ -132,6 +132,21 @@ TEST(Projection, WithASwiGluItIsBothOneAfterTheOther) {
   }
 }
 
+TEST(KeptMatrixList, IsMadeAnewWhenMatricesAreElsewhere) {
+  Stream stream;
+  KeptMatrixList kept;
+  const std::vector<Tensor> some = {Zeros({2, 3}, DType::kF32), Zeros({2, 3}, DType::kF32)}, fewer = {some[1]};
+  const auto addresses = [](const Tensor& list) {
+    return std::vector<int64_t>(list.span<int64_t>().begin(), list.span<int64_t>().end());
+  };
+  const auto of = [](const Tensor& matrix) { return reinterpret_cast<int64_t>(matrix.raw()); };
+  const Tensor first = kept.Of(some, stream);
+  EXPECT_EQ(addresses(first), (std::vector<int64_t>{of(some[0]), of(some[1])}));
+  EXPECT_EQ(kept.Of(some, stream).raw(), first.raw());
+  EXPECT_EQ(addresses(kept.Of(fewer, stream)), std::vector<int64_t>{of(some[1])});
+  EXPECT_EQ(addresses(kept.Of(some, stream)), addresses(first));
+}
+
 TEST(ExpertProjection, IsTheGroupedProductOfWhatIsWanted) {
   const Tensor x = Random({kTokens, kWidth}, DType::kBF16, 1), dy = Random({kTokens, 40}, DType::kBF16, 2);
   const std::vector<Tensor> weights = {Random({40, kWidth}, DType::kBF16, 3), Random({40, kWidth}, DType::kBF16, 4)};
