@@ -344,11 +344,13 @@ absl::StatusOr<std::vector<PeerLink>> FormMesh(const WorldOptions& options) {
   SHOAL_ASSIGN_OR_RETURN(const Doors doors, OpenDoors(options.transport, options.interface, master));
   MemberInfo self = DescribeSelf(doors);
   self.wanted_rank = options.rank;
+  if (doors.port != 0 && !options.interface.empty()) {
+    SHOAL_ASSIGN_OR_RETURN(self.addresses, OwnEndpoints(doors, options.interface, master));
+  } else if (doors.port != 0 && options.rank == 0) {
+    const bool here = master.IsLoopback();
+    self.addresses = {EndpointText(AnyAddress(master.family(), here).Ip(), doors.port)};
+  }
   if (options.rank == 0) {
-    if (doors.port != 0) {
-      const bool here = master.IsLoopback();
-      self.addresses = {EndpointText(AnyAddress(master.family(), here).Ip(), doors.port)};
-    }
     SHOAL_ASSIGN_OR_RETURN(Fd listener, ListenAsMaster(master, options.master_port));
     Leader leader(options, self, deadline_ns);
     SHOAL_ASSIGN_OR_RETURN(const View view, leader.Gather(listener.get()));
