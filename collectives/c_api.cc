@@ -13,6 +13,7 @@
 #include "collectives/membership/coordinator.h"
 #include "collectives/membership/coordinator_dialler.h"
 #include "collectives/membership/membership.h"
+#include "collectives/membership/state_sync.h"
 #include "runtime/base/status.h"
 
 struct shoal_group {
@@ -85,6 +86,8 @@ ReduceOp Reduction(shoal_op op) {
   return static_cast<ReduceOp>(op >= SHOAL_SUM && op <= SHOAL_AVERAGE ? static_cast<int>(op) : 0xff);
 }
 
+bool IsCount(int64_t count) { return count >= 0 && count <= kElementsMax; }
+
 // Whether `data` can be an array of `count`.
 bool IsArray(const void* data, int64_t count) { return count == 0 || (count > 0 && data != nullptr); }
 
@@ -129,7 +132,7 @@ class Call {
     return new shoal_work{shoal::EndedWork(wrong_)};
   }
   void CheckCount(int64_t count) {
-    if (count < 0 || count > kElementsMax) Refuse(absl::StrCat("count ", count));
+    if (!IsCount(count)) Refuse(absl::StrCat("count ", count));
   }
   bool refused() const { return !wrong_.ok(); }
   void Refuse(const std::string& why) { wrong_ = absl::InvalidArgumentError(why); }
@@ -467,4 +470,30 @@ shoal_work* shoal_sparse_reduce_scatter(shoal_group* group, void* const* chunks,
   return call.Run([&](const OpOptions& o) {
     return group->communicator->SparseReduceScatter(sparse.chunks, sparse.moves, Reduction(op), o);
   });
+}
+
+// ---- State.
+
+shoal_code shoal_sync_state(shoal_group* group, const shoal_state* states, int32_t states_count, shoal_role role,
+                            double timeout, uint64_t* revision) {
+  const auto refuse = [](const std::string& why) { return Report(absl::InvalidArgumentError(why)); };
+  if (!IsArray(states, states_count)) return refuse(absl::StrCat("an array of ", states_count, " states"));
+  if (role < SHOAL_EITHER || role > SHOAL_SEND_ONLY) return refuse(absl::StrCat("role ", static_cast<int>(role)));
+  if (revision == nullptr) return refuse("no revision");
+  std::vector<shoal::NamedTensor> tensors;
+  for (const shoal_state& state : absl::MakeSpan(states, states_count)) {
+    if (state.name == nullptr) return refuse("a state without a name");
+    if (!IsDType(state.dtype)) return refuse(absl::StrCat(state.name, ": dtype ", static_cast<int>(state.dtype)));
+    if (!IsCount(state.count) || !IsArray(state.data, state.count)) {
+      return refuse(absl::StrCat(state.name, ": an array of ", state.count));
+    }
+    tensors.push_back({state.name, Elements(state.data, state.count, state.dtype)});
+  }
+  shoal::SyncOptions options;
+  options.role = static_cast<shoal::SyncRole>(role);
+  options.deadline = After(timeout);
+  const absl::StatusOr<shoal::SyncReport> report =
+      shoal::SyncState(*group->communicator, tensors, *revision, options);
+  if (report.ok()) *revision = report->revision;
+  return Report(report.status());
 }

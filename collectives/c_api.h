@@ -1,5 +1,5 @@
 /* The collectives for C (C99) and whatever can call it. The meaning of every operation is that of communicator.h and
- * membership/membership.h; here is only what differs.
+ * membership/membership.h, that of shoal_sync_state in membership/state_sync.h; here is only what differs.
  *
  * Calls return a code, 0 on success; shoal_error() then has the message. Nothing throws, nothing exits. Thread-safe,
  * but for two calls on one handle of which one frees it. Structures with options begin with their size, set by their
@@ -25,7 +25,7 @@ extern "C" {
 #endif
 
 /* Raised by one when something is added; what is there keeps its meaning. */
-#define SHOAL_API_VERSION 1
+#define SHOAL_API_VERSION 2
 /* That of the library which was linked. */
 int32_t shoal_api_version(void);
 
@@ -41,7 +41,8 @@ typedef enum shoal_code {
   SHOAL_ABORTED = 10, /* The group is over: form the next epoch. */
   SHOAL_UNIMPLEMENTED = 12,
   SHOAL_INTERNAL = 13,
-  SHOAL_UNAVAILABLE = 14
+  SHOAL_UNAVAILABLE = 14,
+  SHOAL_DATA_LOSS = 15
 } shoal_code;
 
 /* Of the last call on this thread that failed; until the next one. Never NULL. */
@@ -196,6 +197,27 @@ shoal_work *shoal_sparse_all_gather(shoal_group *group, void *const *chunks, con
 shoal_work *shoal_sparse_reduce_scatter(shoal_group *group, void *const *chunks, const int64_t *counts,
                                         int32_t chunks_count, shoal_dtype dtype, const shoal_sparse_move *moves,
                                         int32_t moves_count, shoal_op op, const shoal_op_options *options);
+
+/* ---- State that all members should hold alike, for example after an epoch with newcomers. */
+
+typedef struct shoal_state {
+  const char *name;
+  void *data;
+  int64_t count;
+  shoal_dtype dtype;
+} shoal_state;
+
+typedef int32_t shoal_role;
+enum {
+  SHOAL_EITHER = 0,       /* May win, may be overwritten. */
+  SHOAL_RECEIVE_ONLY = 1, /* A newcomer. */
+  SHOAL_SEND_ONLY = 2
+};
+
+/* Collective; blocks. *revision: of what this rank has, then of what all have. `timeout`: of each operation;
+ * SHOAL_FOREVER: the group's own. */
+shoal_code shoal_sync_state(shoal_group *group, const shoal_state *states, int32_t states_count, shoal_role role,
+                            double timeout, uint64_t *revision);
 
 #ifdef __cplusplus
 }

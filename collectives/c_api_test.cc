@@ -4,9 +4,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/harness/ranks.h"
 
 namespace {
 
@@ -65,6 +71,48 @@ TEST_F(CApi, RefusesUnknownNames) {
     ExpectRefused(shoal_barrier(group_.get(), &options), "order");
   }
   ExpectRefused(shoal_broadcast(group_.get(), data_, 4, static_cast<shoal_dtype>(256), 0, nullptr), "dtype 256");
+}
+
+TEST(CApiState, AllHaveTheNewestAfterwards) {
+  const std::string name = shoal::UniqueRendezvous();
+  std::vector<std::thread> ranks;
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    ranks.emplace_back([&name, rank] {
+      shoal_world_options options;
+      shoal_world_options_init(&options);
+      options.rank = rank;
+      options.size = 2;
+      options.master_host = name.c_str();
+      shoal_group* group = nullptr;
+      ASSERT_EQ(shoal_connect(&options, &group), SHOAL_OK) << shoal_error();
+      std::vector<double> weights(1000, rank);
+      int32_t step = 10 + rank;
+      const shoal_state states[] = {{"weights", weights.data(), 1000, SHOAL_F64}, {"step", &step, 1, SHOAL_I32}};
+      uint64_t revision = 5 + rank;
+      EXPECT_EQ(shoal_sync_state(group, states, 2, SHOAL_EITHER, SHOAL_FOREVER, &revision), SHOAL_OK) << shoal_error();
+      EXPECT_EQ(revision, 6u);
+      EXPECT_EQ(step, 11);
+      EXPECT_EQ(std::count(weights.begin(), weights.end(), 1.0), 1000);
+      shoal_group_free(group);
+    });
+  }
+  for (std::thread& rank : ranks) rank.join();
+}
+
+TEST_F(CApi, RefusesStatesThatAreNone) {
+  uint64_t revision = 1;
+  const auto refused = [&](const shoal_state* states, int32_t count, shoal_role role, uint64_t* of) {
+    return shoal_sync_state(group_.get(), states, count, role, SHOAL_FOREVER, of) == SHOAL_INVALID_ARGUMENT;
+  };
+  const shoal_state good = {"x", data_, 4, SHOAL_F32};
+  EXPECT_FALSE(refused(&good, 1, SHOAL_EITHER, &revision));
+  EXPECT_TRUE(refused(&good, 1, 3, &revision));
+  EXPECT_TRUE(refused(&good, 1, SHOAL_EITHER, nullptr));
+  EXPECT_TRUE(refused(&good, -1, SHOAL_EITHER, &revision));
+  for (const shoal_state& bad : {shoal_state{nullptr, data_, 4, SHOAL_F32}, shoal_state{"x", nullptr, 4, SHOAL_F32},
+                                 shoal_state{"x", data_, kMost, SHOAL_F32}, shoal_state{"x", data_, 4, 256}}) {
+    EXPECT_TRUE(refused(&bad, 1, SHOAL_EITHER, &revision));
+  }
 }
 
 TEST_F(CApi, RefusesArraysThatAreNone) {

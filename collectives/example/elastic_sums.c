@@ -4,7 +4,8 @@
  *   elastic_sums SECONDS                      joins the job of the launcher: shoal launch --rdzv-backend shoal ...
  *   elastic_sums --coordinate LISTEN SECONDS  is the coordinator instead
  *
- * Start as many as you like, kill any of them: the others go on, and newcomers are let in every 1000 sums. */
+ * Start as many as you like, kill any of them: the others go on, and newcomers are let in every 1000 sums and told how many
+ * there have been. */
 #include <collectives/c_api.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -40,7 +41,7 @@ static int coordinate(const char *listen, double seconds) {
 
 /* Sums until the group ends (SHOAL_ABORTED), until all want to let newcomers in, or until the time of one is over, so that all
  * stop (both SHOAL_OK). */
-static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double end, long *sums, int *stop) {
+static shoal_code sum(shoal_member *member, shoal_group *group, float *x, double end, int64_t *sums, int *stop) {
   for (long i = 1;; ++i) {
     const float ranks = (float)shoal_group_size(group);
     for (int k = 0; k < kCount; ++k) x[k] = 1;
@@ -70,7 +71,7 @@ int main(int argc, char **argv) {
   shoal_member *member;
   shoal_group *group;
   shoal_memory *memory = NULL;
-  long sums = 0;
+  int64_t sums = 0;
   int stop = 0;
   const double end = now() + atof(argv[argc - 1]);
   shoal_member_options_init(&options);
@@ -78,16 +79,20 @@ int main(int argc, char **argv) {
   if (shoal_join(&options, &member) != SHOAL_OK) return fail("join");
   while (!stop) {
     if (shoal_next_epoch(member, 30, &group) != SHOAL_OK) return fail("next epoch");
-    printf("epoch %llu: rank %d of %d, %ld sums so far\n", (unsigned long long)shoal_group_epoch(group),
-           shoal_group_index(group), shoal_group_size(group), sums);
+    /* Who knows of the most is right: the others are newcomers, or missed the end of the last one. */
+    const shoal_state state = {"sums", &sums, 1, SHOAL_I64};
+    uint64_t revision = (uint64_t)sums;
+    shoal_code code = shoal_sync_state(group, &state, 1, SHOAL_EITHER, SHOAL_FOREVER, &revision);
+    printf("epoch %llu: rank %d of %d, %lld sums so far\n", (unsigned long long)shoal_group_epoch(group),
+           shoal_group_index(group), shoal_group_size(group), (long long)sums);
     fflush(stdout);
-    if (memory == NULL && shoal_allocate(group, kCount * sizeof(float), &memory) != SHOAL_OK) return fail("memory");
-    const shoal_code code = sum(member, group, shoal_memory_data(memory), end, &sums, &stop);
+    if (code == SHOAL_OK && memory == NULL) code = shoal_allocate(group, kCount * sizeof(float), &memory);
+    if (code == SHOAL_OK) code = sum(member, group, shoal_memory_data(memory), end, &sums, &stop);
     if (code == SHOAL_ABORTED) printf("%s\n", shoal_error());
     shoal_group_free(group);
-    if (code != SHOAL_OK && code != SHOAL_ABORTED) return fail("sum");
+    if (code != SHOAL_OK && code != SHOAL_ABORTED) return fail("epoch");
   }
-  printf("%ld sums\n", sums);
+  printf("%lld sums\n", (long long)sums);
   shoal_memory_free(memory);
   shoal_leave(member);
   return 0;
