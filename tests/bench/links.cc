@@ -183,9 +183,9 @@ class Bench {
   void Verify() {
     const int64_t n = 1 << 18;
     const Tensor in = Zeros({n}, DType::kF32), out = Zeros({n}, DType::kF32);
-    std::fill_n(in.data<float>(), n, static_cast<float>(world_.index() + 1));
     const float sum = size_ * (size_ + 1) / 2.0F;
     for (const Operation& operation : All()) {
+      std::fill_n(in.data<float>(), n, static_cast<float>(world_.index() + 1));
       Await(operation.start(*bulk_, in, out, n));
       const std::string& name = operation.name;
       if (name.starts_with("all_reduce") || name == "reduce_scatter") SHOAL_CHECK_EQ(out.data<float>()[n / size_ - 1], sum);
