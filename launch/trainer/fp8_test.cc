@@ -81,10 +81,12 @@ std::vector<double> Train(const Variant& variant, int ranks) {
   return losses;
 }
 
-// The first losses differ in the order of sums alone; later ones also in roundings to bf16, and to fp8, of numbers that differ so.
+// The first losses differ in the order of sums alone, on a GPU by the bits that its tensor cores drop of them; later ones also in roundings
+// to bf16, and to fp8, of numbers that differ so.
 void ExpectNear(const std::vector<double>& got, const std::vector<double>& want) {
+  const double first = kernels::testing::OnRealDevice() ? 1e-3 : 1e-4;
   for (size_t step = 0; step < kSteps; ++step) {
-    EXPECT_NEAR(got[step], want[step], (step == 0 ? 1e-4 : 5e-3) * want[step]) << step;
+    EXPECT_NEAR(got[step], want[step], (step == 0 ? first : 5e-3) * want[step]) << step;
   }
 }
 

@@ -63,6 +63,7 @@ TEST(CudaPlugin, OffersNcclOrSaysWhatIsMissing) {
   EXPECT_EQ(Missing(*api, offsetof(NcclApi, unique_id)), std::vector<size_t>());
 }
 
+// With SHOAL_TEST_DEVICE=cuda there is one.
 TEST(CudaPlugin, OpensADeviceOrSaysWhatIsMissing) {
   setenv("SHOAL_DEVICE_PLUGIN", Plugin(), 0);
   const absl::StatusOr<Device*> device = LoadDevice("cuda", 0);
@@ -71,6 +72,7 @@ TEST(CudaPlugin, OpensADeviceOrSaysWhatIsMissing) {
     EXPECT_TRUE(absl::IsUnavailable(LoadDevice("cuda", 1000).status()));
     return;
   }
+  ASSERT_EQ(std::getenv("SHOAL_TEST_DEVICE"), nullptr) << device.status();
   EXPECT_TRUE(absl::IsUnavailable(device.status())) << device.status();
   const std::string text(device.status().message());
   EXPECT_TRUE(text.starts_with("cuda: looking for devices: ")) << text;
