@@ -13,6 +13,7 @@
 #include "collectives/engine/arguments.h"
 #include "collectives/engine/memory_channel.h"
 #include "collectives/engine/planner.h"
+#include "collectives/engine/routed_channel.h"
 #include "collectives/transport/clock.h"
 
 namespace shoal {
@@ -22,9 +23,38 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
+// How members reach each other.
+enum class Layout : uint8_t {
+  kOneChannel,
+  kHostsOfOne,  // Over two channels in one: members of one host by the first, others by the second.
+  kHostsOfTwo
+};
+
+class Network {
+ public:
+  Network(int members, Layout layout) : members_(members), layout_(layout), near_(members, 17), far_(members, 18) {}
+
+  std::unique_ptr<Channel> Open(int member) {
+    if (layout_ == Layout::kOneChannel) return near_.Open(member);
+    const int per_host = layout_ == Layout::kHostsOfOne ? 1 : 2;
+    std::vector<bool> on_host;
+    for (int other = 0; other < members_; ++other) on_host.push_back(other / per_host == member / per_host);
+    return std::make_unique<RoutedChannel>(std::move(on_host), near_.Open(member), far_.Open(member));
+  }
+  void End(const absl::Status& status) {
+    near_.End(status);
+    far_.End(status);
+  }
+
+ private:
+  const int members_;
+  const Layout layout_;
+  MemoryNetwork near_, far_;
+};
+
 class Life final : public GroupLife {
  public:
-  Life(std::vector<int> ranks, int index, MemoryNetwork* network) : GroupLife(1, std::move(ranks), index), network_(*network) {}
+  Life(std::vector<int> ranks, int index, Network* network) : GroupLife(1, std::move(ranks), index), network_(*network) {}
   absl::Status End(const std::string& cause) override {
     Finish(absl::AbortedError(cause));
     network_.End(status());
@@ -32,13 +62,13 @@ class Life final : public GroupLife {
   }
 
  private:
-  MemoryNetwork& network_;
+  Network& network_;
 };
 
 // One member of a group whose members are objects of this process.
 class Member final : public ExecutorHost {
  public:
-  Member(MemoryNetwork* network, int size, int index) : size_(size), index_(index), planner_(index, size), gone_(size) {
+  Member(Network* network, int size, int index) : size_(size), index_(index), planner_(index, size), gone_(size) {
     std::vector<int> ranks(size);
     std::iota(ranks.begin(), ranks.end(), 0);
     life_ = std::make_shared<Life>(ranks, index, network);
@@ -115,17 +145,28 @@ Tensor Filled(int64_t elements, float value) {
   return tensor;
 }
 
-// One thread per member.
-void RunMembers(int size, const std::function<void(Member&, int)>& body) {
-  MemoryNetwork network(size, /*seed=*/17);
-  std::vector<std::unique_ptr<Member>> members;
-  for (int i = 0; i < size; ++i) members.push_back(std::make_unique<Member>(&network, size, i));
-  std::vector<std::thread> threads;
-  for (int i = 0; i < size; ++i) threads.emplace_back([&, i] { body(*members[i], i); });
-  for (std::thread& thread : threads) thread.join();
+class Executor : public ::testing::TestWithParam<Layout> {
+ protected:
+  // One thread per member.
+  static void RunMembers(int size, const std::function<void(Member&, int)>& body) {
+    Network network(size, GetParam());
+    std::vector<std::unique_ptr<Member>> members;
+    for (int i = 0; i < size; ++i) members.push_back(std::make_unique<Member>(&network, size, i));
+    std::vector<std::thread> threads;
+    for (int i = 0; i < size; ++i) threads.emplace_back([&, i] { body(*members[i], i); });
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+std::string NameOf(Layout layout) {
+  if (layout == Layout::kOneChannel) return "OneChannel";
+  return layout == Layout::kHostsOfOne ? "HostsOfOne" : "HostsOfTwo";
 }
 
-TEST(Executor, CollectivesRunInOrderWhoeverAwaits) {
+INSTANTIATE_TEST_SUITE_P(All, Executor, ::testing::Values(Layout::kOneChannel, Layout::kHostsOfOne, Layout::kHostsOfTwo),
+                         [](const auto& info) { return NameOf(info.param); });
+
+TEST_P(Executor, CollectivesRunInOrderWhoeverAwaits) {
   RunMembers(3, [](Member& member, int index) {
     std::vector<Tensor> data;
     std::vector<Work> works;
@@ -141,7 +182,7 @@ TEST(Executor, CollectivesRunInOrderWhoeverAwaits) {
   });
 }
 
-TEST(Executor, UnawaitedOperationsRunByThemselves) {
+TEST_P(Executor, UnawaitedOperationsRunByThemselves) {
   RunMembers(2, [](Member& member, int) {
     for (int i = 0; i < 5; ++i) {
       const Tensor data = Filled(100, 1);
@@ -152,7 +193,7 @@ TEST(Executor, UnawaitedOperationsRunByThemselves) {
   });
 }
 
-TEST(Executor, TransfersPassCollectivesAndEachOther) {
+TEST_P(Executor, TransfersPassCollectivesAndEachOther) {
   RunMembers(2, [](Member& member, int index) {
     const int peer = 1 - index;
     const Tensor mine = Filled(1000, static_cast<float>(index + 1)), theirs = Filled(1000, 0), other = Filled(1000, 0);
@@ -176,7 +217,32 @@ TEST(Executor, TransfersPassCollectivesAndEachOther) {
   });
 }
 
-TEST(Executor, MessagesOfOneTagComeInTheOrderOfSending) {
+// Within hosts and between them at once, in all directions.
+TEST_P(Executor, EveryMemberTalksToEveryOther) {
+  constexpr int kSize = 4;
+  RunMembers(kSize, [](Member& member, int index) {
+    for (int round = 0; round < 20; ++round) {
+      const Tensor sum = Filled(1000, static_cast<float>(index));
+      std::vector<Tensor> theirs(kSize);
+      std::vector<Work> works = {member.Sum(sum)};
+      for (int peer = 0; peer < kSize; ++peer) {
+        if (peer == index) continue;
+        theirs[peer] = Filled(100, -1);
+        works.push_back(member.Transfer(OpKind::kReceive, theirs[peer], peer, round));
+        works.push_back(member.Transfer(OpKind::kSend, Filled(100, static_cast<float>(10 * index + peer)), peer, round));
+      }
+      for (const Work& work : works) ASSERT_EQ(work.Await().ToString(), "OK");
+      ASSERT_EQ(sum.data<float>()[999], 6.0f);
+      for (int peer = 0; peer < kSize; ++peer) {
+        if (peer != index) {
+          ASSERT_EQ(theirs[peer].data<float>()[99], static_cast<float>(10 * peer + index));
+        }
+      }
+    }
+  });
+}
+
+TEST_P(Executor, MessagesOfOneTagComeInTheOrderOfSending) {
   RunMembers(2, [](Member& member, int index) {
     std::vector<Tensor> data;
     std::vector<Work> works;
@@ -189,7 +255,7 @@ TEST(Executor, MessagesOfOneTagComeInTheOrderOfSending) {
   });
 }
 
-TEST(Executor, AwaitsWithDeadlinesLeaveTheOperationRunning) {
+TEST_P(Executor, AwaitsWithDeadlinesLeaveTheOperationRunning) {
   RunMembers(2, [](Member& member, int index) {
     if (index == 1) {
       const Tensor data = Filled(1, 0);
@@ -205,8 +271,8 @@ TEST(Executor, AwaitsWithDeadlinesLeaveTheOperationRunning) {
   });
 }
 
-TEST(Executor, ACloserDeadlineBehindCountsAndAllThatIsQueuedEnds) {
-  MemoryNetwork network(2, 1);
+TEST_P(Executor, ACloserDeadlineBehindCountsAndAllThatIsQueuedEnds) {
+  Network network(2, GetParam());
   Member member(&network, 2, 0), silent(&network, 2, 1);
   const Work first = member.Sum(Filled(100, 1), absl::Seconds(1000), "norm");
   const Work transfer = member.Transfer(OpKind::kReceive, Filled(1, 1), 1, 3);
@@ -220,7 +286,7 @@ TEST(Executor, ACloserDeadlineBehindCountsAndAllThatIsQueuedEnds) {
 }
 
 // Whoever waits only for a rank that waits itself does not blame that one.
-TEST(Executor, AMissedDeadlineNamesWhoIsMissing) {
+TEST_P(Executor, AMissedDeadlineNamesWhoIsMissing) {
   for (int round = 0; round < 30; ++round) {
     RunMembers(4, [](Member& member, int index) {
       if (index == 2) return;
@@ -230,8 +296,8 @@ TEST(Executor, AMissedDeadlineNamesWhoIsMissing) {
   }
 }
 
-TEST(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
-  MemoryNetwork network(3, 1);
+TEST_P(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
+  Network network(3, GetParam());
   Member member(&network, 3, 0), one(&network, 3, 1), two(&network, 3, 2);
   const Work sum = member.Sum(Filled(100, 1), absl::Seconds(1000));
   Operation receive;
@@ -243,7 +309,7 @@ TEST(Executor, AMissedDeadlineOfATransferNamesItsPeer) {
   EXPECT_TRUE(absl::IsAborted(sum.Await()));
 }
 
-TEST(Executor, HabitsTellWhatIsLeftAlone) {
+TEST(AwaitHabits, TellWhatIsLeftAlone) {
   Operation sum, other;
   sum.kind = OpKind::kAllReduce;
   sum.label = "norm";
@@ -265,7 +331,7 @@ TEST(Executor, HabitsTellWhatIsLeftAlone) {
 }
 
 // Threads change places as the driver whenever something has ended: what has ended belongs to one of them at a time.
-TEST(Executor, CallbacksWhileOthersDriveLoseNothing) {
+TEST_P(Executor, CallbacksWhileOthersDriveLoseNothing) {
   RunMembers(2, [](Member& member, int index) {
     constexpr int kThreads = 3, kRounds = 200;
     std::atomic<int> called{0};
@@ -288,9 +354,9 @@ TEST(Executor, CallbacksWhileOthersDriveLoseNothing) {
   });
 }
 
-TEST(Executor, OtherOperationsAreNoticedAndBothAreNamed) {
+TEST_P(Executor, OtherOperationsAreNoticedAndBothAreNamed) {
   for (int64_t elements : {8, 1000, 100'000}) {
-    MemoryNetwork network(2, 1);
+    Network network(2, GetParam());
     Member a(&network, 2, 0), b(&network, 2, 1);
     const Work one = a.Sum(Filled(elements, 1), absl::Seconds(30), "grads");
     const Work two = b.Broadcast(Filled(elements, 1), 0);
@@ -299,23 +365,23 @@ TEST(Executor, OtherOperationsAreNoticedAndBothAreNamed) {
   }
 }
 
-TEST(Executor, OtherSizesOfATransferAreNoticed) {
-  MemoryNetwork network(2, 1);
+TEST_P(Executor, OtherSizesOfATransferAreNoticed) {
+  Network network(2, GetParam());
   Member a(&network, 2, 0), b(&network, 2, 1);
   const Work send = a.Transfer(OpKind::kSend, Filled(10, 1), 1, 4);
   const Work receive = b.Transfer(OpKind::kReceive, Filled(11, 1), 0, 4);
   EXPECT_THAT(receive.Await().ToString(), HasSubstr("tag 4: rank 0 sends 40 bytes to rank 1, which expects 44"));
 }
 
-TEST(Executor, WaitingForAMemberThatLeftEndsTheGroup) {
-  MemoryNetwork network(2, 1);
+TEST_P(Executor, WaitingForAMemberThatLeftEndsTheGroup) {
+  Network network(2, GetParam());
   Member a(&network, 2, 0), gone(&network, 2, 1);
   const Work work = a.Barrier();
   a.SayLeft(1);
   EXPECT_THAT(work.Await().ToString(), HasSubstr("rank 1 left"));
 }
 
-TEST(Executor, CallbacksMayIssueAndAwait) {
+TEST_P(Executor, CallbacksMayIssueAndAwait) {
   RunMembers(2, [](Member& member, int) {
     std::atomic<int> done{0};
     const Tensor data = Filled(100, 1);
@@ -329,7 +395,7 @@ TEST(Executor, CallbacksMayIssueAndAwait) {
   });
 }
 
-TEST(Executor, ManyThreadsAwaitDifferentOperations) {
+TEST_P(Executor, ManyThreadsAwaitDifferentOperations) {
   RunMembers(2, [](Member& member, int index) {
     std::vector<std::thread> threads;
     for (uint32_t t = 0; t < 4; ++t) {

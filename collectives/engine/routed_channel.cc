@@ -8,8 +8,9 @@
 namespace shoal {
 namespace {
 
-// While both are awaited each is waited for in turn, for so long: there is no call that sleeps on both.
-constexpr int64_t kTurnNs = 50'000;
+// While both are awaited each is waited for in turn, as there is no call that sleeps on both: for an eighth of the time in which
+// nothing has come. Short turns cost a core, long ones delay what comes by the other channel.
+constexpr int64_t kTurnMinNs = 50'000, kTurnMaxNs = 2'000'000;
 
 }  // namespace
 
@@ -19,19 +20,23 @@ RoutedChannel::RoutedChannel(std::vector<bool> on_host, std::unique_ptr<Channel>
   network_.channel = std::move(network);
 }
 
+RoutedChannel::Part& RoutedChannel::OpenTo(int member) {
+  Part& part = PartOf(member);
+  ++part.open;
+  moved_ = true;
+  return part;
+}
+
 void RoutedChannel::Send(int member, MessageId id, const std::byte* data, int64_t bytes, uint64_t token) {
-  ++PartOf(member).open;
-  PartOf(member).channel->Send(member, id, data, bytes, token);
+  OpenTo(member).channel->Send(member, id, data, bytes, token);
 }
 
 void RoutedChannel::Receive(int member, MessageId id, std::byte* into, int64_t bytes, uint64_t token) {
-  ++PartOf(member).open;
-  PartOf(member).channel->Receive(member, id, into, bytes, token);
+  OpenTo(member).channel->Receive(member, id, into, bytes, token);
 }
 
 void RoutedChannel::ReceiveView(int member, MessageId id, int64_t bytes, uint64_t token) {
-  ++PartOf(member).open;
-  PartOf(member).channel->ReceiveView(member, id, bytes, token);
+  OpenTo(member).channel->ReceiveView(member, id, bytes, token);
 }
 
 void RoutedChannel::Release(int member, MessageId id, const std::byte* view) {
@@ -49,6 +54,7 @@ absl::Status RoutedChannel::PollPart(Part* part, std::vector<Event>* events) {
   const size_t before = events->size();
   const absl::Status status = part->channel->Poll(events);
   part->open -= static_cast<int64_t>(events->size() - before);
+  moved_ |= events->size() > before;
   if (!status.ok() && failed_ == nullptr) failed_ = part->channel.get();
   return status;
 }
@@ -63,8 +69,11 @@ absl::Status RoutedChannel::Poll(std::vector<Event>* events) {
 absl::Status RoutedChannel::Wait(int64_t until_ns) {
   if (network_.open == 0) return host_.channel->Wait(until_ns);
   if (host_.open == 0) return network_.channel->Wait(until_ns);
-  const absl::Status status = host_.channel->Wait(std::min(until_ns, NowNs() + kTurnNs));
-  return status.ok() ? network_.channel->Wait(std::min(until_ns, NowNs() + kTurnNs)) : status;
+  const int64_t now_ns = NowNs();
+  if (std::exchange(moved_, false)) moved_ns_ = now_ns;
+  const int64_t turn_ns = std::clamp((now_ns - moved_ns_) / 8, kTurnMinNs, kTurnMaxNs);
+  const absl::Status status = host_.channel->Wait(std::min(until_ns, now_ns + turn_ns));
+  return status.ok() ? network_.channel->Wait(std::min(until_ns, NowNs() + turn_ns)) : status;
 }
 
 void RoutedChannel::Wake() {

@@ -33,10 +33,13 @@ class RoutedChannel final : public Channel {
     int64_t open = 0;  // Messages posted that have not ended.
   };
   Part& PartOf(int member) { return on_host_[member] ? host_ : network_; }
+  Part& OpenTo(int member);  // For a message that is posted.
   absl::Status PollPart(Part* part, std::vector<Event>* events);
 
   const std::vector<bool> on_host_;
   Part host_, network_;
+  bool moved_ = false;    // Messages were posted, or have come, since the last Wait.
+  int64_t moved_ns_ = 0;  // When it was found so.
   const Channel* failed_ = nullptr;
 };
 
