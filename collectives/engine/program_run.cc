@@ -249,7 +249,8 @@ void ProgramRun::State::ReducePiece(const Instruction& instruction, int64_t begi
   }
   const int divisor = Divisor(instruction);
   if (sources.size() == 1 && divisor == 1) {
-    if (sources[0] != target) std::memcpy(target, sources[0], count * element_bytes);
+    if (sources[0] != target)
+      CopyPiece(target, sources[0], count * element_bytes, instruction.region.count * element_bytes);
     return;
   }
   const ReduceOp op = operands.reduce == ReduceOp::kAverage && divisor == 1 ? ReduceOp::kSum : operands.reduce;

@@ -7,6 +7,10 @@
 
 #include "runtime/base/check.h"
 
+#ifdef __x86_64__
+#include <emmintrin.h>
+#endif
+
 // A body that is inlined into one function per instruction set and vectorised there.
 #define SHOAL_INLINE inline __attribute__((always_inline))
 
@@ -240,6 +244,39 @@ __attribute__((target("avx2,avx512f,avx512bw,avx512vl,avx512dq"))) void ReduceAv
 }
 #endif
 
+// Of what is copied as a whole. Less stays in a third-level cache, whoever reads it next.
+constexpr int64_t kStreamedMin = 16 << 20;
+
+#ifdef __x86_64__
+constexpr int64_t kLine = 64, kPage = 4096;
+constexpr int64_t kPages = 4;  // In turn: more of the memory's banks are busy than with one.
+
+SHOAL_INLINE void StreamLine(std::byte* to, const std::byte* from) {
+  const auto* const parts = reinterpret_cast<const __m128i*>(from);
+  auto* const targets = reinterpret_cast<__m128i*>(to);
+  const __m128i a = _mm_loadu_si128(parts), b = _mm_loadu_si128(parts + 1);
+  const __m128i c = _mm_loadu_si128(parts + 2), d = _mm_loadu_si128(parts + 3);
+  _mm_stream_si128(targets, a);
+  _mm_stream_si128(targets + 1, b);
+  _mm_stream_si128(targets + 2, c);
+  _mm_stream_si128(targets + 3, d);
+}
+
+void CopyPastCaches(std::byte* to, const std::byte* from, int64_t bytes) {
+  const int64_t head = std::min<int64_t>(-reinterpret_cast<uintptr_t>(to) % kLine, bytes);
+  std::memcpy(to, from, head);
+  int64_t i = head;
+  for (; i + kPages * kPage <= bytes; i += kPages * kPage) {
+    for (int64_t at = i; at < i + kPage; at += kLine) {
+      for (int64_t page = 0; page < kPages * kPage; page += kPage) StreamLine(to + at + page, from + at + page);
+    }
+  }
+  for (; i + kLine <= bytes; i += kLine) StreamLine(to + i, from + i);
+  std::memcpy(to + i, from + i, bytes - i);
+  _mm_sfence();  // Before whatever says that it is there.
+}
+#endif
+
 }  // namespace
 
 std::vector<ReduceFunction> ReduceVariants() {
@@ -260,6 +297,13 @@ void Reduce(DType dtype, ReduceOp op, absl::Span<const std::byte* const> sources
   SHOAL_CHECK(!sources.empty());
   static const ReduceFunction function = ReduceVariants().back();
   function(dtype, op, sources, outs, elements, divisor);
+}
+
+void CopyPiece(std::byte* to, const std::byte* from, int64_t bytes, int64_t whole_bytes) {
+#ifdef __x86_64__
+  if (whole_bytes >= kStreamedMin) return CopyPastCaches(to, from, bytes);
+#endif
+  std::memcpy(to, from, bytes);
 }
 
 }  // namespace shoal

@@ -24,4 +24,8 @@ using ReduceFunction = void (*)(DType, ReduceOp, absl::Span<const std::byte* con
                                 absl::Span<std::byte* const>, int64_t, int);
 std::vector<ReduceFunction> ReduceVariants();
 
+// Copies `bytes` of a whole of `whole_bytes`, which do not overlap. A large whole is written past the caches: they would not
+// keep it, and would first fetch every line that is written.
+void CopyPiece(std::byte* to, const std::byte* from, int64_t bytes, int64_t whole_bytes);
+
 }  // namespace shoal

@@ -161,5 +161,21 @@ TEST(Reduce, ProductsWrapAndRoundOnce) {
   EXPECT_EQ(bf16[0].bits, BFloat16(129.0f * 129.0f * third).bits);
 }
 
+TEST(CopyPiece, CopiesEveryByteAndNoOther) {
+  constexpr int64_t kLarge = int64_t{1} << 30;  // Of the whole: past the caches.
+  for (const int64_t whole : {int64_t{0}, kLarge}) {
+    for (const int64_t bytes : {0, 1, 63, 64, 65, 4096, 16383, 16384, 16385, 50000}) {
+      for (const int64_t shift : {0, 1, 17, 63}) {
+        std::vector<std::byte> from(bytes), to(bytes + shift + 64, std::byte{7});
+        for (int64_t i = 0; i < bytes; ++i) from[i] = static_cast<std::byte>(i * 31 + i / 256);
+        std::vector<std::byte> expected = to;
+        std::copy(from.begin(), from.end(), expected.begin() + shift);
+        CopyPiece(to.data() + shift, from.data(), bytes, whole);
+        EXPECT_TRUE(to == expected) << bytes << " bytes to " << shift << ", of " << whole;
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace shoal

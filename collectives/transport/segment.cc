@@ -75,11 +75,6 @@ absl::StatusOr<std::byte*> MapFile(int fd, int64_t bytes, Segment::Access access
   void* base = mmap(nullptr, bytes, writes ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
   if (base == MAP_FAILED) return ErrnoStatus(errno, "map shared memory");
   (void)madvise(base, bytes, MADV_HUGEPAGE);
-#ifdef MADV_POPULATE_WRITE
-  // Pages and page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best
-  // effort.
-  (void)madvise(base, bytes, writes ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
-#endif
   return static_cast<std::byte*>(base);
 }
 
@@ -95,6 +90,12 @@ absl::StatusOr<MappedFile> NewFile(int64_t bytes, unsigned int flags) {
   if (ftruncate(fd.get(), bytes) != 0) return ErrnoStatus(errno, "size shared memory");
   // Mapped first: only through a mapping can the kernel be asked for large pages.
   SHOAL_ASSIGN_OR_RETURN(std::byte * base, MapFile(fd.get(), bytes, Segment::Access::kReadWrite));
+#ifdef MADV_POPULATE_WRITE
+  // Pages and page tables now, in one go, instead of a fault of 2 us per page in the first operation. Best
+  // effort. Only their owner's: a peer reads or writes a part of them, where a fault finds 16 pages that exist, in
+  // 1 us; all pages of all peers would keep the cores busy for tenths of a second.
+  (void)madvise(base, bytes, MADV_POPULATE_WRITE);
+#endif
   int error = 0;
   do {
     error = fallocate(fd.get(), 0, 0, bytes) == 0 ? 0 : errno;

@@ -23,6 +23,7 @@ struct alignas(kLine) GroupPage {
   alignas(kLine) std::atomic<uint32_t> attached;
   std::atomic<uint32_t> ended;   // `cause` is final.
   std::atomic<uint32_t> asleep;  // The owner's threads that sleep on the doorbell, or are about to.
+  std::atomic<int32_t> core;     // Where the owner last waited for others, + 1. 0: nowhere yet.
   alignas(kLine) std::atomic<uint32_t> doorbell;  // A futex. Peers write it too.
   // 1: the owner writes to memory that it has borrowed from others (HostGroup::BeginWrite), in each view to these bytes.
   alignas(kLine) std::atomic<uint32_t> writing;

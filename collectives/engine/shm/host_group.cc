@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <climits>
 #include <cstring>
 
@@ -22,6 +23,8 @@ constexpr int64_t kNewsNs = 200'000'000;  // How long the control links have to 
 // Whatever should have rung: look again after this.
 constexpr int64_t kSleepNs = 50'000'000;
 constexpr int kYields = 200;
+// Between two moves of a rank to another core, which take some 50 us each.
+constexpr int64_t kMoveNs = 10'000'000, kLeavePlacementNs = 1'000'000'000;
 // A piece takes some 50 us. Ranks that share cores may be kept from it for some time slices.
 constexpr int64_t kPatienceNs = 10'000'000;
 
@@ -261,6 +264,43 @@ void HostGroup::AwaitWriters() {
         std::clamp<int64_t>(peer.write_bytes.load(std::memory_order_relaxed), 0, loan.bytes - begin);
     if (bytes > 0) SharedMemory::CutOff(loan.data + begin, bytes);
   }
+}
+
+// ---- Sharing cores.
+
+bool HostGroup::IsHere(int seat) const {
+  return page(seat).core.load(std::memory_order_relaxed) == sched_getcpu() + 1;
+}
+
+void HostGroup::LeavePlacement(int64_t now_ns) {
+  place_ns_.store(now_ns + kLeavePlacementNs, std::memory_order_relaxed);
+}
+
+void HostGroup::WaitsHere(int64_t now_ns) {
+  GroupPage& own = page(own_);
+  const int here = sched_getcpu();
+  if (own.core.load(std::memory_order_relaxed) != here + 1) own.core.store(here + 1, std::memory_order_relaxed);
+  if (now_ns < place_ns_.load(std::memory_order_relaxed)) return;
+  place_ns_.store(now_ns + kMoveNs, std::memory_order_relaxed);
+  std::array<int, CPU_SETSIZE> ranks{};  // By core.
+  for (int seat = 0; seat < seats(); ++seat) {
+    const int core = page(seat).core.load(std::memory_order_relaxed) - 1;
+    if (core < 0 || core >= CPU_SETSIZE) continue;
+    if (core == here && seat < own_) return;  // One at a time.
+    ++ranks[core];
+  }
+  cpu_set_t allowed, target;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  int emptiest = here;
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &allowed) && ranks[core] < ranks[emptiest]) emptiest = core;
+  }
+  if (ranks[here] - ranks[emptiest] < 2) return;
+  CPU_ZERO(&target);
+  CPU_SET(emptiest, &target);
+  if (sched_setaffinity(0, sizeof target, &target) != 0) return;
+  own.core.store(emptiest + 1, std::memory_order_relaxed);
+  (void)sched_setaffinity(0, sizeof allowed, &allowed);
 }
 
 // ---- Sleeping.

@@ -85,6 +85,15 @@ class HostGroup final : public Sleeper {
   bool BeginWrite(int64_t begin, int64_t bytes);
   bool EndWrite();
 
+  // Sharing cores. Ranks that yield to each other look busy, not crowded, to the system, which may leave them together for
+  // long while another core idles. So each says where it waits, and one that waits on a fuller core than another that it
+  // may use moves there.
+  void WaitsHere(int64_t now_ns);
+  // Whether the seat last waited on the core of this thread.
+  bool IsHere(int seat) const;
+  // Somebody computes on this core, who is in no page: for a while the system alone places this rank.
+  void LeavePlacement(int64_t now_ns);
+
   // Sleeping. A thread that is about to sleep announces it, looks once more, and sleeps; peers ring after
   // they wrote.
   uint32_t PrepareSleep();  // Returns what Sleep wants.
@@ -125,6 +134,8 @@ class HostGroup final : public Sleeper {
   Mutex loans_mutex_;
   bool fenced_ ABSL_GUARDED_BY(loans_mutex_) = false;  // Nothing is lent any more.
   std::vector<Loan> loans_ ABSL_GUARDED_BY(loans_mutex_);
+
+  std::atomic<int64_t> place_ns_{0};  // WaitsHere moves nobody before.
 };
 
 }  // namespace shoal

@@ -12,7 +12,7 @@ namespace shoal {
 using namespace shm;
 
 ShmChannel::State::State(std::shared_ptr<HostGroup> host_group)
-    : group(std::move(host_group)), spinner(group->crowded()) {
+    : group(std::move(host_group)), spinner(group.get()) {
   const GroupLayout layout(group->seats());
   const int own = group->own_seat();
   for (int seat = 0; seat < group->seats(); ++seat) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "collectives/engine/reduce.h"
 #include "collectives/engine/shm/shm_channel_state.h"
 #include "runtime/base/status.h"
 
@@ -204,7 +205,7 @@ void ShmChannel::State::RunCopies() {
   for (int64_t budget = kCopyPerPoll; budget > 0 && !copies.empty() && final.ok();) {
     Copying& copy = copies.front();
     const int64_t bytes = std::min(budget, copy.bytes - copy.done);
-    std::memcpy(copy.to + copy.done, copy.from + copy.done, bytes);
+    CopyPiece(copy.to + copy.done, copy.from + copy.done, bytes, copy.bytes);
     copy.done += bytes;
     budget -= bytes;
     if (copy.done < copy.bytes) return;

@@ -23,6 +23,7 @@ namespace {
 constexpr uint32_t kDepth = kTinySlots / 2;
 static_assert(kTinySlots == 2 * kDepth && (kDepth & (kDepth - 1)) == 0);
 constexpr size_t kLabelMax = 40;
+constexpr int kPausesElsewhere = 20;  // About 1 us: two turns of other ranks.
 
 // Held for nanoseconds only, but while callbacks of the group's end run.
 class ABSL_LOCKABLE SpinLock {
@@ -83,11 +84,20 @@ struct TinyGroup::State {
     }
     return true;
   }
+  // Somebody has not arrived, and nobody of those shares this thread's core.
+  bool MissingElsewhere(uint32_t number) const {
+    bool missing = false;
+    for (int seat = 0; seat < seats; ++seat) {
+      if (seat == own || Arrived(seat, number)) continue;
+      if (group->IsHere(seat)) return false;
+      missing = true;
+    }
+    return missing;
+  }
   // Numbers wrap.
   static bool Reached(uint32_t count, uint32_t number) { return static_cast<int32_t>(count - number) >= 0; }
   bool Ended(uint32_t number) const {
-    return Reached(finished.load(std::memory_order_acquire), number) ||
-           failed.load(std::memory_order_acquire);
+    return Reached(finished.load(std::memory_order_acquire), number) || failed.load(std::memory_order_acquire);
   }
 
   // ---- With the lock.
@@ -102,7 +112,9 @@ struct TinyGroup::State {
   void CopyParts(const Pending& op, uint32_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock);
   bool Matches(const Pending& op, uint32_t number) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock);
   void Fail(const absl::Status& status) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock);
-  const std::byte* Payload(int seat, uint32_t number) const {
+  // What a seat has put in. Not from the own slot: loads would wait until the peers have let go of its lines.
+  const std::byte* Contribution(const Pending& op, int seat, uint32_t number) const {
+    if (seat == own) return static_cast<const std::byte*>(op.in);
     const TinySlot& slot = slots[seat][number % kTinySlots];
     return slot.bytes <= kTinyFirstLineBytes ? slot.first : slot.payload;
   }
@@ -243,13 +255,15 @@ class TinyWork final : public Work::State {
     // What takes the lock only when that will help.
     const auto look = [&] {
       const uint32_t next = s.finished.load(std::memory_order_acquire) + 1;
+      // Who yields while the missing ones run on other cores gains nothing, and is away when they arrive.
+      for (int i = 0; i < kPausesElsewhere && s.group->crowded() && s.MissingElsewhere(next); ++i) CpuPause();
       if (next != number_ || rooted_ || s.AllArrived(next)) {
         SpinLockHolder holder(&s.lock);
         s.Advance();
       }
       return s.Ended(number_);
     };
-    Spinner spinner(s.group->crowded());
+    Spinner spinner(s.group.get());
     const int64_t until_ns = deadline == absl::InfiniteFuture() ? kNeverNs : SteadyDeadlineNs(deadline);
     while (!spinner.Spin(look, until_ns)) {
       const int64_t check_ns = s.CheckWaiting();
@@ -307,11 +321,12 @@ bool TinyGroup::State::MayPublish(uint32_t number) {
 void TinyGroup::State::Publish(uint32_t number) {
   const Pending& op = At(number);
   TinySlot& slot = slots[own][number % kTinySlots];
+  // The first line last: peers look at it, and each look takes it away from this core.
+  if (op.in_bytes > 0)
+    std::memcpy(op.in_bytes <= kTinyFirstLineBytes ? slot.first : slot.payload, op.in, op.in_bytes);
   slot.signature = op.signature;
   slot.seq = op.seq;
   slot.bytes = static_cast<uint32_t>(op.in_bytes);
-  if (op.in_bytes > 0)
-    std::memcpy(op.in_bytes <= kTinyFirstLineBytes ? slot.first : slot.payload, op.in, op.in_bytes);
   slot.stamp.store(number, std::memory_order_release);
   published = number;
   group->OrderBeforeRing();
@@ -407,8 +422,7 @@ bool TinyGroup::State::Matches(const Pending& op, uint32_t number) {
     if (seat == own || !Arrived(seat, number)) continue;
     if (slot.signature == op.signature && slot.seq == op.seq) continue;
     const std::string theirs = absl::StrCat(KindNameOf(slot.signature), " #", slot.seq);
-    Fail(group->life().End(absl::StrCat(hooks.name(group->member(own)), " is in ",
-                                        OpName(op.kind, op.label, op.seq), ", ",
+    Fail(group->life().End(absl::StrCat(hooks.name(group->member(own)), " is in ", OpName(op.kind, op.label, op.seq), ", ",
                                         hooks.name(group->member(seat)), " in ", theirs,
                                         ": not the same operation, or with other arguments")));
     return false;
@@ -420,12 +434,6 @@ void TinyGroup::State::Complete(const Pending& op, uint32_t number) {
   if (!Matches(op, number)) return;
   Finish(op, number);
   finished.store(number, std::memory_order_release);
-  // The next contribution is likely as large: fetch its lines, which the peers have, while there is time.
-  if (number == published) {
-    auto* const next = reinterpret_cast<std::byte*>(&slots[own][(number + 1) % kTinySlots]);
-    const int64_t bytes = op.in_bytes <= kTinyFirstLineBytes ? kLine : kLine + op.in_bytes;
-    for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(next + at, /*rw=*/1);
-  }
 }
 
 void TinyGroup::State::Finish(const Pending& op, uint32_t number) {
@@ -434,7 +442,7 @@ void TinyGroup::State::Finish(const Pending& op, uint32_t number) {
     case OpKind::kAllReduce:
     case OpKind::kReduceScatter:
     case OpKind::kReduce: {
-      for (int seat = 0; seat < seats; ++seat) sources[seat] = Payload(seat, number) + op.part_begin;
+      for (int seat = 0; seat < seats; ++seat) sources[seat] = Contribution(op, seat, number) + op.part_begin;
       std::byte* const out = op.out;
       shoal::Reduce(op.dtype, op.reduce, sources, {&out, 1}, op.out_bytes / SizeOf(op.dtype), seats);
       return;
@@ -450,19 +458,17 @@ void TinyGroup::State::CopyParts(const Pending& op, uint32_t number) {
   const int member = group->member(own);
   if (op.kind == OpKind::kBroadcast || op.kind == OpKind::kScatter) {
     if (op.kind == OpKind::kBroadcast && op.root == member) return;
-    const std::byte* from = Payload(group->SeatOf(op.root), number) + op.part_begin;
+    const std::byte* from = Contribution(op, group->SeatOf(op.root), number) + op.part_begin;
     std::memmove(op.out, from, op.out_bytes);
     return;
   }
   int64_t done = 0;
   for (int seat = 0; seat < seats; ++seat) {
-    const int64_t bytes = op.kind == OpKind::kAllToAll
-                              ? op.out_bytes / seats
-                              : static_cast<int64_t>(slots[seat][number % kTinySlots].bytes);
-    const int64_t fits =
-        std::min(bytes, op.out_bytes - done);  // Peers' counts are checked by their signature.
-    const std::byte* from = Payload(seat, number) + (op.kind == OpKind::kAllToAll ? own * bytes : 0);
-    std::memcpy(op.out + done, from, fits);
+    const int64_t given = seat == own ? op.in_bytes : slots[seat][number % kTinySlots].bytes;
+    const int64_t bytes = op.kind == OpKind::kAllToAll ? op.out_bytes / seats : given;
+    const int64_t fits = std::min(bytes, op.out_bytes - done);  // Peers' counts are checked by their signature.
+    const std::byte* from = Contribution(op, seat, number) + (op.kind == OpKind::kAllToAll ? own * bytes : 0);
+    if (from != op.out + done && fits > 0) std::memcpy(op.out + done, from, fits);
     done += fits;
   }
 }

@@ -21,8 +21,7 @@
 
 namespace shoal {
 
-// The caller's arguments, valid. The memory is borrowed until the operation ended, but for `in`, which is
-// copied at issue.
+// The caller's arguments, valid. The memory is borrowed until the operation ended.
 struct TinyOp {
   OpKind kind = OpKind::kBarrier;
   ReduceOp reduce = ReduceOp::kSum;

@@ -1,6 +1,7 @@
 #include "collectives/engine/shm/tiny.h"
 
 #include <gtest/gtest.h>
+#include <sched.h>
 
 #include <atomic>
 #include <cstring>
@@ -9,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "collectives/engine/op.h"
+#include "collectives/engine/shm/group_page.h"
 #include "collectives/engine/shm/shm_ranks.h"
 
 namespace shoal {
@@ -281,6 +283,25 @@ TEST(Tiny, HandlesOutliveTheGroup) {
   EXPECT_TRUE(kept.Done());
   EXPECT_TRUE(kept.Await().ok());
   EXPECT_TRUE(absl::IsAborted(failed.Await()));
+}
+
+TEST(SharingCores, OneOfThreeThatWaitOnACoreMovesToAnEmptyOne) {
+  cpu_set_t allowed;
+  ASSERT_EQ(sched_getaffinity(0, sizeof allowed, &allowed), 0);
+  if (CPU_COUNT(&allowed) < 2) GTEST_SKIP() << "one core";
+  ShmRanks ranks(3);
+  HostGroup& group = *ranks.groups[0];
+  bool moved = false;
+  for (int64_t now_ns = 1; !moved && now_ns < 100'000'000'000; now_ns += 1'000'000'000) {
+    const int core = sched_getcpu();  // The system may move this thread now, but not each time.
+    group.page(1).core = group.page(2).core = core + 1;
+    group.WaitsHere(now_ns);
+    moved = group.page(0).core != core + 1;
+  }
+  EXPECT_TRUE(moved);
+  cpu_set_t after;
+  ASSERT_EQ(sched_getaffinity(0, sizeof after, &after), 0);
+  EXPECT_TRUE(CPU_EQUAL(&allowed, &after)) << "it may use fewer cores than before";
 }
 
 }  // namespace
