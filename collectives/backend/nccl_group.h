@@ -32,7 +32,7 @@ struct NcclOptions {
 // * Send and Receive go through the host's memory (staged_group.h): NCCL's would have to be issued in one order on both sides;
 // * 16-bit floats are rounded whenever two partial sums are added; averages of floats divide before they add. Bits repeat from run to
 //   run where NCCL's choice of algorithms does: with the same library, environment and GPUs;
-// * INVALID_ARGUMENT: wire formats, named algorithms, and sparse reductions other than sums of f32 and bf16;
+// * INVALID_ARGUMENT: wire formats, named algorithms, Order::kFixed, and sparse reductions other than sums of f32 and bf16;
 // * a device or an NCCL that fails ends the group.
 // Collective; takes the host's group, which ends on all ranks when connecting fails on one. `device` and `api` outlive the group.
 // FAILED_PRECONDITION: ranks share a device, or have different versions of NCCL. DEADLINE_EXCEEDED, ABORTED.

@@ -100,6 +100,8 @@ TEST(NcclGroup, RefusesWhatNcclDoesNotHaveAndGoesOn) {
                 HasSubstr("INVALID_ARGUMENT: all_reduce: NCCL sends elements as they are"));
     EXPECT_THAT(group.AllReduce(floats, floats, ReduceOp::kSum, {.label = "loss", .algorithm = "ring"}).Await().ToString(),
                 HasSubstr("all_reduce \"loss\": NCCL chooses algorithms itself: none is called ring"));
+    EXPECT_THAT(std::string(group.AllReduce(floats, floats, ReduceOp::kSum, {.order = Order::kFixed}).Await().message()),
+                HasSubstr("NCCL adds in an order of its own"));
     const std::vector<SparseMove> moves = {{.chunk = 0, .owner = 0, .holders = {1}}};
     EXPECT_THAT(group.SparseReduceScatter({ints}, moves, ReduceOp::kSum, {}).Await().ToString(), HasSubstr("sums f32 or bf16"));
     EXPECT_THAT(group.SparseReduceScatter({floats}, moves, ReduceOp::kMax, {}).Await().ToString(), HasSubstr("sums f32 or bf16"));

@@ -175,6 +175,7 @@ absl::Status CheckForNccl(const Operation& op) {
   if (!op.algorithm.empty()) {
     return absl::InvalidArgumentError(absl::StrCat("NCCL chooses algorithms itself: none is called ", op.algorithm));
   }
+  if (op.order == Order::kFixed) return absl::InvalidArgumentError("NCCL adds in an order of its own: its groups have no fixed one");
   if (op.kind != OpKind::kSparseReduceScatter || op.moves.empty()) return absl::OkStatus();
   const bool any = std::any_of(op.chunks.begin(), op.chunks.end(), [](const Tensor& chunk) { return !chunk.empty(); });
   if (op.reduce != ReduceOp::kSum || (any && op.dtype != DType::kF32 && op.dtype != DType::kBF16)) {

@@ -23,12 +23,8 @@ absl::StatusOr<Device*> DeviceFor(const Config& config, const RankEnvironment& e
     SHOAL_RETURN_IF_ERROR(device.status(), "train.device: cuda");
     return device;
   }
-  absl::Status status = device.status();
-  if (status.ok() && config.train().numerics() == "pinned") {
-    status = absl::FailedPreconditionError("train.numerics: pinned is there for the CPU alone");
-  }
-  if (status.ok()) return device;
-  if (environment.rank == 0) SHOAL_LOG(kInfo) << "train.device: auto computes on the CPU: " << status.message();
+  if (device.ok()) return device;
+  if (environment.rank == 0) SHOAL_LOG(kInfo) << "train.device: auto computes on the CPU: " << device.status().message();
   return nullptr;
 }
 

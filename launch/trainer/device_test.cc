@@ -117,16 +117,6 @@ TEST(DeviceModel, TheNextTokenIsAsLikelyAsOnTheCpu) {
   });
 }
 
-TEST(DeviceModel, WhatItCannotDoIsRefused) {
-  RunRanks(1, "auto", [](Communicator& world) {
-    Config config = SmallConfig();
-    config.mutable_train()->set_numerics("pinned");
-    const auto model = RankModel::Create(config, ModelConfigOf(config), world, {.device = &kernels::testing::TestDevice()});
-    EXPECT_EQ(model.status().code(), absl::StatusCode::kInvalidArgument);
-    EXPECT_THAT(std::string(model.status().message()), HasSubstr("train.numerics: pinned"));
-  });
-}
-
 TEST(DeviceFor, WithoutAGpuItIsTheCpuOrAnError) {
   Config config = SmallConfig();
   EXPECT_EQ(*DeviceFor(config, {}), nullptr);

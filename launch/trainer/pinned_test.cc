@@ -9,6 +9,7 @@
 #include "gtest/gtest.h"
 #include "launch/trainer/session.h"
 #include "parallel/expert/testing.h"
+#include "runtime/kernels/cuda/device_testing.h"
 #include "tests/harness/ranks.h"
 
 namespace shoal {
@@ -32,6 +33,10 @@ struct Model {
   std::string numerics = "pinned", precision = "fp32", router = "topk";
   int parts = 1;
   bool recompute = false, sharded = false, slices = true;
+  bool on_device = false;  // TestDevice(): less work, because it may be emulated.
+
+  int steps() const { return on_device ? 2 : kSteps; }
+  int batch() const { return on_device ? 6 : 18; }  // Uneven over four ranks.
 };
 
 Config ConfigOf(const Case& c, const Model& m) {
@@ -49,7 +54,7 @@ Config ConfigOf(const Case& c, const Model& m) {
   if (m.router == "sigmoid_bias") model.set_shared_intermediate_size(24);
   Train& train = *config.mutable_train();
   train.set_seq_length(kSeq);
-  train.set_global_batch_size(18);  // Uneven over four ranks.
+  train.set_global_batch_size(m.batch());
   train.set_gradient_accumulation_steps(m.parts);
   train.set_precision(m.precision);
   train.set_recompute(m.recompute);
@@ -85,7 +90,8 @@ struct Run {
 
 class Recorder {
  public:
-  void Add(const std::string& prefix, const OwnedPart& part, const Tensor& tensor) {
+  void Add(const std::string& prefix, const OwnedPart& part, const Tensor& there, Stream& stream) {
+    const Tensor tensor = ToHost(there, stream);
     const std::lock_guard<std::mutex> lock(mutex_);
     std::vector<float>& to = run.values[prefix + part.name];
     const int64_t all = ElementCount(part.full_shape);
@@ -103,18 +109,21 @@ void SkewRouters(RankModel& model) {
   for (const OwnedPart& part : model.store().owned()) {
     if (!absl::StrContains(part.name, "gate.weight") || part.full_shape[0] != 6) continue;
     const int64_t width = part.full_shape[1];
+    const Tensor master = ToHost(part.master, model.stream());
     for (int64_t row = part.row_begin; row < part.row_begin + part.master.dim(0); ++row) {
       for (int64_t i = 0; i < width; ++i) {
         const float far = (i % 3 == 0 ? 0.5f : -0.3f) * (row == 0 ? 1.0f : -1.0f);
-        if (row < 2) part.master.data<float>()[(row - part.row_begin) * width + i] = far;
+        if (row < 2) master.data<float>()[(row - part.row_begin) * width + i] = far;
       }
     }
+    if (model.stream().device() != nullptr) Copy(master, part.master, model.stream());
   }
 }
 
 void TrainOneRank(const Case& c, const Model& m, Communicator& world, Recorder* recorder) {
   const Config config = ConfigOf(c, m);
-  RankModel::Options options{.host = world.index() / c.ranks_per_host};
+  RankModel::Options options{.host = world.index() / c.ranks_per_host,
+                             .device = m.on_device ? &kernels::testing::TestDevice() : nullptr};
   if (c.calibrate) {
     options.calibrate = [&](const ExpertPlacement& planned, absl::Span<const int64_t> counts) {
       return expert_testing::AddCopies(planned, counts, kRanks, c.copies);
@@ -127,7 +136,7 @@ void TrainOneRank(const Case& c, const Model& m, Communicator& world, Recorder* 
   ASSERT_TRUE((*model)->store().GatherWeights((*model)->stream()).ok());
   const int64_t rows = config.train().global_batch_size() / m.parts;
   const Range mine = (*model)->RowsOf(rows);
-  for (int step = 0; step < kSteps; ++step) {
+  for (int step = 0; step < m.steps(); ++step) {
     std::vector<Tensor> parts;
     for (int64_t part = 0; part < m.parts; ++part) {
       parts.push_back(Empty({mine.count, kSeq + 1}, DType::kI32));
@@ -137,25 +146,29 @@ void TrainOneRank(const Case& c, const Model& m, Communicator& world, Recorder* 
       }
     }
     const auto record_gradients = [&](const ParameterStore& store) {
-      for (const OwnedPart& part : store.owned()) recorder->Add(absl::StrCat("step ", step, " gradient "), part, part.gradient);
+      for (const OwnedPart& part : store.owned()) {
+        recorder->Add(absl::StrCat("step ", step, " gradient "), part, part.gradient, (*model)->stream());
+      }
     };
     const auto result = (*model)->Train(parts, 1e-2, step + 1, record_gradients);
     ASSERT_TRUE(result.ok()) << result.status();
     if (world.index() != 0) continue;
     Run& run = recorder->run;
     run.finite += result->finite ? 1 : 0;
-    run.hottest = std::max(run.hottest, result->experts->hottest_expert);
-    run.copies = std::max(run.copies, result->experts->copies_per_layer);
-    run.owner_moves += result->experts->owner_moves;
+    if (result->experts.has_value()) {
+      run.hottest = std::max(run.hottest, result->experts->hottest_expert);
+      run.copies = std::max(run.copies, result->experts->copies_per_layer);
+      run.owner_moves += result->experts->owner_moves;
+    }
     for (double number : {result->loss, result->cross_entropy, result->aux, result->z, result->seq_aux, result->grad_norm}) {
       run.numbers.push_back(number);
     }
     for (const auto& layer : result->expert_counts) run.numbers.insert(run.numbers.end(), layer.begin(), layer.end());
   }
   for (const OwnedPart& part : (*model)->store().owned()) {
-    recorder->Add("weight ", part, part.master);
-    recorder->Add("first moment ", part, part.exp_avg);
-    recorder->Add("second moment ", part, part.exp_avg_sq);
+    recorder->Add("weight ", part, part.master, (*model)->stream());
+    recorder->Add("first moment ", part, part.exp_avg, (*model)->stream());
+    recorder->Add("second moment ", part, part.exp_avg_sq, (*model)->stream());
   }
   const auto loss = (*model)->Evaluate(Zeros({mine.count, kSeq + 1}, DType::kI32), rows);
   ASSERT_TRUE(loss.ok()) << loss.status();
@@ -204,7 +217,7 @@ std::vector<Case> Placements() {
 
 void ExpectSameBits(const Model& m, const std::vector<Case>& cases) {
   const Run plain = TrainAll({.name = "plain"}, m);
-  ASSERT_EQ(plain.finite, kSteps);
+  ASSERT_EQ(plain.finite, m.steps());
   const bool skewed = m.router != "expert_choice";  // There every expert has as many rows; a capacity cuts those of busy ones.
   EXPECT_GT(plain.hottest, !skewed ? 0.99 : m.router == "gshard" ? 1.3 : 1.8) << "rows over their mean: routers are not skewed";
   for (const Case& c : cases) {
@@ -252,6 +265,25 @@ TEST(Pinned, SameBitsWithOtherRouters) {
 
 TEST(Pinned, DenseLayersShardedAreTheSameBitsWithOnePart) {
   EXPECT_EQ(Differences(TrainAll({}, {}), TrainAll({}, {.recompute = true, .sharded = true, .slices = false})), "");
+}
+
+TEST(Pinned, SameBitsOnADevice) {
+  ExpectSameBits({.on_device = true},
+                 {{.name = "data parallel", .expert = 1},
+                  {.name = "sparse on hosts", .expert = 0, .copies = 3, .reshard = 1, .owners = "eplb", .ranks_per_host = 2}});
+  ExpectSameBits({.precision = "bf16", .parts = 2, .on_device = true},
+                 {{.name = "filling, rematerialised", .expert = 0, .copies = 1, .rematerialise = true, .water_fill = true}});
+}
+
+// One rank routes on the host too: partials of its rows are products of their own.
+TEST(Pinned, OneRankOnADeviceRepeatsItself) {
+  const Model m{.on_device = true};
+  const auto train = [&] {
+    Recorder recorder;
+    RunRanks(1, "auto", [&](Communicator& world) { TrainOneRank({.name = "alone"}, m, world, &recorder); });
+    return std::move(recorder.run);
+  };
+  EXPECT_EQ(Differences(train(), train()), "");
 }
 
 TEST(Fast, OtherBitsWhereExpertsAreElsewhere) {

@@ -33,9 +33,6 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   rank_model->pace_ = options.pace;
   rank_model->record_steps_ = config.schedule().device_graphs() == "auto";
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
-  if (options.device != nullptr && NumericsFor(config) == Numerics::kPinned) {
-    return absl::InvalidArgumentError(absl::StrCat("train.numerics: pinned is not there on device ", options.device->name()));
-  }
   SHOAL_ASSIGN_OR_RETURN(rank_model->stream_, rank_model->NewStream(options.device));
   SHOAL_ASSIGN_OR_RETURN(rank_model->copy_stream_, rank_model->NewStream(options.device));
   SHOAL_RETURN_IF_ERROR(rank_model->Connect(options), "communicators");
@@ -99,7 +96,9 @@ absl::Status RankModel::Connect(const Options& options) {
   if (options.device == nullptr || world_->size() == 1) return absl::OkStatus();
   for (std::unique_ptr<Communicator>* group : {&bulk_, &intra_}) {
     if (*group == nullptr) continue;
-    SHOAL_ASSIGN_OR_RETURN(*group, DeviceGroup(std::move(*group), *options.device, LoadNccl(*options.device),
+    absl::StatusOr<const NcclApi*> nccl = absl::FailedPreconditionError("train.numerics: pinned adds in the order of ranks");
+    if (order_ == Order::kFast) nccl = LoadNccl(*options.device);
+    SHOAL_ASSIGN_OR_RETURN(*group, DeviceGroup(std::move(*group), *options.device, nccl,
                                                {.connect_timeout = absl::Seconds(config_.comm().connect_timeout_seconds()),
                                                 .timeout = absl::Seconds(config_.comm().timeout_seconds())}));
   }

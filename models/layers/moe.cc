@@ -45,7 +45,8 @@ ExpertPlacement Alone(int experts) { return ExpertPlacement(static_cast<size_t>(
 }  // namespace
 
 bool RoutesOnStream(const ModelConfig& config, const ExpertContext& context, const Stream& stream) {
-  return stream.device() != nullptr && context.control == nullptr && context.topology.ranks() == 1 && !config.has_capacity();
+  return stream.device() != nullptr && context.control == nullptr && context.topology.ranks() == 1 &&
+         context.numerics == Numerics::kFast && !config.has_capacity();
 }
 
 Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream) {
@@ -283,7 +284,7 @@ void MoeLayer::PinnedWeight(int part, const Saved& saved, Stream& stream) {
   ExpertStore& experts = store_->experts();
   const std::vector<int>& local = experts.Local(layer_);
   const DispatchPlan& plan = saved.rows->plan();
-  experts.BeginPartials(layer_, part, plan.shares());
+  experts.BeginPartials(layer_, part, plan.shares(), stream);
   for (int source = 0; source < static_cast<int>(plan.shares().size()); ++source) {
     std::vector<kernels::Segment> segments = plan.SegmentsFrom(source);
     std::vector<int> chosen;
@@ -291,7 +292,7 @@ void MoeLayer::PinnedWeight(int part, const Saved& saved, Stream& stream) {
     for (kernels::Segment& segment : segments) {
       chosen.push_back(local[static_cast<size_t>(segment.expert)]);
       segment.expert = static_cast<int>(partials.size());
-      partials.push_back(Empty({experts.expert_elements()}, DType::kF32));
+      partials.push_back(Empty({experts.expert_elements()}, DType::kF32, stream));
     }
     kernels::GroupedMatMulGradWeight(saved.dy, saved.dh, segments, Accumulate::kOverwrite, Matrices(partials, /*down=*/true), stream);
     kernels::GroupedMatMulGradWeight(saved.gate_up, saved.arrived, segments, Accumulate::kOverwrite,

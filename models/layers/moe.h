@@ -31,7 +31,7 @@ struct ExpertContext {
 };
 
 // Whether such layers leave their choices on the stream of a device, so that nothing of a pass waits for it: where there is one rank,
-// and a router without capacity. On others, and on the CPU, the host orders rows.
+// a router without capacity and no pinned order. On others, and on the CPU, the host orders rows.
 bool RoutesOnStream(const ModelConfig& config, const ExpertContext& context, const Stream& stream);
 // Sums [layers, RoutingSums::Width] of nothing yet, where the routers of such layers add to them.
 Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream);

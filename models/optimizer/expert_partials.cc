@@ -29,7 +29,7 @@ void ExpertPartials::Keep(int layer, int expert, int source, Tensor partial) {
   found->gradient = std::move(partial);
 }
 
-absl::StatusOr<int64_t> ExpertPartials::Collect(int layer,
+absl::StatusOr<int64_t> ExpertPartials::Collect(int layer, Stream& stream,
                                                 const std::function<void(int expert, const Tensor& partial)>& add) {
   const int self = group_->index();
   std::vector<Partial>& partials = layers_[static_cast<size_t>(layer)];
@@ -38,12 +38,13 @@ absl::StatusOr<int64_t> ExpertPartials::Collect(int layer,
   int64_t sent = 0, received = 0;
   for (Partial& partial : partials) {
     if (partial.rank == partial.owner) continue;
-    if (partial.owner == self) partial.gradient = Empty({elements_}, DType::kF32);
+    if (partial.owner == self) partial.gradient = Empty({elements_}, DType::kF32, stream);
     sent += partial.rank == self ? 1 : 0;
     received += partial.owner == self ? 1 : 0;
     moves.push_back({static_cast<int>(chunks.size()), partial.rank, {partial.owner}});
     chunks.push_back(partial.rank == self || partial.owner == self ? partial.gradient : Tensor());
   }
+  SHOAL_RETURN_IF_ERROR(stream.status());
   if (!moves.empty()) {
     SHOAL_RETURN_IF_ERROR(group_->SparseAllGather(chunks, moves, {.label = "expert gradients"}).Await(),
                           "collecting gradients of experts");

@@ -25,11 +25,11 @@ class ExpertPartials {
 
   // A part's backward pass of a layer: who computes which rows, by source, as of a rule that IsWhole.
   void Begin(int layer, const ExpertPlacement& placement, absl::Span<const std::vector<DispatchShare>> shares);
-  // Takes the partial [elements] (f32) of rows of `source` that were computed here, for an expert with holders.
+  // Takes the partial [elements] (f32, where the group's tensors are) of rows of `source` that were computed here, for an expert with holders.
   void Keep(int layer, int expert, int source, Tensor partial);
-  // Collective, blocks. Calls `add` for each partial of each expert that is owned here and has holders, ascending by source. Returns
-  // the bytes that this rank sent or received, the larger. ABORTED: the group is over.
-  absl::StatusOr<int64_t> Collect(int layer, const std::function<void(int expert, const Tensor& partial)>& add);
+  // Collective, blocks. Calls `add` for each partial of each expert that is owned here and has holders, ascending by source. Those of
+  // others come to memory of `stream`. Returns the bytes that this rank sent or received, the larger. ABORTED: the group is over.
+  absl::StatusOr<int64_t> Collect(int layer, Stream& stream, const std::function<void(int expert, const Tensor& partial)>& add);
 
  private:
   struct Partial {

@@ -61,7 +61,8 @@ TEST(ExpertPartials, OwnersAddInTheOrderOfSources) {
           }
         }
         size_t next = 0;
-        const auto bytes = partials.Collect(layer, [&](int expert, const Tensor& partial) {
+        Stream stream;
+        const auto bytes = partials.Collect(layer, stream, [&](int expert, const Tensor& partial) {
           ASSERT_LT(next, want.size());
           EXPECT_EQ(expert, want[next].first);
           for (int64_t i = 0; i < kElements; ++i) EXPECT_EQ(partial.data<float>()[i], ValueOf(want[next].second, expert, i));

@@ -1,8 +1,8 @@
 #include "models/optimizer/expert_store.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "runtime/device/device.h"
 #include "runtime/kernels/elementwise.h"
 
 namespace shoal {
@@ -33,6 +33,11 @@ absl::StatusOr<std::unique_ptr<ExpertStore>> ExpertStore::Create(const std::vect
   }
   if (options.numerics == Numerics::kPinned) {
     store->partials_.emplace(group, store->elements_, static_cast<int>(store->layers_.size()));
+    Device* const device = store->stream().device();
+    store->adding_ = std::make_unique<Stream>();
+    if (device != nullptr) {
+      SHOAL_ASSIGN_OR_RETURN(store->adding_, device->NewStream());
+    }
   }
   SHOAL_RETURN_IF_ERROR(store->Allocate(), "experts");
   return store;
@@ -312,11 +317,10 @@ kernels::Accumulate ExpertStore::BeginGradients(int index, int part, Stream& str
   return kernels::Accumulate::kAdd;
 }
 
-void ExpertStore::BeginPartials(int index, int part, absl::Span<const std::vector<DispatchShare>> shares) {
+void ExpertStore::BeginPartials(int index, int part, absl::Span<const std::vector<DispatchShare>> shares, Stream& stream) {
   for (int expert : Local(index)) {
     if (part > 0 || at(index).slot[static_cast<size_t>(expert)] < 0) continue;
-    const Tensor gradients = Gradients(index, expert);
-    std::memset(gradients.raw(), 0, static_cast<size_t>(gradients.bytes()));
+    FillWithZeros(Gradients(index, expert), stream);
   }
   partials_->Begin(index, placement_[static_cast<size_t>(index)], shares);
 }
@@ -330,11 +334,14 @@ void ExpertStore::AddPartial(int index, int expert, int source, Tensor partial, 
 }
 
 absl::StatusOr<int64_t> ExpertStore::ReducePartials(int index) {
-  Stream stream;
-  const auto add = [&](int expert, const Tensor& partial) { kernels::AddTo(partial, Gradients(index, expert), stream); };
-  SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, partials_->Collect(index, add), "reducing gradients of experts");
+  std::vector<Tensor> added;  // Until it is done.
+  const auto add = [&](int expert, const Tensor& partial) {
+    kernels::AddTo(partial, Gradients(index, expert), *adding_);
+    added.push_back(partial);
+  };
+  SHOAL_ASSIGN_OR_RETURN(const int64_t bytes, partials_->Collect(index, *adding_, add), "reducing gradients of experts");
+  if (!added.empty()) SHOAL_RETURN_IF_ERROR(adding_->Wait(), "reducing gradients of experts");
   Release(index);
-  SHOAL_RETURN_IF_ERROR(stream.status());
   return bytes;
 }
 

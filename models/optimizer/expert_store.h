@@ -81,7 +81,7 @@ class ExpertStore {
   // kPinned: before gradients of a part are computed; `shares` by source (DispatchPlan::shares). Then for each expert the partial
   // [elements] (f32) of each source that has rows here, ascending by source. Where some expert has holders
   // ReduceGradients comes after each part, which needs kRematerialise if there are several.
-  void BeginPartials(int layer, int part, absl::Span<const std::vector<DispatchShare>> shares);
+  void BeginPartials(int layer, int part, absl::Span<const std::vector<DispatchShare>> shares, Stream& stream);
   void AddPartial(int layer, int expert, int source, Tensor partial, Stream& stream);
   // Collective. Sums gradients into owners. With kRematerialise also ends the use of the layer's copies.
   absl::StatusOr<int64_t> ReduceGradients(int layer);
@@ -143,6 +143,7 @@ class ExpertStore {
   std::vector<int> free_slots_;  // Descending.
   Tensor weights_, gradients_, master_, exp_avg_, exp_avg_sq_;  // [slots, elements] of owned experts.
   std::optional<ExpertPartials> partials_;  // kPinned.
+  std::unique_ptr<Stream> adding_;          // Of the thread that collects them.
   mutable Mutex mutex_;  // Who has which room.
   int64_t releases_ ABSL_GUARDED_BY(mutex_) = 0;
   std::vector<Room> rooms_;
