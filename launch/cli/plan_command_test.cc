@@ -73,7 +73,7 @@ TEST(RunSimulate, NamesWhatDoesNotFit) {
   EXPECT_THAT(GetCapturedStderr(), HasSubstr("/none.yaml"));
   CaptureStderr();
   EXPECT_EQ(RunSimulate(Args{"sweep", "fsmo"}), kExitUsage);
-  EXPECT_THAT(GetCapturedStderr(), HasSubstr("fsmoe or hecate"));
+  EXPECT_THAT(GetCapturedStderr(), HasSubstr("fsmoe, hecate, calibration or dispatch"));
 }
 
 TEST(RunPlan, AppliesTheBestLayout) {

@@ -1,5 +1,6 @@
 #include <cerrno>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "absl/strings/str_cat.h"
@@ -85,16 +86,22 @@ int RunSweep(absl::Span<const std::string> args) {
       "shoal simulate sweep",
       "Simulates the experiments of a paper with Shoal's own scheduler and placements, and prints the results beside the "
       "paper's: fsmoe (arXiv 2501.10714, 1,458 layers on two testbeds) or hecate (arXiv 2502.02581, load skew on two "
-      "clusters).");
+      "clusters); or what might be: calibration (parallel.calibrate there, where loads change from step to step), dispatch (rows "
+      "that cross hosts in two levels).");
   std::string name;
-  flags.AddPositional("NAME", "fsmoe or hecate.", &name);
+  flags.AddPositional("NAME", "fsmoe, hecate, calibration or dispatch.", &name);
   flags.Examples({"./shoal simulate sweep fsmoe"});
   if (const auto code = ParseOrExit(&flags, args)) return *code;
-  if (name != "fsmoe" && name != "hecate") {
-    return Fail(flags.command(),
-                absl::InvalidArgumentError(absl::StrCat("NAME: ", name, " is no sweep; fsmoe or hecate would fit")));
+  const std::map<std::string, std::string (*)()> sweeps = {{"fsmoe", FsmoeSweepReport},
+                                                           {"hecate", HecateSweepReport},
+                                                           {"calibration", CalibrationSweepReport},
+                                                           {"dispatch", DispatchSweepReport}};
+  const auto sweep = sweeps.find(name);
+  if (sweep == sweeps.end()) {
+    return Fail(flags.command(), absl::InvalidArgumentError(absl::StrCat(
+                                     "NAME: ", name, " is no sweep; fsmoe, hecate, calibration or dispatch would fit")));
   }
-  absl::PrintF("%s", name == "fsmoe" ? FsmoeSweepReport() : HecateSweepReport());
+  absl::PrintF("%s", sweep->second());
   return kExitOk;
 }
 

@@ -47,6 +47,8 @@ absl::StatusOr<Cluster> LoadCluster(const std::string& path) {
   cluster.intra_bytes_per_ns = BytesPerNs(file.intra());
   cluster.inter_latency_ns = file.inter().latency_us() * kNsPerUs;
   cluster.inter_bytes_per_ns = BytesPerNs(file.inter());
+  cluster.intra_message_ns = file.intra().message_us() * kNsPerUs;
+  cluster.inter_message_ns = file.inter().message_us() * kNsPerUs;
   cluster.intra_compute_share = file.intra().compute_share();
   cluster.inter_compute_share = file.inter().compute_share();
   cluster.interference = file.interference();

@@ -21,6 +21,7 @@ struct Cluster {
   double task_ns = 0;
   double intra_latency_ns = 0, intra_bytes_per_ns = 0;  // Of one device.
   double inter_latency_ns = 0, inter_bytes_per_ns = 0;  // Of one host.
+  double intra_message_ns = 0, inter_message_ns = 0;        // Of each further peer in an exchange of rows.
   double intra_compute_share = 0, inter_compute_share = 0;  // Of a device, while the link is busy.
   double interference = 1;
 

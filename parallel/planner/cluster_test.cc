@@ -24,7 +24,7 @@ TEST(LoadCluster, ConvertsUnits) {
   const auto cluster =
       Load(std::string("hosts: 2\ndevices_per_host: 4\n") + kDevice +
            "intra: {latency_us: 3, bandwidth_gbit_per_s: 800}\ninter: {latency_us: 20, bandwidth_gbit_per_s: 80,\n"
-           "        compute_share: 0.2}\n");
+           "        compute_share: 0.2, message_us: 2.5}\n");
   ASSERT_TRUE(cluster.ok()) << cluster.status();
   EXPECT_EQ(cluster->ranks(), 8);
   EXPECT_EQ(cluster->topology().HostOf(4), 1);
@@ -35,6 +35,8 @@ TEST(LoadCluster, ConvertsUnits) {
   EXPECT_DOUBLE_EQ(cluster->intra_bytes_per_ns, 100);
   EXPECT_DOUBLE_EQ(cluster->inter_bytes_per_ns, 10);
   EXPECT_DOUBLE_EQ(cluster->intra_latency_ns, 3000);
+  EXPECT_DOUBLE_EQ(cluster->intra_message_ns, 1000);
+  EXPECT_DOUBLE_EQ(cluster->inter_message_ns, 2500);
   EXPECT_DOUBLE_EQ(cluster->inter_compute_share, 0.2);
   EXPECT_DOUBLE_EQ(cluster->intra_compute_share, 0);
 }

@@ -112,21 +112,43 @@ class CostBuilder {
     // Every byte enters every host once and every rank once, the two in a pipeline.
     const double gather_ns = std::max(far ? far_ns * (hosts - 1) / hosts : 0, near_ns * (ranks - 1) / ranks);
     const double copies_ns = std::max(far ? far_ns * EntriesPerCopy() : 0, near_ns);
+    const double peers = PeersOfRank(), near_peers = std::min<double>(devices, peers) - 1, far_peers = peers - 1 - near_peers;
+    const auto exchange_ns = [&](double latency_ns, double of_peers, double message_ns) {
+      return cluster_.task_ns + latency_ns + std::max(0.0, of_peers - 1) * message_ns;
+    };
     for (const Phase phase : {Phase::kForward, Phase::kBackward}) {
       Set(Op::kGather, phase, world, latency, gather_ns);
       Set(Op::kReduce, phase, world, latency, gather_ns);
       Set(Op::kMaterialise, phase, world, latency, copies_ns);
       Set(Op::kReduceExperts, phase, world, latency, copies_ns);
       for (const Op op : {Op::kDispatch, Op::kReturn}) {
-        Set(op, phase, Lane::kIntra, cluster_.task_ns + cluster_.intra_latency_ns, near_ns);
+        Set(op, phase, Lane::kIntra, exchange_ns(cluster_.intra_latency_ns, near_peers, cluster_.intra_message_ns), near_ns);
         // All devices of a host send at the same time.
-        if (far) Set(op, phase, Lane::kInter, cluster_.task_ns + cluster_.inter_latency_ns, far_ns * devices);
+        const double far_fixed_ns = exchange_ns(cluster_.inter_latency_ns, far_peers, cluster_.inter_message_ns);
+        if (far) Set(op, phase, Lane::kInter, far_fixed_ns, far_ns * devices);
       }
     }
     for (const auto& [op, phase] : {std::pair{Op::kExchange, Phase::kForward}, std::pair{Op::kTotals, Phase::kForward},
                                     std::pair{Op::kNormSum, Phase::kUpdate}}) {
       Set(op, phase, Lane::kControl, latency, far ? far_ns : near_ns);
     }
+  }
+
+  // Ranks that a rank's rows go to, itself included. Copies of an expert share the ranks among them.
+  double PeersOfRank() const {
+    double peers = 1;
+    for (const ExpertWork& experts : work_.experts) {
+      std::vector<bool> holds(static_cast<size_t>(topology_.ranks()));
+      size_t members = 0;
+      for (const ExpertCopies& copies : experts.placement) {
+        holds[static_cast<size_t>(copies.owner)] = true;
+        for (int holder : copies.holders) holds[static_cast<size_t>(holder)] = true;
+        members += 1 + copies.holders.size();
+      }
+      const double ranks = static_cast<double>(std::count(holds.begin(), holds.end(), true));
+      peers = std::max(peers, ranks * static_cast<double>(experts.placement.size()) / static_cast<double>(members));
+    }
+    return peers;
   }
 
   // Experts that enter or leave the busiest host for each that the busiest rank sends or receives: its ranks share its link.

@@ -222,6 +222,22 @@ TEST(EstimateStep, TransportThatComputesMakesCommunicationDearer) {
   EXPECT_LT(taxed.step_ns, free_ns / 0.8);
 }
 
+TEST(CostsOf, RowsCostAMessageToEachPeer) {
+  Cluster cluster = Hosts(2, 8);
+  cluster.intra_message_ns = 100;
+  cluster.inter_message_ns = 1000;
+  const auto fixed_ns = [&](const StepLayout& layout, Lane lane) {
+    const auto out = LayOut(Model(), cluster, layout, {});
+    EXPECT_TRUE(out.ok()) << out.status();
+    return out->costs.models.at({Op::kDispatch, Phase::kForward, lane}).fixed_ns;
+  };
+  const double intra_ns = cluster.task_ns + cluster.intra_latency_ns, inter_ns = cluster.task_ns + cluster.inter_latency_ns;
+  EXPECT_EQ(fixed_ns({.expert = 16}, Lane::kIntra), intra_ns + 6 * 100);  // 7 peers, of which the first is the latency's.
+  EXPECT_EQ(fixed_ns({.expert = 16}, Lane::kInter), inter_ns + 7 * 1000);
+  EXPECT_EQ(fixed_ns({.expert = 4}, Lane::kIntra), intra_ns + 2 * 100);  // The group is on one host.
+  EXPECT_EQ(fixed_ns({.expert = 4}, Lane::kInter), inter_ns);
+}
+
 TEST(PeakMemory, QuantisedWeightsAreKeptWhereWeightsAre) {
   ModelShape model = Model();
   const MemoryUse plain = Memory(model, Hosts(1, 4), {.expert = 4});

@@ -32,5 +32,18 @@ TEST(FsmoeSweep, IsNearThePaper) {
   }
 }
 
+TEST(DispatchSweep, TwoLevelsPayWhereMessagesAreSmall) {
+  const std::string report = DispatchSweepReport();
+  const std::vector<double> large = Numbers(report, "wide "), small = Numbers(report, "small ");  // Their first rows: 32 ranks.
+  ASSERT_EQ(large.size(), 6u);
+  EXPECT_LT(large[4], 1);  // A hop more for the same bytes.
+  EXPECT_GT(large[5], 1);  // Fewer bytes.
+  const size_t last = report.rfind("small ");
+  const std::vector<double> many = Numbers(report.substr(last - 1), "small ");
+  ASSERT_EQ(many[0], 512);
+  EXPECT_GT(many[4], small[4]);
+  EXPECT_GT(many[4], 1.5);
+}
+
 }  // namespace
 }  // namespace shoal
