@@ -8,6 +8,8 @@
 //            max(computation, communication). The last line is a row of the table that tests/cluster/sweep makes of many rates.
 //   skew     static expert parallelism against sparse experts, with routers biased so that the logarithms of expert loads have
 //            the standard deviation --sigma (0: even loads); compares the bytes that tasks moved with the formulas of the planner.
+//            --drift D: biases change from step to step, by D of their spread (1: drawn anew); then copies with and without
+//            calibration instead of other owners.
 //   relink   as overlap, step by step: for rates that change while it runs (it says "ready" and goes on for --steps).
 //
 // --lock FILE: rank 0 holds a lock on FILE while steps run, given up for others every minute. For machines that are not ours alone.
@@ -51,11 +53,13 @@ struct BenchOptions {
   double gflops = 4;        // Of an emulated device.
   double task_us = 300;     // Fixed cost of a compute task.
   double sigma = 1.0;
+  double drift = 0;
   int64_t width = 128, inner = 256, experts = 16, layers = 4, rows = 4, seq = 128, vocab = 64;
   int64_t warmup = 70, steps = 20;
   int64_t seed = 1;
-  int64_t waves = 1;  // Of skew; 0: schedules are chosen.
-  int64_t grid = 1;   // 0: of fixed schedules only those of one chunk.
+  int64_t waves = 1;   // Of skew; 0: schedules are chosen.
+  int64_t copies = 0;  // Of skew: room of a rank; 0: half of the experts.
+  int64_t grid = 1;    // 0: of fixed schedules only those of one chunk.
   std::string lock;
 };
 
@@ -189,11 +193,51 @@ absl::Status Balance(std::vector<Variant>& variants, const Tensor& rows, Communi
   return absl::OkStatus();
 }
 
-absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world, MachineLock* lock) {
+// Biases of routers by which the logarithms of experts' loads are nearly normal, and drift.
+class Loads {
+ public:
+  Loads(const BenchOptions& o, size_t layers) : drift_(o.drift) {
+    for (size_t layer = 0; layer < layers; ++layer) {
+      random_.emplace_back(static_cast<uint32_t>(o.seed) * 100 + static_cast<uint32_t>(layer));
+      of_layer_.emplace_back(static_cast<size_t>(o.experts));
+      for (double& load : of_layer_.back()) load = normal_(random_.back());
+    }
+  }
+  void set_scale(double scale) { scale_ = scale; }
+  // To the next step.
+  void Advance() {
+    for (size_t layer = 0; drift_ > 0 && layer < of_layer_.size(); ++layer) {
+      for (double& load : of_layer_[layer]) load = std::sqrt(1 - drift_ * drift_) * load + drift_ * normal_(random_[layer]);
+    }
+  }
+  void Set(RankModel& model) const {
+    size_t layer = 0;
+    for (Router* router : model.decoder().routers()) {
+      const Tensor bias = router->state();
+      for (size_t e = 0; e < of_layer_[layer].size(); ++e) bias.data<float>()[e] = static_cast<float>(scale_ * of_layer_[layer][e]);
+      ++layer;
+    }
+  }
+
+ private:
+  const double drift_;
+  double scale_ = 0;
+  std::vector<std::mt19937> random_;
+  std::normal_distribution<double> normal_;
+  std::vector<std::vector<double>> of_layer_;  // By layer and expert.
+};
+
+// `loads`, if any, go on by a step in each.
+absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world, MachineLock* lock,
+                    Loads* loads = nullptr) {
   for (Variant& variant : variants) {
     const bool fixed = variant.config.schedule().waves() > 0 && variant.config.parallel().experts() != "sparse";
     for (int64_t step = 0; step < (fixed ? 3 : o.warmup); ++step) {
       SHOAL_RETURN_IF_ERROR(lock->Renew());
+      if (loads != nullptr) {
+        loads->Advance();
+        loads->Set(*variant.model);
+      }
       SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
       variant.warmup_seconds.push_back(seconds);
     }
@@ -201,12 +245,15 @@ absl::Status WarmUp(std::vector<Variant>& variants, const BenchOptions& o, const
   return absl::OkStatus();
 }
 
-absl::Status Measure(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+absl::Status Measure(std::vector<Variant>& variants, const BenchOptions& o, const Tensor& rows, Communicator& world,
+                     Loads* loads = nullptr) {
   MachineLock lock(o.lock, world);
-  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world, &lock));
+  SHOAL_RETURN_IF_ERROR(WarmUp(variants, o, rows, world, &lock, loads));
   for (int64_t step = 0; step < o.steps; ++step) {
+    if (loads != nullptr) loads->Advance();
     for (Variant& variant : variants) {
       SHOAL_RETURN_IF_ERROR(lock.Renew());
+      if (loads != nullptr) loads->Set(*variant.model);
       SHOAL_ASSIGN_OR_RETURN(const double seconds, Step(variant, rows, world));
       variant.seconds.push_back(seconds);
     }
@@ -286,26 +333,18 @@ double SigmaOf(const RankModel& model, const Decoder& decoder) {
   return sum / static_cast<double>(decoder.rows_by_rank().size());
 }
 
-void SetBiases(RankModel& model, double scale, int64_t seed) {
-  uint32_t layer = 0;
-  for (Router* router : model.decoder().routers()) {
-    std::mt19937 random(static_cast<uint32_t>(seed) * 100 + layer++);
-    std::normal_distribution<double> normal;
-    const Tensor bias = router->state();
-    for (float& b : bias.span<float>()) b = static_cast<float>(scale * normal(random));
-  }
-}
-
-// The scale of biases that gives the wanted spread of loads.
-absl::StatusOr<double> FindScale(Variant& variant, const BenchOptions& o, const Tensor& rows, Communicator& world) {
+// Finds the scale of biases that gives the wanted spread of loads.
+absl::Status FindScale(Variant& variant, const BenchOptions& o, const Tensor& rows, Communicator& world, Loads* loads) {
   double low = 0, high = 1;
   for (int trial = 0; trial < 10; ++trial) {
     const double scale = (low + high) / 2;
-    SetBiases(*variant.model, scale, o.seed);
+    loads->set_scale(scale);
+    loads->Set(*variant.model);
     SHOAL_RETURN_IF_ERROR(Step(variant, rows, world).status());
     (SigmaOf(*variant.model, variant.model->decoder()) < o.sigma ? low : high) = scale;
   }
-  return (low + high) / 2;
+  loads->set_scale((low + high) / 2);
+  return absl::OkStatus();
 }
 
 // Bytes that this rank's tasks moved in the last step, by operation, and by the planner's formulas.
@@ -323,30 +362,39 @@ std::map<std::string, std::pair<double, double>> BytesMoved(RankModel& model) {
   return bytes;
 }
 
-absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
-  std::vector<Variant> variants;
+absl::Status AddPlacements(const BenchOptions& o, const RankEnvironment& environment, Communicator& world,
+                           std::vector<Variant>* variants) {
   // One wave and one chunk, as in the paper: then the bytes of a task are those of the formula, and not of pieces, of which each
   // counts what is more, sent or received.
   Config grouped = BaseConfig(o, world.size());
   if (o.waves > 0) SetSchedule(&grouped, static_cast<int>(o.waves), 1);
-  SHOAL_RETURN_IF_ERROR(Add("expert parallel", grouped, o, environment, world, &variants));
+  SHOAL_RETURN_IF_ERROR(Add("expert parallel", grouped, o, environment, world, variants));
   Config sparse = grouped;
   sparse.mutable_parallel()->set_experts("sparse");
   sparse.mutable_parallel()->set_expert(1);
-  sparse.mutable_parallel()->set_expert_copies(static_cast<int>(o.experts / 2));
+  sparse.mutable_parallel()->set_expert_copies(static_cast<int>(o.copies > 0 ? o.copies : o.experts / 2));
   sparse.mutable_parallel()->set_reshard_interval(20);
   Config copies = sparse;
   copies.mutable_parallel()->set_reshard_interval(0);
-  SHOAL_RETURN_IF_ERROR(Add("sparse, copies", copies, o, environment, world, &variants));
-  SHOAL_RETURN_IF_ERROR(Add("sparse", sparse, o, environment, world, &variants));
+  SHOAL_RETURN_IF_ERROR(Add("sparse, copies", copies, o, environment, world, variants));
+  if (o.drift == 0) return Add("sparse", sparse, o, environment, world, variants);
+  copies.mutable_parallel()->set_calibrate(true);
+  return Add("sparse, calibrated", copies, o, environment, world, variants);
+}
+
+absl::Status RunSkew(const BenchOptions& o, const RankEnvironment& environment, Communicator& world) {
+  std::vector<Variant> variants;
+  SHOAL_RETURN_IF_ERROR(AddPlacements(o, environment, world, &variants));
   SHOAL_ASSIGN_OR_RETURN(const Tensor rows, Rows(o, *variants.front().model));
   if (o.sigma == 0) {
     SHOAL_RETURN_IF_ERROR(Balance(variants, rows, world));
+    SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world));
   } else {
-    SHOAL_ASSIGN_OR_RETURN(const double scale, FindScale(variants.front(), o, rows, world));
-    for (Variant& variant : variants) SetBiases(*variant.model, scale, o.seed);
+    Loads loads(o, variants.front().model->decoder().routers().size());
+    SHOAL_RETURN_IF_ERROR(FindScale(variants.front(), o, rows, world, &loads));
+    for (Variant& variant : variants) loads.Set(*variant.model);
+    SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world, &loads));
   }
-  SHOAL_RETURN_IF_ERROR(Measure(variants, o, rows, world));
   const double sigma = SigmaOf(*variants.front().model, variants.front().model->decoder());
   if (environment.rank == 0) {
     absl::PrintF("sigma of the logarithms of loads: %.2f\n", sigma);
@@ -400,11 +448,12 @@ absl::Status RunScenario(const BenchOptions& o) {
 bool Parse(int argc, char** argv, BenchOptions* o) {
   if (argc < 2) return false;
   o->scenario = argv[1];
-  const std::map<std::string, double*> doubles = {{"--gflops", &o->gflops}, {"--task-us", &o->task_us}, {"--sigma", &o->sigma}};
+  const std::map<std::string, double*> doubles = {{"--gflops", &o->gflops}, {"--task-us", &o->task_us}, {"--sigma", &o->sigma},
+                                                 {"--drift", &o->drift}};
   const std::map<std::string, int64_t*> integers = {
       {"--width", &o->width}, {"--inner", &o->inner},   {"--experts", &o->experts}, {"--layers", &o->layers}, {"--rows", &o->rows},
       {"--seq", &o->seq},     {"--warmup", &o->warmup}, {"--steps", &o->steps},     {"--seed", &o->seed},
-      {"--waves", &o->waves}, {"--grid", &o->grid},     {"--vocab", &o->vocab}};
+      {"--waves", &o->waves}, {"--grid", &o->grid},     {"--vocab", &o->vocab}, {"--copies", &o->copies}};
   for (int i = 2; i + 1 < argc; i += 2) {
     if (std::strcmp(argv[i], "--lock") == 0) {
       o->lock = argv[i + 1];
