@@ -1,10 +1,5 @@
 #include "collectives/engine/executor.h"
 
-#include <sched.h>
-#include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <functional>
 #include <numeric>
@@ -12,6 +7,7 @@
 #include "collectives/transport/clock.h"
 #include "runtime/base/check.h"
 #include "runtime/base/status.h"
+#include "runtime/base/thread.h"
 
 namespace shoal {
 namespace {
@@ -34,21 +30,6 @@ constexpr int64_t kProbeNs = 3'000'000, kProbeAllNs = 100'000'000;
 constexpr int64_t kLenientNs = 50'000'000;
 // How long a driver sleeps at most before it looks whether the peers it waits for have left.
 constexpr int64_t kWaitNs = 50'000'000;
-
-// Asks for short turns of this thread: where computing threads hold all cores it gets one when it is woken, not milliseconds
-// later, and no larger share of them. Linux 6.12; others pay no heed.
-void AskForShortTurns() {
-  struct {  // sched_attr, which no header declares beside sched.h.
-    uint32_t size = 48, policy = SCHED_OTHER;
-    uint64_t flags = 0;
-    int32_t nice = 0;
-    uint32_t priority = 0;
-    uint64_t runtime_ns = 100'000, deadline_ns = 0, period_ns = 0;
-  } attributes;
-  static_assert(sizeof attributes == 48);
-  attributes.nice = getpriority(PRIO_PROCESS, 0);
-  if (sched_getscheduler(0) == SCHED_OTHER) (void)syscall(SYS_sched_setattr, 0, &attributes, 0);
-}
 
 }  // namespace
 

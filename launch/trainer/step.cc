@@ -12,6 +12,7 @@
 #include "launch/status/measured_communicator.h"
 #include "launch/trainer/rank_values.h"
 #include "runtime/base/log.h"
+#include "runtime/base/thread.h"
 #include "runtime/device/cpu.h"
 #include "runtime/device/device.h"
 
@@ -31,6 +32,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
   rank_model->order_ = NumericsFor(config) == Numerics::kPinned ? Order::kFixed : Order::kFast;
   rank_model->pace_ = options.pace;
+  if (options.pace != nullptr) AskForExactTimers();
   rank_model->record_steps_ = config.schedule().device_graphs() == "auto";
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
   SHOAL_ASSIGN_OR_RETURN(rank_model->stream_, rank_model->NewStream(options.device));
@@ -148,6 +150,8 @@ absl::Status RankModel::SetSchedule(const Schedule& schedule) {
   ForgetRecorded();
   train_.schedule = schedule;
   train_.graph = EmitStep(train_.shape, schedule);
+  // Streams run ahead of rows: which wave may go on is not known when work is put on them.
+  if (stream_->device() != nullptr) train_.graph.waves_apart = false;
   lanes_ = LanesOf(train_, Timing::kYes);
   SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> fingerprints,
                          GatherValues(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));
@@ -486,20 +490,22 @@ double RankModel::Update(const Task& task, StepState* step) {
 
 // From the first task to the head's end, to the last backward task of the compute lane, to the norm's begin, to the end.
 void RankModel::SetTimes(const Graph& graph, StepResult* result) const {
-  int64_t forward = record_.begin_ns, backward = record_.begin_ns, reduced = record_.end_ns;
+  int64_t backward = record_.begin_ns, reduced = record_.end_ns;
   result->forward_seconds = result->backward_seconds = 0;
   int64_t mark = record_.begin_ns;
+  // Where waves part they end in any order.
+  const auto until = [&](int64_t end, double* seconds) {
+    *seconds += static_cast<double>(std::max<int64_t>(0, end - mark)) * 1e-9;
+    mark = std::max(mark, end);
+  };
   for (size_t i = 0; i < graph.tasks.size(); ++i) {
     const Task& task = graph.tasks[i];
     if (task.lane != Lane::kCompute) continue;
     if (task.op == Op::kBalance) {
-      forward = record_.tasks[i].end_ns;
-      result->forward_seconds += static_cast<double>(forward - mark) * 1e-9;
-      mark = forward;
+      until(record_.tasks[i].end_ns, &result->forward_seconds);
     } else if (task.op == Op::kEmbed && task.phase == Phase::kBackward) {
       backward = record_.tasks[i].end_ns;
-      result->backward_seconds += static_cast<double>(backward - mark) * 1e-9;
-      mark = backward;
+      until(backward, &result->backward_seconds);
     } else if (task.op == Op::kNorm) {
       reduced = record_.tasks[i].begin_ns;
     }

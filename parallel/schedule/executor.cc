@@ -9,14 +9,14 @@
 #include <thread>
 #include <utility>
 
+#include "parallel/schedule/lane_order.h"
 #include "runtime/base/check.h"
 #include "runtime/base/mutex.h"
 #include "runtime/base/status.h"
+#include "runtime/base/thread.h"
 
 namespace shoal {
 namespace {
-
-constexpr int kNone = -1;
 
 int64_t NowNs() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -26,13 +26,14 @@ size_t Index(Lane lane) { return static_cast<size_t>(lane); }
 
 }  // namespace
 
-// One mutex guards everything that lanes tell each other. A lane that has to wait says for which task and sleeps; who ends that
-// task wakes this lane and no other, after it has let the mutex go. Nobody spins: ranks share cores.
+// One mutex guards everything that lanes tell each other. A lane that has to wait sleeps; who ends a task that it waits for wakes
+// this lane and no other, after it has let the mutex go. Nobody spins: ranks share cores.
 struct Executor::Impl {
   struct LaneState {
-    std::vector<int> tasks;  // Of the graph that runs, in order. Written between runs.
+    LaneOrder order;  // Of the graph that runs. Written between runs.
+    LaneOrder::Cursor cursor;
     CondVar changed;
-    int awaited = kNone;  // The task that the lane sleeps for.
+    bool asleep = false;  // Until a task ends that the cursor awaits.
     bool working = false;  // Has tasks of the graph that runs, and is not through with them.
     std::thread thread;
   };
@@ -74,20 +75,24 @@ struct Executor::Impl {
     failure = absl::OkStatus();
     done.assign(next.tasks.size(), 0);
     if (record != nullptr) record->tasks.assign(next.tasks.size(), TaskRecord());
-    for (LaneState& lane : lanes) lane.tasks.clear();
+    alone = true;
     for (size_t i = 0; i < next.tasks.size(); ++i) {
       for (int before : next.tasks[i].after) {
         SHOAL_CHECK(before >= 0 && before < static_cast<int>(i)) << "task " << i << " waits for task " << before;
       }
-      lanes[Index(next.tasks[i].lane)].tasks.push_back(static_cast<int>(i));
+      alone = alone && next.tasks[i].lane == Lane::kCompute;
     }
-    alone = lanes[Index(Lane::kCompute)].tasks.size() == next.tasks.size();
+    for (int i = 0; i < kLanes; ++i) {
+      LaneState& lane = lanes[static_cast<size_t>(i)];
+      lane.order = LaneOrder(next, static_cast<Lane>(i));
+      lane.cursor = LaneOrder::Cursor(lane.order);
+    }
   }
 
   void StartLanes() {
     for (int i = 0; i < kLanes; ++i) {
       LaneState& lane = lanes[static_cast<size_t>(i)];
-      if (static_cast<Lane>(i) == Lane::kCompute || lane.tasks.empty()) continue;
+      if (static_cast<Lane>(i) == Lane::kCompute || lane.cursor.AllTaken()) continue;
       {
         MutexLock lock(&mutex);
         lane.working = true;
@@ -112,6 +117,7 @@ struct Executor::Impl {
   void LaneThread(Lane lane) {
     LaneState& own = lanes[Index(lane)];
     (void)pthread_setname_np(pthread_self(), absl::StrCat("shoal/", AbslSv(Name(lane))).c_str());
+    AskForShortTurns();  // Only the compute lane computes.
     while (true) {
       {
         MutexLock lock(&mutex);
@@ -135,10 +141,8 @@ struct Executor::Impl {
   }
 
   void RunLane(Lane lane) {
-    const std::vector<int>& tasks = lanes[Index(lane)].tasks;
-    for (int index : tasks) {
+    for (int index; (index = NextOf(lane)) != LaneOrder::kNone;) {
       const Task& task = graph->tasks[static_cast<size_t>(index)];
-      if (!(alone ? failure.ok() : AwaitTurn(task))) return;
       TaskRecord own;
       if (record != nullptr) own.begin_ns = NowNs();
       absl::StatusOr<double> units = (*body)(task);
@@ -148,28 +152,35 @@ struct Executor::Impl {
         own.units = *units;
         record->tasks[static_cast<size_t>(index)] = own;
       }
-      if (!alone) Finish(index);
+      Finish(index);
     }
   }
 
-  // False when some task failed.
-  bool AwaitTurn(const Task& task) {
-    LaneState& own = lanes[Index(task.lane)];
+  // The task that the lane begins now; kNone when it is through or some task failed.
+  int NextOf(Lane lane) {
+    LaneState& own = lanes[Index(lane)];
+    if (alone) return failure.ok() ? own.cursor.Take(done) : LaneOrder::kNone;
     MutexLock lock(&mutex);
-    for (int before : task.after) {
-      own.awaited = before;
-      while (failure.ok() && done[static_cast<size_t>(before)] == 0) own.changed.Wait(&mutex);
-      own.awaited = kNone;
+    while (failure.ok() && !own.cursor.AllTaken()) {
+      const int index = own.cursor.Take(done);
+      if (index != LaneOrder::kNone) return index;
+      own.asleep = true;
+      own.changed.Wait(&mutex);
+      own.asleep = false;
     }
-    return failure.ok();
+    return LaneOrder::kNone;
   }
 
   void Finish(int index) {
+    if (alone) {
+      done[static_cast<size_t>(index)] = 1;
+      return;
+    }
     std::array<bool, kLanes> wanted{};
     {
       MutexLock lock(&mutex);
       done[static_cast<size_t>(index)] = 1;
-      for (size_t i = 0; i < lanes.size(); ++i) wanted[i] = lanes[i].awaited == index;
+      for (size_t i = 0; i < lanes.size(); ++i) wanted[i] = lanes[i].asleep && lanes[i].cursor.Awaits(index);
     }
     for (size_t i = 0; i < lanes.size(); ++i) {
       if (wanted[i]) lanes[i].changed.NotifyOne();

@@ -1,4 +1,4 @@
-// Runs a graph: each lane is a thread that runs its tasks in list order, a task when what it waits for is done. The compute lane
+// Runs a graph: each lane is a thread that runs its tasks in list order (LaneOrder), a task when what it waits for is done. The compute lane
 // is the calling thread (kernels use its OpenMP team), so that a graph of compute tasks alone costs no more than calling them.
 #pragma once
 

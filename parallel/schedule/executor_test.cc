@@ -97,6 +97,33 @@ class Journal {
   std::array<std::vector<std::thread::id>, kLanes> threads_;
 };
 
+TEST(Executor, NoWaveWaitsForOneWhoseRowsAreLateWhereWavesPart) {
+  Graph graph;
+  graph.waves_apart = true;
+  const auto add = [&](Lane lane, int wave, std::initializer_list<int> after) {
+    graph.tasks.push_back(MakeTask(lane, after));
+    graph.tasks.back().wave = wave;
+  };
+  add(Lane::kInter, 0, {});
+  add(Lane::kCompute, 0, {0});
+  add(Lane::kCompute, 1, {});
+  add(Lane::kCompute, -1, {1, 2});
+  std::latch computed(1);  // The rows of wave 0 arrive after wave 1 has computed.
+  std::mutex mutex;
+  std::vector<int> order;
+  const Executor::Body body = [&](const Task& task) -> absl::StatusOr<double> {
+    if (task.lane == Lane::kInter) computed.wait();
+    if (task.lane == Lane::kCompute && task.wave == 1) computed.count_down();
+    const std::lock_guard<std::mutex> lock(mutex);
+    order.push_back(static_cast<int>(&task - graph.tasks.data()));
+    return 0;
+  };
+  Executor executor;
+  ASSERT_TRUE(executor.Run(graph, body, NoFailure, nullptr).ok());
+  EXPECT_EQ(order.back(), 3);
+  EXPECT_EQ(order.size(), 4u);
+}
+
 TEST(Executor, RunsEveryTaskOfARandomGraphInOrder) {
   Executor executor;
   for (uint64_t seed = 0; seed < 300; ++seed) {

@@ -1,6 +1,7 @@
 // A step as a graph of tasks: one description that is executed, simulated, planned with and traced (docs/design.md). A task
 // waits for earlier tasks of the list and for those before it in its own lane, so the list order is a valid order on any
-// number of lanes, and every rank issues the collectives of a lane in the same order: a graph cannot deadlock. Plain values.
+// number of lanes, and every rank issues the collectives of a lane in the same order: a graph cannot deadlock. (Graph::waves_apart
+// has the one exception.) Plain values.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,8 @@ enum class Lane : uint8_t {
   kControl,  // Small agreed numbers (counts, sums): never behind bulk data.
 };
 inline constexpr int kLanes = 5;
+// No other rank takes part in its tasks.
+inline constexpr bool IsLocal(Lane lane) { return lane == Lane::kCompute || lane == Lane::kCopy; }
 
 // What a task does. In brackets: what Task::units counts, which cost models are fitted to.
 enum class Op : uint8_t {
@@ -72,6 +75,9 @@ struct Task {
 
 struct Graph {
   std::vector<Task> tasks;
+  // A local lane keeps to the order of a wave's tasks alone, and of those of no wave; among waves it takes the first of the list that
+  // may begin, so that nothing waits for a wave whose rows are late. What else must come before a task is in its `after`.
+  bool waves_apart = false;
 };
 
 // Tasks with equal keys follow one cost model: time = fixed + per_unit * units.

@@ -8,12 +8,12 @@
 #include <utility>
 
 #include "absl/strings/str_format.h"
+#include "parallel/schedule/lane_order.h"
 #include "runtime/base/check.h"
 
 namespace shoal {
 namespace {
 
-constexpr int kNone = -1;
 constexpr size_t At(int index) { return static_cast<size_t>(index); }
 constexpr size_t At(Lane lane) { return static_cast<size_t>(lane); }
 
@@ -22,11 +22,17 @@ constexpr double kLeastComputeRate = 0.05;
 
 int64_t Rounded(double ns) { return static_cast<int64_t>(std::llround(ns)); }
 
-// The tasks of each lane, in order.
-std::array<std::vector<int>, kLanes> ByLane(const Graph& graph) {
-  std::array<std::vector<int>, kLanes> lanes;
-  for (size_t i = 0; i < graph.tasks.size(); ++i) lanes[At(graph.tasks[i].lane)].push_back(static_cast<int>(i));
+std::array<LaneOrder, kLanes> LanesOf(const Graph& graph) {
+  std::array<LaneOrder, kLanes> lanes;
+  for (size_t lane = 0; lane < kLanes; ++lane) lanes[lane] = LaneOrder(graph, static_cast<Lane>(lane));
   return lanes;
+}
+
+// How far one rank is in all lanes.
+std::array<LaneOrder::Cursor, kLanes> CursorsOf(const std::array<LaneOrder, kLanes>& lanes) {
+  std::array<LaneOrder::Cursor, kLanes> cursors;
+  for (size_t lane = 0; lane < kLanes; ++lane) cursors[lane] = LaneOrder::Cursor(lanes[lane]);
+  return cursors;
 }
 
 // Adds a span of time in which the lanes of `busy` worked.
@@ -44,7 +50,7 @@ void Account(const std::array<bool, kLanes>& busy, double span, Prediction* out)
 class AlikeRun {
  public:
   AlikeRun(const Graph& graph, const FlatCosts& costs)
-      : graph_(graph), costs_(costs), lanes_(ByLane(graph)), done_(graph.tasks.size()) {}
+      : graph_(graph), costs_(costs), lanes_(LanesOf(graph)), cursors_(CursorsOf(lanes_)), done_(graph.tasks.size()) {}
 
   Prediction Run(Record record) {
     if (record == Record::kYes) prediction_.record.tasks.resize(graph_.tasks.size());
@@ -81,30 +87,27 @@ class AlikeRun {
 
  private:
   void Begin(size_t lane, double now, Record record) {
-    if (next_[lane] == lanes_[lane].size()) return;
-    const int index = lanes_[lane][next_[lane]];
+    const int index = cursors_[lane].Take(done_);
+    if (index == LaneOrder::kNone) return;
     const Task& task = graph_.tasks[At(index)];
-    for (; waited_[lane] < task.after.size(); ++waited_[lane]) {
-      if (!done_[At(task.after[waited_[lane]])]) return;
-    }
+    running_[lane] = index;
     busy_[lane] = true;
     left_ns_[lane] = costs_.Predict(task, task.units);
     if (record == Record::kYes) prediction_.record.tasks[At(index)] = {Rounded(now), 0, task.units};
   }
   void End(size_t lane, double now, Record record) {
-    const size_t index = At(lanes_[lane][next_[lane]]);
+    const size_t index = At(running_[lane]);
     if (record == Record::kYes) prediction_.record.tasks[index].end_ns = Rounded(now);
-    done_[index] = true;
+    done_[index] = 1;
     busy_[lane] = false;
-    waited_[lane] = 0;
-    ++next_[lane];
   }
 
   const Graph& graph_;
   const FlatCosts& costs_;
-  const std::array<std::vector<int>, kLanes> lanes_;
-  std::vector<char> done_;
-  std::array<size_t, kLanes> next_ = {}, waited_ = {};  // In the lane's list; in the next task's `after`.
+  const std::array<LaneOrder, kLanes> lanes_;
+  std::array<LaneOrder::Cursor, kLanes> cursors_;
+  std::vector<uint8_t> done_;
+  std::array<int, kLanes> running_ = {};
   std::array<bool, kLanes> busy_ = {};
   std::array<double, kLanes> left_ns_ = {};
   Prediction prediction_;
@@ -177,13 +180,14 @@ class ClusterRun {
         units_(units),
         one_host_(topology.hosts() == 1),
         record_(record),
-        lanes_(ByLane(graph)),
+        lanes_(LanesOf(graph)),
         classes_(Classify(units, topology)),
         members_(classes_.ranks.size()),
         host_comm_(classes_.hosts.size()) {
     for (size_t i = 0; i < members_.size(); ++i) {
       everyone_.push_back(static_cast<int>(i));
       members_[i].done.resize(graph.tasks.size());
+      members_[i].cursors = CursorsOf(lanes_);
       if (record == Record::kYes) classes_.ranks[i].prediction.record.tasks.resize(graph.tasks.size());
     }
   }
@@ -207,7 +211,7 @@ class ClusterRun {
     out.rank_count = ranks;
     for (size_t i = 0; i < members_.size(); ++i) {
       for (size_t lane = 0; lane < kLanes; ++lane) {
-        SHOAL_CHECK_EQ(members_[i].next[lane], lanes_[lane].size()) << "a task waits for one that never ends";
+        SHOAL_CHECK(members_[i].cursors[lane].AllTaken()) << "a task waits for one that never ends";
       }
       Prediction& prediction = classes_.ranks[i].prediction;
       prediction.step_ns = now_;
@@ -220,8 +224,9 @@ class ClusterRun {
  private:
   // One class of ranks.
   struct Member {
-    std::vector<char> done;
-    std::array<size_t, kLanes> next = {}, waited = {};
+    std::vector<uint8_t> done;
+    std::array<LaneOrder::Cursor, kLanes> cursors;
+    std::array<int, kLanes> taken = {};             // The task that is busy or here.
     std::array<bool, kLanes> busy = {}, here = {};  // `here`: has reached a group's task.
     double accounted = 0;
     // Of the task that computes, as Group has it.
@@ -249,7 +254,7 @@ class ClusterRun {
     }
   };
 
-  const Task& TaskAt(const Member& member, size_t lane) const { return graph_.tasks[At(lanes_[lane][member.next[lane]])]; }
+  const Task& TaskAt(const Member& member, size_t lane) const { return graph_.tasks[At(member.taken[lane])]; }
 
   uint64_t VersionOf(const Event& event) const {
     return event.lane == At(Lane::kCompute) ? members_[At(event.member)].version : 0;
@@ -283,7 +288,7 @@ class ClusterRun {
     Member& member = members_[At(index)];
     member.busy[lane] = busy;
     if (record_ == Record::kNo) return;
-    TaskRecord& record = classes_.ranks[At(index)].prediction.record.tasks[At(lanes_[lane][member.next[lane]])];
+    TaskRecord& record = classes_.ranks[At(index)].prediction.record.tasks[At(member.taken[lane])];
     (busy ? record.begin_ns : record.end_ns) = Rounded(now_);
     if (busy) record.units = units_.Of(TaskAt(member, lane), schedule_, classes_.ranks[At(index)].first_rank);
   }
@@ -291,11 +296,11 @@ class ClusterRun {
   void BeginReady(int index) {
     Member& member = members_[At(index)];
     for (size_t lane = 0; lane < kLanes; ++lane) {
-      if (member.busy[lane] || member.here[lane] || member.next[lane] == lanes_[lane].size()) continue;
+      if (member.busy[lane] || member.here[lane]) continue;
+      const int taken = member.cursors[lane].Take(member.done);
+      if (taken == LaneOrder::kNone) continue;
+      member.taken[lane] = taken;
       const Task& task = TaskAt(member, lane);
-      size_t& waited = member.waited[lane];
-      while (waited < task.after.size() && member.done[At(task.after[waited])]) ++waited;
-      if (waited < task.after.size()) continue;
       const double cost = costs_.Predict(task, units_.Of(task, schedule_, classes_.ranks[At(index)].first_rank));
       if (ReachOf(task, one_host_) == Reach::kRank) {
         SetBusy(index, lane, true);
@@ -345,10 +350,8 @@ class ClusterRun {
   void End(int index, size_t lane) {
     SetBusy(index, lane, false);
     Member& member = members_[At(index)];
-    member.done[At(lanes_[lane][member.next[lane]])] = true;
+    member.done[At(member.taken[lane])] = 1;
     member.here[lane] = false;
-    member.waited[lane] = 0;
-    ++member.next[lane];
   }
 
   void BeginGroup(Group* group) {
@@ -408,7 +411,7 @@ class ClusterRun {
   const StepUnits& units_;
   const bool one_host_;
   const Record record_;
-  const std::array<std::vector<int>, kLanes> lanes_;
+  const std::array<LaneOrder, kLanes> lanes_;
   Classes classes_;
   std::vector<Member> members_;
   std::vector<int> everyone_;

@@ -1,5 +1,5 @@
-// Predicts when the tasks of a step run, without running them: lanes in list order, a task when what it waits for is done, as
-// the executor does. Communication begins when every rank that takes part has reached it and ends for all at once; it is
+// Predicts when the tasks of a step run, without running them: lanes in list order (LaneOrder), a task when what it waits for is
+// done, as the executor does. Communication begins when every rank that takes part has reached it and ends for all at once; it is
 // slowed by CostTable::interference while the host's other communication lane is busy too; computation by
 // CostTable::compute_share while its rank communicates. Pure.
 #pragma once

@@ -49,6 +49,19 @@ TEST(SimulateAlike, RunsLanesInOrderAndTasksWhenReady) {
   EXPECT_DOUBLE_EQ(got.exposed_ns, 35);  // From 15 to 40 and from 60 to 70.
 }
 
+TEST(SimulateAlike, WavesThatPartDoNotWaitForEachOther) {
+  Graph graph;
+  graph.tasks = {Of(Op::kDispatch, Lane::kInter, 10, {}), Of(Op::kExperts, Lane::kCompute, 10, {0}),
+                 Of(Op::kAttention, Lane::kCompute, 10, {}), Of(Op::kRoute, Lane::kCompute, 10, {1})};
+  for (size_t i = 0; i < 4; ++i) graph.tasks[i].wave = i == 2 ? 1 : 0;
+  const FlatCosts costs(UnitCosts());
+  EXPECT_EQ(SimulateAlike(graph, costs, Record::kNo).step_ns, 40);
+  graph.waves_apart = true;
+  const Prediction prediction = SimulateAlike(graph, costs, Record::kYes);
+  EXPECT_EQ(prediction.step_ns, 30);
+  EXPECT_EQ(prediction.record.tasks[2].begin_ns, 0);
+}
+
 TEST(SimulateAlike, CommunicationSlowsOtherCommunication) {
   Graph graph;
   graph.tasks = {Of(Op::kDispatch, Lane::kIntra, 10, {}), Of(Op::kDispatch, Lane::kInter, 20, {})};

@@ -1,10 +1,13 @@
 #include "parallel/schedule/step_graph.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <initializer_list>
+#include <tuple>
 #include <utility>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "parallel/schedule/turn_chooser.h"
@@ -88,6 +91,9 @@ class Emitter {
         experts_released_(shape.layers.size(), kNone),
         experts_reduced_(shape.layers.size(), kNone) {
     waves_.resize(static_cast<size_t>(schedule.waves));
+    graph_.waves_apart = !schedule.turns.empty() && !shape.tied_head;
+    last_of_wave_.resize(waves_.size() + 1);
+    for (std::array<int, kLanes>& lasts : last_of_wave_) lasts.fill(kNone);
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());
     SHOAL_CHECK(schedule.turns.empty() || WavesMayPart(shape)) << "the waves of this step must go together";
   }
@@ -126,14 +132,33 @@ class Emitter {
     task.wave = wave_;
     task.layer = layer;
     task.chunk = chunk;
-    for (int before : after) {
-      if (before != kNone && std::find(task.after.begin(), task.after.end(), before) == task.after.end()) {
-        task.after.push_back(before);
-      }
-    }
+    for (int before : after) AddWait(&task, before);
+    if (graph_.waves_apart && IsLocal(lane)) WaitForWaves(&task);
     graph_.tasks.push_back(std::move(task));
     return static_cast<int>(graph_.tasks.size()) - 1;
   }
+
+  // Where lanes have no order among waves: what the list says without. The same task of the wave before comes first, so that sums
+  // over waves have one order. What is for all waves comes after all that they have done, and so does the first task of a part.
+  void WaitForWaves(Task* task) {
+    const int index = static_cast<int>(graph_.tasks.size());
+    const auto key = std::make_tuple(task->op, task->phase, task->layer, task->chunk, task->back);
+    if (task->wave == kNone || same_of_wave_.empty()) {
+      for (const std::array<int, kLanes>& lasts : last_of_wave_) {
+        for (int last : lasts) AddWait(task, last);
+      }
+    } else if (task->wave > 0) {
+      const auto same = same_of_wave_.find(key);
+      SHOAL_CHECK(same != same_of_wave_.end()) << "wave " << task->wave << " is before an earlier one";
+      AddWait(task, same->second);
+    }
+    if (task->wave != kNone) same_of_wave_[key] = index;
+    last_of_wave_[static_cast<size_t>(task->wave + 1)][static_cast<size_t>(task->lane)] = index;
+  }
+  static void AddWait(Task* task, int before) {
+    if (before != kNone && std::find(task->after.begin(), task->after.end(), before) == task->after.end()) task->after.push_back(before);
+  }
+
   int Compute(Op op, Phase phase, int layer, int chunk, std::initializer_list<int> after) {
     return Add(op, phase, Lane::kCompute, layer, chunk, after);
   }
@@ -209,6 +234,7 @@ class Emitter {
   // ---- One part of the batch.
 
   void EmitPart() {
+    same_of_wave_.clear();
     Gather(BucketIndex::kVectors, Phase::kForward);
     Gather(BucketIndex::kEmbedding, Phase::kForward);
     for (int layer = 0; layer < schedule_.prefetch; ++layer) GatherLayer(layer, Phase::kForward);
@@ -518,6 +544,9 @@ class Emitter {
   int part_ = 0;
   int wave_ = kNone;
   std::vector<Wave> waves_;
+  // Of waves_apart: the last wave's task of a kind in this part, and the last tasks of the local lanes, by wave, first those of none.
+  absl::flat_hash_map<std::tuple<Op, Phase, int, int, bool>, int> same_of_wave_;
+  std::vector<std::array<int, kLanes>> last_of_wave_;
   int routed_ = kNone, totals_ = kNone, head_ = kNone, balanced_ = kNone;
   // By bucket. Of those that are sharded, too: is it here, and the task that released it. It has one place at a time.
   std::vector<int> gathered_;

@@ -96,11 +96,12 @@ Case RandomCase(uint64_t seed) {
 class Order {
  public:
   explicit Order(const Graph& graph) : words_((graph.tasks.size() + 63) / 64), bits_(graph.tasks.size() * words_, 0) {
-    std::array<int, kLanes> last;
-    last.fill(-1);
+    std::map<std::pair<Lane, int>, int> last;
     for (size_t i = 0; i < graph.tasks.size(); ++i) {
-      for (int before : graph.tasks[i].after) Join(i, before);
-      int& previous = last[static_cast<size_t>(graph.tasks[i].lane)];
+      const Task& task = graph.tasks[i];
+      for (int before : task.after) Join(i, before);
+      const int wave = graph.waves_apart && IsLocal(task.lane) ? task.wave : 0;
+      int& previous = last.try_emplace({task.lane, wave}, -1).first->second;
       Join(i, previous);
       previous = static_cast<int>(i);
     }
@@ -298,12 +299,39 @@ TEST_F(StepGraph, TotalsAreThoseOfAllRouters) {
 // Gradients of a layer are overwritten by the first wave of the first part, then added to.
 TEST_F(StepGraph, AWaveIsNeverAheadOfAnEarlierOne) {
   ForEachCase([](const Case&, const Graph& graph) {
-    std::map<Identity, int> last;  // Of the compute lane, without the wave.
-    for (const Task& task : graph.tasks) {
-      if (task.lane != Lane::kCompute || task.wave < 0) continue;
-      const auto [entry, first] =
-          last.try_emplace({task.op, task.phase, task.lane, task.back, task.part, 0, task.layer, task.chunk}, task.wave);
-      EXPECT_EQ(task.wave, first ? 0 : ++entry->second) << Name(task);
+    const Order order(graph);
+    std::map<Identity, size_t> last;  // Of the local lanes, without the wave.
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& task = graph.tasks[i];
+      if (!IsLocal(task.lane) || task.wave < 0) continue;
+      const auto [entry, first] = last.try_emplace({task.op, task.phase, task.lane, task.back, task.part, 0, task.layer, task.chunk}, i);
+      if (first) {
+        EXPECT_EQ(task.wave, 0) << Name(task);
+        continue;
+      }
+      EXPECT_EQ(task.wave, graph.tasks[entry->second].wave + 1) << Name(task);
+      EXPECT_TRUE(order.Before(entry->second, i)) << Name(task);
+      entry->second = i;
+    }
+  });
+}
+
+TEST_F(StepGraph, WavesApartKeepPartsAndWhatIsForAllOfThemInOrder) {
+  ForEachCase([](const Case& one, const Graph& graph) {
+    EXPECT_EQ(graph.waves_apart, !one.schedule.turns.empty() && !one.shape.tied_head);
+    const Order order(graph);
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+      const Task& task = graph.tasks[i];
+      if (!IsLocal(task.lane)) continue;
+      for (size_t before = 0; before < i; ++before) {
+        const Task& other = graph.tasks[before];
+        if (!IsLocal(other.lane)) continue;
+        const bool ends_all = task.wave < 0 && task.lane == Lane::kCompute && other.lane == Lane::kCompute;
+        const bool next_part = task.part != other.part && task.lane == Lane::kCompute && other.lane == Lane::kCompute;
+        if (ends_all || next_part) {
+          EXPECT_TRUE(order.Before(before, i)) << Name(other) << " before " << Name(task);
+        }
+      }
     }
   });
 }

@@ -1,6 +1,7 @@
 #include "parallel/schedule/step_summary.h"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "runtime/base/check.h"
@@ -44,16 +45,21 @@ StepSummary Summarise(const Graph& graph, const StepRecord& record) {
     }
   };
   int64_t idle_since = record.begin_ns, last = record.begin_ns;
+  std::vector<size_t> compute;  // In the order in which they ran.
   for (size_t i = 0; i < graph.tasks.size(); ++i) {
-    const Task& task = graph.tasks[i];
     const TaskRecord& times = record.tasks[i];
-    summary.busy_ns[static_cast<size_t>(task.lane)] += times.end_ns - times.begin_ns;
+    summary.busy_ns[static_cast<size_t>(graph.tasks[i].lane)] += times.end_ns - times.begin_ns;
     last = std::max(last, times.end_ns);
-    if (task.lane != Lane::kCompute) continue;
+    if (graph.tasks[i].lane == Lane::kCompute) compute.push_back(i);
+  }
+  std::sort(compute.begin(), compute.end(), [&](size_t a, size_t b) {
+    return std::pair(record.tasks[a].begin_ns, a) < std::pair(record.tasks[b].begin_ns, b);
+  });
+  for (size_t i : compute) {
     int64_t ready = idle_since;
-    for (int before : task.after) ready = std::max(ready, record.tasks[static_cast<size_t>(before)].end_ns);
+    for (int before : graph.tasks[i].after) ready = std::max(ready, record.tasks[static_cast<size_t>(before)].end_ns);
     exposed(idle_since, ready);
-    idle_since = times.end_ns;
+    idle_since = record.tasks[i].end_ns;
   }
   exposed(idle_since, std::max(idle_since, last));
   summary.overhead_ns = summary.step_ns - summary.busy_ns[static_cast<size_t>(Lane::kCompute)] - summary.exposed_ns;

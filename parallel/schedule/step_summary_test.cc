@@ -31,6 +31,18 @@ TEST(Summarise, ASerialStepIsBusyAndOverhead) {
   EXPECT_EQ(summary.overhead_ns, 18);
 }
 
+TEST(Summarise, TasksOfWavesThatPartNeedNotRunInTheirOrder) {
+  Step step;
+  const int rows = step.Add(Lane::kInter, 0, 30);
+  step.Add(Lane::kCompute, 30, 40, {rows});
+  step.Add(Lane::kCompute, 0, 20);  // Another wave's.
+  step.record.end_ns = 40;
+  const StepSummary summary = Summarise(step.graph, step.record);
+  EXPECT_EQ(summary.busy_ns[0], 30);
+  EXPECT_EQ(summary.exposed_ns, 10);
+  EXPECT_EQ(summary.overhead_ns, 0);
+}
+
 TEST(Summarise, WaitingForCommunicationIsExposedAndTheHandOverIsOverhead) {
   Step step;
   const int pack = step.Add(Lane::kCompute, 0, 10);

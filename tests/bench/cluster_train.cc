@@ -282,6 +282,13 @@ absl::Status AddSchedules(const BenchOptions& o, const RankEnvironment& environm
     SHOAL_RETURN_IF_ERROR(Add(absl::StrFormat("%d wave%s, %d chunk%s", waves, waves > 1 ? "s" : "", chunks, chunks > 1 ? "s" : ""),
                               config, o, environment, world, variants));
   }
+  for (int waves : {4, 8}) {
+    if (waves > o.rows) continue;
+    Config config = BaseConfig(o, world.size());
+    SetSchedule(&config, waves, 1);
+    config.mutable_schedule()->set_wave_order("apart");
+    SHOAL_RETURN_IF_ERROR(Add(absl::StrFormat("%d waves apart", waves), config, o, environment, world, variants));
+  }
   return Add("chosen", BaseConfig(o, world.size()), o, environment, world, variants);
 }
 
