@@ -69,10 +69,7 @@ PreparedProgram::PreparedProgram(Program program, WireFormat wire) : program_(st
       ++successors_begin_[earlier + 1];
     }
     if (instruction.lends && instruction.code == OpCode::kReceive) ++borrows_;
-    if (instruction.code != OpCode::kReduce) continue;
-    for (const Region& source : program_.SourcesOf(instruction)) {
-      if (source.buffer == Buffer::kMessage) ++readers_[source.receive];
-    }
+    program_.ForViews(instruction, [this](int32_t receive, const Region&) { ++readers_[receive]; });
   }
   for (size_t i = 0; i < count; ++i) successors_begin_[i + 1] += successors_begin_[i];
   std::vector<int32_t> next(successors_begin_.begin(), successors_begin_.end() - 1);
@@ -313,9 +310,9 @@ bool ProgramRun::State::ReduceSome(int i) {
     Quantise(prepared->wire(), result, worked, wire(i));
     Dequantise(prepared->wire(), wire(i), worked, 0, worked, result);
   }
-  for (const Region& source : program().SourcesOf(instruction)) {
-    if (source.buffer == Buffer::kMessage && --readers[source.receive] == 0) DropView(source.receive);
-  }
+  program().ForViews(instruction, [this](int32_t receive, const Region&) {
+    if (--readers[receive] == 0) DropView(receive);
+  });
   return true;
 }
 

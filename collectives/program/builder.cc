@@ -193,6 +193,16 @@ int Builder::ReduceAndReturn(absl::Span<const Region> from, Region target) {
   return index;
 }
 
+int Builder::CopyAndReturn(Region from, Region borrowed) {
+  if (borrowed.count == 0) return -1;
+  Begin({});
+  OrderRead(from);
+  OrderRead(borrowed);
+  const int index = program_.Copy(from, borrowed, Ordered());
+  program_.instructions[index].returns = true;
+  return index;
+}
+
 int Builder::Reduce(absl::Span<const Region> from, Region target, bool final) {
   if (target.count == 0) return -1;
   Begin({});

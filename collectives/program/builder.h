@@ -86,6 +86,8 @@ class Builder {
   int Lend(int peer, Region region);
   Region Borrow(int peer, int64_t count);
   int ReduceAndReturn(absl::Span<const Region> from, Region target);
+  // What was borrowed is given back with these values.
+  int CopyAndReturn(Region from, Region borrowed);
   // Nothing to do when both are the same memory.
   int Copy(Region from, Region to);
 

@@ -128,9 +128,7 @@ void Simulation::Prepare() {
     base_.push_back(static_cast<int32_t>(items_.size()));
     for (const Instruction& i : programs_[r].instructions) {
       for (int32_t d : programs_[r].DependenciesOf(i)) ++dependents_begin_[base_[r] + d + 1];
-      for (const Region& s : programs_[r].SourcesOf(i)) {
-        if (i.code == OpCode::kReduce && s.buffer == Buffer::kMessage) ++items_[base_[r] + s.receive].readers;
-      }
+      programs_[r].ForViews(i, [&](int32_t receive, const Region&) { ++items_[base_[r] + receive].readers; });
       items_.push_back({&i, r, -1, i.dependencies_count});
     }
   }
@@ -222,12 +220,10 @@ void Simulation::End(int g) {
     if (--items_[dependents_[d]].waiting == 0) Push(now_, kReady, dependents_[d]);
   }
   const Item& item = items_[g];
-  if (item.instruction->code != OpCode::kReduce) return;
-  for (const Region& source : programs_[item.rank].SourcesOf(*item.instruction)) {
-    if (source.buffer != Buffer::kMessage) continue;
-    Item& view = items_[base_[item.rank] + source.receive];
+  programs_[item.rank].ForViews(*item.instruction, [&](int32_t receive, const Region&) {
+    Item& view = items_[base_[item.rank] + receive];
     if (--view.readers == 0 && Near(item.rank, view.instruction->peer)) Push(now_, kEnded, view.match);
-  }
+  });
 }
 
 int64_t Simulation::Busiest() {

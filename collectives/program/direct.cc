@@ -252,9 +252,37 @@ Program MakeFused(const Problem& p) {
   return std::move(b).Finish();
 }
 
+// The root writes one part of everybody's kOut, who read the others from it meanwhile: all cores copy.
+Program MakeFusedBroadcast(const Problem& p) {
+  Builder b(p);
+  const Parts parts = Parts::Equal(p.elements, p.size, kPartUnit);
+  const int64_t begin = parts.Begin(p.root), count = parts.Count(p.root), end = begin + count;
+  if (p.rank != p.root) {
+    b.Lend(p.root, Out(begin, count));
+    b.Receive(p.root, Out(0, begin));
+    b.Receive(p.root, Out(end, p.elements - end));
+    return std::move(b).Finish();
+  }
+  for (int d = 1; d < p.size; ++d) {
+    const int to = (p.root + d) % p.size;
+    b.Send(to, In(0, begin));
+    b.Send(to, In(end, p.elements - end));
+  }
+  for (int d = 1; d < p.size; ++d) {
+    b.CopyAndReturn(In(begin, count), b.Borrow((p.root + d) % p.size, count));
+  }
+  return std::move(b).Finish();
+}
+
+bool MayFuse(const Problem& p) {
+  return p.lending && (p.kind == OpKind::kAllReduce || p.kind == OpKind::kBroadcast);
+}
+
 constexpr Algorithm kDirect[] = {
     {"direct", [](const Problem&) { return true; }, MakeDirect, /*index_order=*/true},
-    {"fused", [](const Problem& p) { return p.kind == OpKind::kAllReduce && p.lending; }, MakeFused, /*index_order=*/true},
+    {"fused", MayFuse,
+     [](const Problem& p) { return p.kind == OpKind::kBroadcast ? MakeFusedBroadcast(p) : MakeFused(p); },
+     /*index_order=*/true},
     // In index order as well, but not in one place.
     {"direct1", [](const Problem& p) { return p.kind == OpKind::kAllReduce; }, MakeDirect1, /*index_order=*/false},
 };

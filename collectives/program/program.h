@@ -14,7 +14,7 @@
 //             completes a reduction (averages divide there). The target may be one of the sources.
 // Lending (`lends`, on both ends of a message): until the send ends, the peer alone uses the region, and it may write there.
 // The receive is of a view; one kReduce that `returns` has the whole view among its sources, and writes its result there as
-// well. So the sender's region holds that result when its send ends. Only where Problem::lending.
+// well, or has it as its target. So the sender's region holds that result when its send ends. Only where Problem::lending.
 #pragma once
 
 #include <cstdint>
@@ -61,7 +61,7 @@ struct Instruction {
   OpCode code = OpCode::kReduce;
   bool final = false;
   bool lends = false;    // Of kSend and kReceive.
-  bool returns = false;  // Of kReduce: the result goes to all lent views among its sources, too.
+  bool returns = false;  // Of kReduce: the result goes to all lent views among its sources, too, or to one as its target.
   int32_t peer = -1;  // Index in the group.
   uint32_t tag = 0;   // Unique among the messages of the program from this sender to this receiver.
   Region region;
@@ -79,6 +79,15 @@ struct Program {
 
   absl::Span<const Region> SourcesOf(const Instruction& i) const {
     return absl::MakeSpan(sources).subspan(i.sources_begin, i.sources_count);
+  }
+  // Calls each(receive, region) for the views that an instruction reads or writes.
+  template <class Each>
+  void ForViews(const Instruction& i, Each each) const {
+    if (i.code != OpCode::kReduce) return;
+    for (const Region& source : SourcesOf(i)) {
+      if (source.buffer == Buffer::kMessage) each(source.receive, source);
+    }
+    if (i.region.buffer == Buffer::kMessage) each(i.region.receive, i.region);
   }
   absl::Span<const int32_t> DependenciesOf(const Instruction& i) const {
     return absl::MakeSpan(dependencies).subspan(i.dependencies_begin, i.dependencies_count);

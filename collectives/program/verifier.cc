@@ -49,6 +49,7 @@ class Run {
 
   absl::Status CheckForm();
   absl::Status CheckInstruction(int g) const;
+  absl::Status CheckView(int g, const Region& view) const;
   absl::Status CheckReduce(int g) const;
   absl::Status CheckLending(int g) const;
   bool Lent(int g, const Region& region) const {
@@ -153,7 +154,8 @@ absl::Status Run::CheckForm() {
 
 absl::Status Run::CheckInstruction(int g) const {
   const Instruction& i = At(g);
-  const bool view = i.code == OpCode::kReceive && i.region.buffer == Buffer::kMessage;
+  const bool is_returned = i.code == OpCode::kReduce && i.returns;
+  const bool view = (i.code == OpCode::kReceive || is_returned) && i.region.buffer == Buffer::kMessage;
   if (i.region.buffer == Buffer::kMessage && !view) return Error(g, "a message's memory can only be read by a reduce");
   if (i.region.count <= 0) return Error(g, "no elements");
   if (!view && !memory_[rank_[g]].Exists(i.region)) return Error(g, "out of range: no such memory");
@@ -171,11 +173,9 @@ absl::Status Run::CheckLending(int g) const {
   if (i.lends && i.code == OpCode::kReceive && i.region.buffer != Buffer::kMessage) return Error(g, "borrows, but not as a view");
   if (i.lends && i.code == OpCode::kReceive) {
     const auto returns = [&](const Instruction& other) {
-      const absl::Span<const Region> sources = ProgramOf(g).SourcesOf(other);
-      return other.code == OpCode::kReduce && other.returns &&
-             std::any_of(sources.begin(), sources.end(), [&](const Region& source) {
-               return source.buffer == Buffer::kMessage && base_[rank_[g]] + source.receive == g;
-             });
+      bool any = false;
+      ProgramOf(g).ForViews(other, [&](int32_t receive, const Region&) { any = any || base_[rank_[g]] + receive == g; });
+      return other.returns && any;
     };
     const std::vector<Instruction>& all = ProgramOf(g).instructions;
     const int64_t count = std::count_if(all.begin(), all.end(), returns);
@@ -184,27 +184,32 @@ absl::Status Run::CheckLending(int g) const {
   return absl::OkStatus();
 }
 
+absl::Status Run::CheckView(int g, const Region& view) const {
+  const int receive = base_[rank_[g]] + view.receive;
+  const bool earlier = view.receive >= 0 && receive < g && At(receive).code == OpCode::kReceive;
+  if (!earlier || At(receive).region.buffer != Buffer::kMessage) {
+    return Error(g, absl::StrCat(RegionText(view), " is no view that was received before"));
+  }
+  const int64_t whole = At(receive).region.count;
+  if (view.begin < 0 || view.begin + view.count > whole) return Error(g, absl::StrCat("out of range: ", RegionText(view)));
+  const bool part = At(g).returns && At(receive).lends && view.count != whole;
+  return part ? Error(g, absl::StrCat("returns only a part, ", RegionText(view))) : absl::OkStatus();
+}
+
 absl::Status Run::CheckReduce(int g) const {
   const Instruction& i = At(g);
   const SymbolicMemory& memory = memory_[rank_[g]];
   if (i.sources_count == 0) return Error(g, "no sources");
+  const bool into_view = i.region.buffer == Buffer::kMessage;
+  absl::Status views;
+  ProgramOf(g).ForViews(i, [&](int32_t, const Region& view) { views.Update(CheckView(g, view)); });
+  SHOAL_RETURN_IF_ERROR(views);
+  if (into_view && !Lent(g, i.region)) return Error(g, "writes to a message that is not lent");
   for (const Region& source : ProgramOf(g).SourcesOf(i)) {
     if (source.count != i.region.count) return Error(g, absl::StrCat("source ", RegionText(source), " has another length"));
-    if (source.buffer == Buffer::kMessage) {
-      const int receive = base_[rank_[g]] + source.receive;
-      if (source.receive < 0 || receive >= g || At(receive).code != OpCode::kReceive ||
-          At(receive).region.buffer != Buffer::kMessage) {
-        return Error(g, absl::StrCat("source ", RegionText(source), " is no view that was received before"));
-      }
-      if (source.begin < 0 || source.begin + source.count > At(receive).region.count) {
-        return Error(g, absl::StrCat("out of range: source ", RegionText(source)));
-      }
-      if (i.returns && At(receive).lends && source.count != At(receive).region.count) {
-        return Error(g, absl::StrCat("returns only a part, ", RegionText(source)));
-      }
-      continue;
-    }
+    if (source.buffer == Buffer::kMessage) continue;
     if (!memory.Exists(source)) return Error(g, absl::StrCat("out of range: source ", RegionText(source)));
+    if (into_view) continue;
     const int64_t distance = memory.Begin(source) - memory.Begin(i.region);
     if (distance != 0 && std::abs(distance) < source.count) {
       return Error(g, absl::StrCat("its target overlaps its source ", RegionText(source), " in part"));
@@ -263,10 +268,7 @@ absl::Status Run::Execute() {
   each_dependency([&](int g, int d) { dependents_[next[d]++] = g; });
   for (int g = 0; g < total; ++g) {
     const Instruction& i = At(g);
-    absl::Span<const Region> sources = ProgramOf(g).SourcesOf(i);
-    for (size_t s = 0; i.code == OpCode::kReduce && s < sources.size(); ++s) {
-      if (sources[s].buffer == Buffer::kMessage) ++views_left_[base_[rank_[g]] + sources[s].receive];
-    }
+    ProgramOf(g).ForViews(i, [&](int32_t receive, const Region&) { ++views_left_[base_[rank_[g]] + receive]; });
     if (waiting_[g] == 0) ready_.push_back(g);
   }
   while (!ready_.empty()) {
@@ -326,10 +328,13 @@ void Run::End(int g) {
 absl::Status Run::StartReduce(int g) {
   const Instruction& i = At(g);
   const absl::Span<const Region> sources = ProgramOf(g).SourcesOf(i);
+  absl::Status views;
+  ProgramOf(g).ForViews(i, [&](int32_t receive, const Region& view) {
+    if (Before(base_[rank_[g]] + receive, g)) return;
+    views.Update(Error(g, absl::StrCat("missing dependency: uses ", RegionText(view), " before it was received")));
+  });
+  SHOAL_RETURN_IF_ERROR(views);
   for (const Region& source : sources) {
-    if (source.buffer == Buffer::kMessage && !Before(base_[rank_[g]] + source.receive, g)) {
-      return Error(g, absl::StrCat("missing dependency: reads ", RegionText(source), " before it was received"));
-    }
     if (Lent(g, source)) {
       SHOAL_RETURN_IF_ERROR(i.returns ? Write(g, source) : Read(g, source));
     } else if (source.buffer != Buffer::kMessage) {
@@ -362,16 +367,15 @@ absl::Status Run::StartReduce(int g) {
     result_[e].finals += i.final ? 1 : 0;
     result_[e].state = SymbolicValue::kDefined;
   }
-  std::copy(result_.begin(), result_.end(), memory_[rank_[g]].At(i.region));
+  std::copy(result_.begin(), result_.end(), ValuesOf(g, i.region));
   for (const Region& source : sources) {
     if (i.returns && Lent(g, source)) std::copy(result_.begin(), result_.end(), ValuesOf(g, source));
   }
   End(g);
-  for (const Region& source : sources) {
-    if (source.buffer != Buffer::kMessage) continue;
-    const int view = base_[rank_[g]] + source.receive;
+  ProgramOf(g).ForViews(i, [&](int32_t receive, const Region&) {
+    const int view = base_[rank_[g]] + receive;
     if (--views_left_[view] == 0) End(match_[view]);
-  }
+  });
   return absl::OkStatus();
 }
 

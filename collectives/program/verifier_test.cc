@@ -190,6 +190,39 @@ TEST(Verifier, CatchesWhatIsNotReturnedOrNotLent) {
   EXPECT_THAT(j.Message(), AllOf(HasSubstr("rank 1, instruction 3"), HasSubstr("in a race")));
 }
 
+// Rank 1 writes a half of what rank 0 gets, which reads the other half.
+Case LendingForACopy() {
+  Case c(2);
+  for (Problem& p : c.problems) p.kind = OpKind::kBroadcast, p.root = 1, p.lending = true;
+  c.programs[0].Send(1, 0, Out(0, 2));
+  c.programs[0].Receive(1, 0, Out(2, 2));
+  c.programs[1].Receive(0, 0, {Buffer::kMessage, -1, 0, 2});
+  c.programs[1].Send(0, 0, In(2, 2));
+  c.programs[1].Copy(In(0, 2), View(0, 2), {0});
+  c.programs[0].instructions[0].lends = c.programs[1].instructions[0].lends = true;
+  c.programs[1].instructions[2].returns = true;
+  return c;
+}
+
+TEST(Verifier, FollowsWhatIsCopiedToWhatIsLent) {
+  EXPECT_EQ(LendingForACopy().Message(), "");
+  Case c = LendingForACopy();
+  c.programs[1].sources[0] = In(1, 2);
+  EXPECT_THAT(c.Message(), HasSubstr("rank 0, out[0] is not element 0 of rank 1"));
+  Case d = LendingForACopy();
+  d.programs[1].instructions[2].dependencies_count = 0;
+  EXPECT_THAT(d.Message(), AllOf(HasSubstr("rank 1, instruction 2"), HasSubstr("missing dependency")));
+  Case e = LendingForACopy();
+  e.programs[1].sources[0].count = e.programs[1].instructions[2].region.count = 1;
+  EXPECT_THAT(e.Message(), HasSubstr("returns only a part"));
+  Case f = LendingForACopy();  // Not memory that rank 0 has given away.
+  f.programs[0].instructions[0].lends = f.programs[1].instructions[0].lends = false;
+  EXPECT_THAT(f.Message(), AllOf(HasSubstr("rank 1, instruction 2"), HasSubstr("not lent")));
+  Case g = LendingForACopy();
+  g.programs[1].instructions[2].returns = false;
+  EXPECT_THAT(g.Message(), AllOf(HasSubstr("rank 1, instruction 0 (borrow"), HasSubstr("returned 0 times")));
+}
+
 // That the receiver answered does not mean that the transport is through with the sender's memory.
 TEST(Verifier, TakesNoAnswerForTheEndOfASend) {
   Case c = Star();

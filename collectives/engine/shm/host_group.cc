@@ -24,7 +24,7 @@ constexpr int64_t kNewsNs = 200'000'000;  // How long the control links have to 
 constexpr int64_t kSleepNs = 50'000'000;
 constexpr int kYields = 200;
 // Between two moves of a rank to another core, which take some 50 us each.
-constexpr int64_t kMoveNs = 10'000'000, kLeavePlacementNs = 1'000'000'000;
+constexpr int64_t kMoveNs = 10'000'000, kLeavePlacementNs = 100'000'000;
 // A piece takes some 50 us. Ranks that share cores may be kept from it for some time slices.
 constexpr int64_t kPatienceNs = 10'000'000;
 
@@ -279,6 +279,7 @@ void HostGroup::LeavePlacement(int64_t now_ns) {
 void HostGroup::WaitsHere(int64_t now_ns) {
   GroupPage& own = page(own_);
   const int here = sched_getcpu();
+  if (here < 0 || here >= CPU_SETSIZE) return;
   if (own.core.load(std::memory_order_relaxed) != here + 1) own.core.store(here + 1, std::memory_order_relaxed);
   if (now_ns < place_ns_.load(std::memory_order_relaxed)) return;
   place_ns_.store(now_ns + kMoveNs, std::memory_order_relaxed);
@@ -289,17 +290,19 @@ void HostGroup::WaitsHere(int64_t now_ns) {
     if (core == here && seat < own_) return;  // One at a time.
     ++ranks[core];
   }
-  cpu_set_t allowed, target;
+  cpu_set_t allowed, emptiest;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-  int emptiest = here;
+  int least = ranks[here];
   for (int core = 0; core < CPU_SETSIZE; ++core) {
-    if (CPU_ISSET(core, &allowed) && ranks[core] < ranks[emptiest]) emptiest = core;
+    if (CPU_ISSET(core, &allowed)) least = std::min(least, ranks[core]);
   }
-  if (ranks[here] - ranks[emptiest] < 2) return;
-  CPU_ZERO(&target);
-  CPU_SET(emptiest, &target);
-  if (sched_setaffinity(0, sizeof target, &target) != 0) return;
-  own.core.store(emptiest + 1, std::memory_order_relaxed);
+  if (ranks[here] - least < 2) return;
+  CPU_ZERO(&emptiest);
+  for (int core = 0; core < CPU_SETSIZE; ++core) {
+    if (CPU_ISSET(core, &allowed) && ranks[core] == least) CPU_SET(core, &emptiest);
+  }
+  if (sched_setaffinity(0, sizeof emptiest, &emptiest) != 0) return;
+  own.core.store(sched_getcpu() + 1, std::memory_order_relaxed);
   (void)sched_setaffinity(0, sizeof allowed, &allowed);
 }
 

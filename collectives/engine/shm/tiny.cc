@@ -126,7 +126,8 @@ struct TinyGroup::State {
   int64_t CheckWaiting();
   std::vector<int> Missing(uint32_t number) const;
   absl::Status StatusOf(uint32_t number, const Label& label);
-  void Release();
+  // A user is gone. `handle`: its memory; null: the group's own use.
+  void Release(void* handle);
   bool Asking() {
     SpinLockHolder holder(&lock);
     return asking > 0;
@@ -183,13 +184,7 @@ struct HandleAllocator {
     state->free_handles.pop_back();
     return static_cast<T*>(memory);
   }
-  void deallocate(T* handle, size_t) {
-    {
-      SpinLockHolder holder(&state->lock);
-      state->free_handles.push_back(handle);
-    }
-    state->Release();
-  }
+  void deallocate(T* handle, size_t) { state->Release(handle); }
   template <class U>
   bool operator==(const HandleAllocator<U>& other) const {
     return state == other.state;
@@ -298,14 +293,15 @@ TinyGroup::State::State(std::shared_ptr<HostGroup> host_group, int64_t timeout, 
   for (int seat = 0; seat < seats; ++seat) slots.push_back(layout.tiny(&group->page(seat)));
 }
 
-void TinyGroup::State::Release() {
+void TinyGroup::State::Release(void* handle) {
   bool last = false;
   {
     SpinLockHolder holder(&lock);
+    if (handle != nullptr) free_handles.push_back(handle);
     last = --users == 0;
   }
   if (!last) return;
-  for (void* handle : free_handles) ::operator delete(handle);
+  for (void* free : free_handles) ::operator delete(free);
   delete this;
 }
 
@@ -569,7 +565,7 @@ TinyGroup::~TinyGroup() {
   }
   // Threads that await a handle leave now, and nobody begins to ask any more.
   while (state_->Asking()) sched_yield();
-  state_->Release();
+  state_->Release(nullptr);
 }
 
 bool TinyGroup::Poll() {
