@@ -9,7 +9,7 @@
 //   skew     static expert parallelism against sparse experts, with routers biased so that the logarithms of expert loads have
 //            the standard deviation --sigma (0: even loads); compares the bytes that tasks moved with the formulas of the planner.
 //            --drift D: biases change from step to step, by D of their spread (1: drawn anew); then copies with and without
-//            calibration instead of other owners.
+//            calibration instead of other owners, and formulas are those of the copies planned for the next step.
 //   relink   as overlap, step by step: for rates that change while it runs (it says "ready" and goes on for --steps).
 //
 // --lock FILE: rank 0 holds a lock on FILE while steps run, given up for others every minute. For machines that are not ours alone.
