@@ -121,7 +121,6 @@ SchedulerOptions SchedulerOptionsOf(const Config& config) {
   options.chunks_forward = config.schedule().chunks_forward();
   options.chunks_backward = config.schedule().chunks_backward();
   options.slice_gradients = config.schedule().gradient_slices() == "auto";
-  options.prefetch = {config.schedule().prefetch()};
   options.part_waves = config.schedule().wave_order() != "together";
   options.waves = WavesUpTo(config.train().global_batch_size());
   if (ModelConfigOf(config).has_capacity()) options.waves = {1};

@@ -111,6 +111,11 @@ std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& mode
   return WavesUpTo(rows / shape.ranks);
 }
 
+std::vector<int> PrefetchToChooseFrom(const Config& config, const StepShape& shape) {
+  if (config.schedule().prefetch() > 0) return {config.schedule().prefetch()};
+  return PrefetchUpTo(shape);
+}
+
 DensePolicy DensePolicyFor(const Config& config) {
   return config.parallel().dense() == "sharded" ? DensePolicy::kSharded : DensePolicy::kReplicated;
 }

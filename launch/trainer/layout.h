@@ -28,6 +28,8 @@ StepShape StepShapeFor(const Config& config, const ModelConfig& model, const Top
                        const std::vector<ExpertPlacement>& placement);
 // Schedule::waves to choose from, ascending.
 std::vector<int> WavesToChooseFrom(const Config& config, const ModelConfig& model, const StepShape& shape);
+// Schedule::prefetch likewise.
+std::vector<int> PrefetchToChooseFrom(const Config& config, const StepShape& shape);
 DensePolicy DensePolicyFor(const Config& config);
 ExpertPolicy ExpertPolicyFor(const Config& config);
 Numerics NumericsFor(const Config& config);

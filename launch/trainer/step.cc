@@ -48,7 +48,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
                                                  .training = options.training,
                                                  .dense = shape.dense,
                                                  .experts = shape.experts,
-                                                 .prefetch = config.schedule().prefetch(),
+                                                 .prefetch = PrefetchToChooseFrom(config, shape).back(),
                                                  .waves_max = WavesToChooseFrom(config, model, shape).back(),
                                                  .copies = sparse ? ExpertMoves::FirstRoom(config) : -1,
                                                  .topology = rank_model->topology_,
@@ -117,7 +117,7 @@ absl::Status RankModel::SetUpSchedules(const StepShape& shape, bool training) {
   options.scheduler.chunks_forward = wanted.chunks_forward();
   options.scheduler.chunks_backward = wanted.chunks_backward();
   options.scheduler.slice_gradients = wanted.gradient_slices() == "auto";
-  options.scheduler.prefetch = {wanted.prefetch()};
+  options.scheduler.prefetch = PrefetchToChooseFrom(config_, shape);
   options.scheduler.part_waves = wanted.wave_order() != "together";
   options.start_apart = wanted.wave_order() == "apart";
   forward_.shape = shape;

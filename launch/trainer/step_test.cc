@@ -151,7 +151,9 @@ TEST_P(Corner, LossesAreThoseOfOneRank) {
   EXPECT_LT(want[2], want[0]);
   for (size_t step = 0; step < want.size(); ++step) EXPECT_NEAR(got[step], want[step], 2e-5 * want[step]) << "step " << step;
   // Whichever wave went on first.
-  if (GetParam().apart) EXPECT_EQ(Losses(GetParam()), got);
+  if (GetParam().apart) {
+    EXPECT_EQ(Losses(GetParam()), got);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -22,7 +22,7 @@ struct StepLayout {
   DispatchRule dispatch = DispatchRule::kNearest;
   bool recompute = false;
   int parts = 1;
-  int prefetch = 1;
+  int prefetch = 0;  // 0: chosen where more than 1 takes no memory.
   // Sparse: others' experts that a rank has room for, in each layer; -1: what fits into three quarters of the memory that the rest
   // leaves.
   int copies = -1;

@@ -37,7 +37,7 @@ ExpertCounts CountExperts(const ExpertPlacement& placement, int ranks) {
 // Rooms for copies (ExpertStore), and what a copy in one of them takes.
 int64_t Rooms(const ModelShape& model, const StepLayout& layout) {
   const int64_t layers = std::count(model.moe.begin(), model.moe.end(), true);
-  return layout.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(layout.prefetch + 1, layers);
+  return layout.experts == ExpertPolicy::kKeep ? layers : std::min<int64_t>(std::max(layout.prefetch, 1) + 1, layers);
 }
 int64_t GradientBytesOfCopy(const ModelShape& model, const StepLayout& layout) {
   return layout.pinned() ? 0 : model.expert_elements() * kF32;
@@ -120,7 +120,7 @@ class MemoryCount {
       int64_t& largest = buckets.IsLayer(bucket) ? of_layers : of_ends;
       if (split) largest = std::max(largest, count);
     }
-    const int64_t buffers = std::min(DenseBuffers(layout_.prefetch, waves_), buckets.layers);
+    const int64_t buffers = std::min(DenseBuffers(std::max(layout_.prefetch, 1), waves_), buckets.layers);
     use_.weights += buffers * Shared(of_layers * b_) + Shared(of_ends * b_);
     use_.gradients += buffers * Shared(of_layers * kF32) + Shared(of_ends * kF32);
   }

@@ -105,7 +105,7 @@ absl::StatusOr<StepEstimate> EstimateStep(const ModelShape& model, const Cluster
   StepEstimate estimate;
   estimate.layout = layout;
   SchedulerOptions options = scheduler;
-  options.prefetch = {layout.prefetch};
+  options.prefetch = layout.prefetch > 0 ? std::vector<int>{layout.prefetch} : PrefetchUpTo(out.shape);
   options.waves = WavesFor(model, out, scheduler);
   estimate.choice = ChooseSchedule(out.shape, out.costs, out.work, out.topology, options);
   estimate.memory = Memory(model, layout, out, scheduler);

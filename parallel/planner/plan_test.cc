@@ -293,7 +293,7 @@ TEST(FindPlan, RanksWhatFitsAndSaysWhatDoesNot) {
   ASSERT_FALSE(tight->excluded.empty());
   EXPECT_THAT(tight->excluded.front(), HasSubstr("a device has 12 GiB"));
   for (const StepEstimate& estimate : tight->ranked) EXPECT_LE(estimate.memory.total(), options.memory_bytes);
-  for (const StepEstimate& estimate : roomy->ranked) EXPECT_EQ(estimate.layout.prefetch, 1);
+  for (const StepEstimate& estimate : roomy->ranked) EXPECT_EQ(estimate.layout.prefetch, 0);
   options.base = {.expert = 2, .dispatch = DispatchRule::kWaterFillWhole, .prefetch = 2};
   const auto pinned = FindPlan(model, Hosts(2, 4), options);
   ASSERT_TRUE(pinned.ok()) << pinned.status();

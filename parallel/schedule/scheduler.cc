@@ -256,20 +256,17 @@ class Search {
     const double row_ns = NsOfRows(together);
     for (int waves : options_.waves) {
       if (waves == 1) continue;
-      for (int prefetch : options_.prefetch) {
-        for (int forward_waves : {2, 3}) {
-          // Of what a wave sends in a turn.
-          for (double turns : {0.0, 1.5, 3.0}) {
-            Schedule schedule = together;
-            schedule.waves = waves;
-            schedule.prefetch = prefetch;
-            for (LayerGroup group : groups_) {
-              group.forward = forward_.front();
-              group.backward = backward_.front();
-              Apply(group, &schedule);
-            }
-            Try(whole_.WithTurns(schedule, {.forward_waves = forward_waves, .hungry_ns = turns * row_ns / waves}));
+      for (int forward_waves : {2, 3}) {
+        // Of what a wave sends in a turn.
+        for (double turns : {0.0, 1.5, 3.0}) {
+          Schedule schedule = together;
+          schedule.waves = waves;
+          for (LayerGroup group : groups_) {
+            group.forward = forward_.front();
+            group.backward = backward_.front();
+            Apply(group, &schedule);
           }
+          Try(whole_.WithTurns(schedule, {.forward_waves = forward_waves, .hungry_ns = turns * row_ns / waves}));
         }
       }
     }

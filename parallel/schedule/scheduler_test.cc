@@ -218,6 +218,21 @@ TEST(ChooseSchedule, PrefetchesAsFarAsItPays) {
   EXPECT_LE(any.predicted_ns, near.predicted_ns);
 }
 
+TEST(PrefetchUpTo, IsOneWhereMoreTakesMemory) {
+  StepShape shape = Make(3).shape;
+  EXPECT_EQ(PrefetchUpTo(shape), (std::vector<int>{1, 2}));
+  shape.layers.resize(4);
+  EXPECT_EQ(PrefetchUpTo(shape), (std::vector<int>{1, 2, 4}));
+  shape.experts = ExpertPolicy::kRematerialise;  // Of nothing.
+  EXPECT_EQ(PrefetchUpTo(shape), (std::vector<int>{1, 2, 4}));
+  shape.materialise = true;
+  EXPECT_EQ(PrefetchUpTo(shape), std::vector<int>{1});
+  shape.experts = ExpertPolicy::kKeep;
+  EXPECT_EQ(PrefetchUpTo(shape), (std::vector<int>{1, 2, 4}));
+  shape.dense = DensePolicy::kSharded;
+  EXPECT_EQ(PrefetchUpTo(shape), std::vector<int>{1});
+}
+
 // Chunks hide rows behind experts alone, waves behind attention too.
 TEST(ChooseSchedule, TakesWavesWhereAttentionCanHideRows) {
   Problem p = Make(6);

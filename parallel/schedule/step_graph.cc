@@ -598,6 +598,15 @@ std::vector<int> WavesUpTo(int64_t sequences) {
   return waves;
 }
 
+std::vector<int> PrefetchUpTo(const StepShape& shape) {
+  const bool rooms = shape.dense == DensePolicy::kSharded || (shape.materialise && shape.experts == ExpertPolicy::kRematerialise);
+  std::vector<int> prefetch = {1};
+  for (const int layers : {2, 4}) {
+    if (!rooms && shape.ranks > 1 && layers <= static_cast<int>(shape.layers.size())) prefetch.push_back(layers);
+  }
+  return prefetch;
+}
+
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements) {
   Schedule schedule;
   schedule.layers.resize(shape.layers.size());

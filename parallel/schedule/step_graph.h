@@ -108,6 +108,9 @@ std::vector<int> ChooseTurns(const StepShape& shape, const Schedule& schedule, c
 // Numbers of waves worth a trial where a rank has so many sequences: powers of two, not more than hide what their messages cost.
 std::vector<int> WavesUpTo(int64_t sequences);
 
+// How many layers ahead weights may be gathered, where nobody says: more than one where that takes no memory.
+std::vector<int> PrefetchUpTo(const StepShape& shape);
+
 // One chunk everywhere, each bucket's gradients as one slice as soon as they are complete.
 Schedule PlainSchedule(const StepShape& shape, const std::vector<int64_t>& bucket_elements);
 
