@@ -32,6 +32,8 @@ constexpr double kMostInterference = 4;
 constexpr double kNearUnits = 1.25;  // Beyond the units seen so far by more than this a prediction is a guess.
 // The variance of overlap that says anything about interference.
 constexpr double kLeastSpread = 0.01;
+// Plans are made anew for tasks that together take more than this share of what all take.
+constexpr double kMatters = 0.01;
 // What is known from before counts as so many tasks at either end of its range.
 constexpr double kMostPriorSamples = 16;
 
@@ -212,7 +214,7 @@ std::map<Profiler::Key, std::vector<Profiler::Sample>> Profiler::SamplesOf(const
 }
 
 void Profiler::Add(const Graph& graph, const MeasuredTimes& times, int ranks) {
-  double measured = 0, wrong = 0;
+  double measured = 0, wrong = 0, jumped_ns = 0;
   bool jumped = false, known = true;
   for (const auto& [key, fresh] : SamplesOf(graph, times, ranks)) {
     History& history = histories_[key];
@@ -223,10 +225,14 @@ void Profiler::Add(const Graph& graph, const MeasuredTimes& times, int ranks) {
       measured += sample.ns * sample.weight;
       wrong += std::abs(Predict(history, sample) - sample.ns) * sample.weight;
     }
-    jumped = NoticeJump(fresh, &history) || jumped;
+    if (NoticeJump(fresh, &history)) {
+      jumped = true;
+      jumped_ns += history.last_ns;
+    }
     history.samples.insert(history.samples.end(), fresh.begin(), fresh.end());
     while (history.samples.front().step <= step_ - options_.window_steps) history.samples.pop_front();
   }
+  if (jumped_ns > kMatters * measured) ++jumps_;
   prediction_error_ = known && measured > 0 ? wrong / measured : std::numeric_limits<double>::quiet_NaN();
   if (jumped || !known || step_ < kEagerSteps || step_ % kFitInterval == 0) FitAll();
   ++step_;
@@ -256,7 +262,6 @@ bool Profiler::NoticeJump(const std::vector<Sample>& fresh, History* history) {
   if (history->row < options_.jump_steps) return false;
   std::erase_if(history->samples, [&](const Sample& sample) { return sample.step <= step_ - options_.jump_steps; });
   history->row = history->direction = 0;
-  ++jumps_;
   return true;
 }
 

@@ -81,7 +81,7 @@ class Profiler {
   // sum |predicted - measured| / sum measured over the tasks of the last step, by what was known before it; NaN while some key
   // is new.
   double prediction_error() const { return prediction_error_; }
-  // How often the level of a key changed: plans that were made before may be wrong.
+  // How often the level of a key changed that takes a share of the step which matters: plans that were made before may be wrong.
   int64_t jumps() const { return jumps_; }
 
  private:

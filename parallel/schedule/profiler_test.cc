@@ -115,6 +115,20 @@ TEST(Profiler, FollowsALinkThatBecomesFourTimesSlowerAndBack) {
   }
 }
 
+TEST(Profiler, FollowsWhatTakesNextToNothingWithoutSayingThatPlansAreWrong) {
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    Machine machine(seed);
+    machine.experts = {.fixed_ns = 100, .ns_per_unit = 1};  // A five-hundredth of what transfers take.
+    Profiler profiler;
+    for (int step = 0; step < 50; ++step) machine.Step(&profiler);
+    machine.experts.ns_per_unit *= 4;
+    for (int step = 0; step < 6; ++step) machine.Step(&profiler);
+    EXPECT_LT(RelativeError(profiler.table(), kExpertsKey, machine.experts, 1000), 0.1);
+    EXPECT_EQ(profiler.jumps(), 0);
+  }
+}
+
 // Plans settle on one number of chunks, so that units hardly differ: what chunks of other sizes would take must not be lost.
 TEST(Profiler, KeepsTheFixedPartWhenTheLinkChangesAndUnitsHardlyDiffer) {
   for (uint64_t seed = 0; seed < 20; ++seed) {
