@@ -40,6 +40,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   SHOAL_RETURN_IF_ERROR(rank_model->Connect(options), "communicators");
   const bool sparse = HasSparseExperts(config, model, world.size());
   StepShape shape = StepShapeFor(config, model, rank_model->topology_, placement);
+  shape.streams = options.device != nullptr;
   shape.calibrate = sparse && (config.parallel().calibrate() || options.calibrate != nullptr);
   const DType compute = config.train().precision() == "bf16" ? DType::kBF16 : DType::kF32;
   SHOAL_ASSIGN_OR_RETURN(rank_model->store_,
@@ -150,8 +151,6 @@ absl::Status RankModel::SetSchedule(const Schedule& schedule) {
   ForgetRecorded();
   train_.schedule = schedule;
   train_.graph = EmitStep(train_.shape, schedule);
-  // Streams run ahead of rows: which wave may go on is not known when work is put on them.
-  if (stream_->device() != nullptr) train_.graph.waves_apart = false;
   lanes_ = LanesOf(train_, Timing::kYes);
   SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> fingerprints,
                          GatherValues(*control_, static_cast<int64_t>(Fingerprint(train_.graph)), "schedule"));

@@ -91,7 +91,7 @@ class Emitter {
         experts_released_(shape.layers.size(), kNone),
         experts_reduced_(shape.layers.size(), kNone) {
     waves_.resize(static_cast<size_t>(schedule.waves));
-    graph_.waves_apart = !schedule.turns.empty() && !shape.tied_head;
+    graph_.waves_apart = !schedule.turns.empty() && !shape.tied_head && !shape.streams;
     last_of_wave_.resize(waves_.size() + 1);
     for (std::array<int, kLanes>& lasts : last_of_wave_) lasts.fill(kNone);
     SHOAL_CHECK_EQ(schedule.layers.size(), shape.layers.size());

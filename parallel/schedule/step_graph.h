@@ -57,6 +57,7 @@ struct StepShape {
   bool materialise = false;  // Some expert has holders beside its owner.
   bool balance = true;       // Gradients of routers depend on what all tokens of a part chose (auxiliary losses).
   bool calibrate = false;    // More copies may be sent when a layer's rows are known; needs `materialise` and `exchange`.
+  bool streams = false;      // A device computes, whose streams run ahead of rows: which wave may go on is not known in time.
   DensePolicy dense = DensePolicy::kReplicated;
   ExpertPolicy experts = ExpertPolicy::kKeep;
   BucketIndex buckets() const { return {static_cast<int>(layers.size()), !tied_head}; }

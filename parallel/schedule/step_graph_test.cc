@@ -52,6 +52,7 @@ StepShape RandomShape(Random& random) {
   shape.experts = Coin(random) ? ExpertPolicy::kRematerialise : ExpertPolicy::kKeep;
   shape.calibrate = shape.materialise && Coin(random);
   shape.balance = Coin(random);
+  shape.streams = Pick(random, 0, 3) == 0;
   return shape;
 }
 
@@ -318,7 +319,7 @@ TEST_F(StepGraph, AWaveIsNeverAheadOfAnEarlierOne) {
 
 TEST_F(StepGraph, WavesApartKeepPartsAndWhatIsForAllOfThemInOrder) {
   ForEachCase([](const Case& one, const Graph& graph) {
-    EXPECT_EQ(graph.waves_apart, !one.schedule.turns.empty() && !one.shape.tied_head);
+    EXPECT_EQ(graph.waves_apart, !one.schedule.turns.empty() && !one.shape.tied_head && !one.shape.streams);
     const Order order(graph);
     for (size_t i = 0; i < graph.tasks.size(); ++i) {
       const Task& task = graph.tasks[i];
