@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "parallel/placement/placement.h"
-#include "runtime/kernels/router.h"
 
 namespace shoal {
 
@@ -20,18 +19,6 @@ void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const 
     for (int64_t t = 0; t < tokens.count; ++t) {
       for (int64_t k = 0; k < K; ++k) ++counts[k * experts + *choice++];
     }
-  }
-}
-
-void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& summary) {
-  const int64_t T = chosen.dim(0), K = chosen.dim(1);
-  SHOAL_CHECK_EQ(summary.elements(), int64_t{pieces} * experts);
-  int32_t* counts = summary.data<int32_t>();
-  std::fill_n(counts, summary.elements(), 0);
-  const int32_t* choice = chosen.data<int32_t>();
-  for (int piece = 0; piece < pieces; ++piece, counts += experts) {
-    const int64_t pairs = EvenPart(T, pieces, piece).count * K;
-    for (int64_t i = 0; i < pairs; ++i) ++counts[*choice++];
   }
 }
 
@@ -61,6 +48,25 @@ std::vector<Tensor> AllToHost(std::vector<Tensor> tensors, Stream& stream) {
   return tensors;
 }
 
+Tensor TotalsOf(const kernels::Tally& tally, Stream& stream) {
+  const int64_t experts = tally.counts.dim(1);
+  Tensor totals = Empty({tally.pieces * experts + (tally.sums.empty() ? 0 : experts + 1)}, DType::kF64, stream);
+  kernels::SumTally(tally, totals, stream);
+  return totals;
+}
+
+void CountsOf(const Tensor& totals, const Tensor& summary) {
+  for (int64_t i = 0; i < summary.elements(); ++i) summary.data<int32_t>()[i] = static_cast<int32_t>(totals.data<double>()[i]);
+}
+
+void AddTotals(const Tensor& totals, int pieces, const RoutingSums& sums) {
+  const int64_t experts = sums.counts().elements(), counts = pieces * experts;
+  for (int piece = 0; piece < pieces; ++piece) AddSums(totals.Rows(piece * experts, experts), sums.counts());
+  if (totals.elements() == counts) return;
+  AddSums(totals.Rows(counts, experts), sums.probs());
+  AddSums(totals.Rows(counts + experts, 1), sums.z());
+}
+
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries) {
   const int64_t T = chosen.dim(0), K = chosen.dim(1);
   RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32),
@@ -73,8 +79,9 @@ RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const 
   return routed;
 }
 
-RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, int experts, Stream& stream) {
-  const int64_t T = chosen.dim(0), pairs = chosen.elements();
+RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, const kernels::Tally& tally, const RoutingSums* sums,
+                                     Stream& stream) {
+  const int64_t T = chosen.dim(0), pairs = chosen.elements(), experts = tally.counts.dim(1);
   RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32, stream),
                       .expert = chosen.Reshape({pairs}),
                       .weight = weights.Reshape({pairs}),
@@ -82,7 +89,9 @@ RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights
                       .segments = Empty({experts, 3}, DType::kI32, stream),
                       .slot = Empty({pairs}, DType::kI32, stream),
                       .token = Empty({pairs}, DType::kI32, stream)};
-  kernels::OrderByExpert(chosen, routed.offset, routed.segments, routed.slot, routed.token, stream);
+  kernels::TallyTotals totals;
+  if (sums != nullptr) totals = {.counts = sums->counts(), .probs = sums->probs(), .z = sums->z()};
+  kernels::OrderByExpert(chosen, tally, routed.offset, routed.segments, routed.slot, routed.token, totals, stream);
   return routed;
 }
 

@@ -8,12 +8,11 @@
 #include <vector>
 
 #include "models/routers/router.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal {
 
-// Counts chosen_TK (i32) by piece and expert into `summary`, [pieces, E] flat.
-void CountByPiece(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
-// The same by piece, choice and expert, [pieces, K, E] flat.
+// Counts chosen_TK (i32) by piece, choice and expert into `summary`, [pieces, K, E] flat.
 void CountByPieceAndChoice(const Tensor& chosen, int pieces, int experts, const Tensor& summary);
 // Adds the choices of all tokens to counts_E (f64).
 void CountChoices(const Tensor& chosen, const Tensor& counts);
@@ -26,11 +25,19 @@ double SumOfSquares(const Tensor& logz);
 // stream has failed.
 std::vector<Tensor> AllToHost(std::vector<Tensor> tensors, Stream& stream);
 
-// The list in which every choice stays. `summaries` by CountByPiece; `weights` may be anywhere.
+// The totals of a tally (kernels::SumTally), in memory of the stream.
+Tensor TotalsOf(const kernels::Tally& tally, Stream& stream);
+// From such totals in host memory: the choices by piece and expert, [pieces, E] flat, into `summary`; and all that they have into `sums`.
+void CountsOf(const Tensor& totals, const Tensor& summary);
+void AddTotals(const Tensor& totals, int pieces, const RoutingSums& sums);
+
+// The list in which every choice stays. `summaries`: counts by piece; `weights` may be anywhere.
 RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
 
-// The same where the host does not know the choices: the list of chosen_TK and weights_TK, with the order of its rows.
-RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, int experts, Stream& stream);
+// The same where the host does not know the choices: the list of chosen_TK and weights_TK, with the order of its rows. Adds to `sums`,
+// unless null, what `tally` has of these choices.
+RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, const kernels::Tally& tally, const RoutingSums* sums,
+                                     Stream& stream);
 
 // Tokens that an expert takes of a whole part of the batch: ceil(factor * tokens / experts), at most all.
 int64_t ExpertCapacity(double factor, int64_t tokens, int experts);

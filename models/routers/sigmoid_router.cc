@@ -11,6 +11,7 @@ namespace {
 
 struct SigmoidSaved : Router::Saved {
   Tensor normed, scores, chosen, weights;
+  kernels::Tally tally;  // Until Choose.
   Tensor choices;  // `chosen` in host memory.
   int64_t seq = 0;
   std::unique_ptr<RouterLogits::Saved> logits;
@@ -38,26 +39,27 @@ class SigmoidRouter : public Router {
     kept->scores = Empty({tokens, experts()}, DType::kF32, stream);
     kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
-    kernels::TopKSigmoid(logits, BiasFor(stream), scale_, kept->scores, kept->chosen, kept->weights, stream);
+    kept->tally = kernels::MakeTally(tokens, experts(), summary.empty() ? 1 : batch.pieces, kernels::TallySums::kNo, stream);
+    kernels::TopKSigmoid(logits, BiasFor(stream), scale_, kept->scores, kept->chosen, kept->weights, stream, kept->tally);
     if (summary.empty()) return kept;
     const Tensor loss = Zeros({1}, DType::kF64, stream);
     if (sums != nullptr) AddSequenceLoss(*kept, loss, stream);
-    const std::vector<Tensor> host = AllToHost({kept->chosen, loss}, stream);
+    const std::vector<Tensor> host = AllToHost({kept->chosen, TotalsOf(kept->tally, stream), loss}, stream);
+    kept->tally = {};
     kept->choices = host[0];
-    CountByPiece(kept->choices, batch.pieces, experts(), summary);
+    CountsOf(host[1], summary);
     if (sums == nullptr) return kept;
-    CountChoices(kept->choices, sums->counts());
-    AddSums(host[1], sums->seq_aux());
+    AddTotals(host[1], batch.pieces, *sums);
+    AddSums(host[2], sums->seq_aux());
     return kept;
   }
 
   RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, const RoutingSums* sums, Stream& stream) override {
-    const SigmoidSaved& kept = static_cast<const SigmoidSaved&>(saved);
+    SigmoidSaved& kept = static_cast<SigmoidSaved&>(saved);
     if (!summaries.empty()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
-    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, experts(), stream);
-    if (sums == nullptr) return routed;
-    kernels::AddRoutingSums(routed.segments, /*prob_sums=*/Tensor(), /*logz=*/Tensor(), sums->counts(), sums->probs(), sums->z(), stream);
-    AddSequenceLoss(kept, sums->seq_aux(), stream);
+    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, kept.tally, sums, stream);
+    kept.tally = {};
+    if (sums != nullptr) AddSequenceLoss(kept, sums->seq_aux(), stream);
     return routed;
   }
 

@@ -13,6 +13,7 @@ using kernels::Renormalize;
 
 struct SoftmaxSaved : Router::Saved {
   Tensor normed, probs, chosen, weights, logz;
+  kernels::Tally tally;  // Until Choose.
   // In host memory:
   Tensor choices;       // `chosen`.
   Tensor host_weights;  // `weights`, where there are capacities.
@@ -40,20 +41,25 @@ class SoftmaxRouter : public Router {
     kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
     kept->logz = Empty({tokens}, DType::kF32, stream);
-    kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream);
-    if (summary.empty()) return kept;
-    const std::vector<Tensor> host =
-        AllToHost({kept->chosen, config_.has_capacity() ? kept->weights : Tensor(),
-                   sums == nullptr ? Tensor() : ProbSums(*kept, stream), sums == nullptr ? Tensor() : kept->logz},
-                  stream);
-    kept->choices = host[0];
-    kept->host_weights = host[1];
-    const auto count = config_.has_capacity() ? CountByPieceAndChoice : CountByPiece;
-    count(kept->choices, batch.pieces, experts(), summary);
-    if (sums == nullptr) return kept;
-    CountChoices(kept->choices, sums->counts());
-    if (!host[2].empty()) AddSums(host[2], sums->probs());
-    *sums->z().data<double>() += SumOfSquares(host[3]);
+    const bool on_stream = summary.empty(), capacity = config_.has_capacity();
+    if (!capacity || sums != nullptr) {
+      kept->tally = kernels::MakeTally(tokens, experts(), on_stream ? 1 : batch.pieces,
+                                       sums == nullptr ? kernels::TallySums::kNo : kernels::TallySums::kYes, stream);
+    }
+    kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream, kept->tally);
+    if (on_stream) return kept;
+    const std::vector<Tensor> host = AllToHost({kept->tally.counts.empty() ? Tensor() : TotalsOf(kept->tally, stream), kept->chosen,
+                                                capacity ? kept->weights : Tensor()},
+                                               stream);
+    kept->tally = {};
+    kept->choices = host[1];
+    kept->host_weights = host[2];
+    if (capacity) {
+      CountByPieceAndChoice(kept->choices, batch.pieces, experts(), summary);
+    } else {
+      CountsOf(host[0], summary);
+    }
+    if (sums != nullptr) AddTotals(host[0], batch.pieces, *sums);
     return kept;
   }
 
@@ -89,19 +95,10 @@ class SoftmaxRouter : public Router {
     return raw ? Renormalize::kNo : Renormalize::kYes;
   }
 
-  // Empty where no loss reads them.
-  Tensor ProbSums(const SoftmaxSaved& kept, Stream& stream) const {
-    if (config_.aux_loss == AuxLoss::kNone) return Tensor();
-    Tensor sums = Empty({experts()}, DType::kF64, stream);
-    kernels::SumOverTokens(kept.probs, sums, stream);
-    return sums;
-  }
-
-  RoutedTokens ChooseOnStream(const SoftmaxSaved& kept, const RoutingSums* sums, Stream& stream) const {
+  RoutedTokens ChooseOnStream(SoftmaxSaved& kept, const RoutingSums* sums, Stream& stream) const {
     SHOAL_CHECK(!config_.has_capacity()) << "capacities are shared out by the host";
-    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, experts(), stream);
-    if (sums == nullptr) return routed;
-    kernels::AddRoutingSums(routed.segments, ProbSums(kept, stream), kept.logz, sums->counts(), sums->probs(), sums->z(), stream);
+    RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, kept.tally, sums, stream);
+    kept.tally = {};
     return routed;
   }
 

@@ -3,6 +3,7 @@
 
 #include "models/routers/testing.h"
 #include "runtime/kernels/cuda/device_testing.h"
+#include "runtime/kernels/cuda/emulator.h"
 
 namespace shoal {
 namespace {
@@ -95,6 +96,26 @@ INSTANTIATE_TEST_SUITE_P(Kinds, StreamRouterTest, testing::Combine(testing::Valu
                          [](const auto& info) {
                            return NameOf(std::get<0>(info.param)) + (std::get<1>(info.param) ? "_device" : "_cpu");
                          });
+
+// One that reads the logits, and one that needs all choices to order them.
+TEST(StreamSoftmaxRouter, TakesTwoLaunches) {
+  if (kernels::testing::OnRealDevice()) GTEST_SKIP() << "launches are counted by the emulator";
+  const std::unique_ptr<Stream> stream = TestStream();
+  const ModelConfig config = ConfigOf(RouterKind::kTopK, 8, 2);
+  Parameters parameters(config, DType::kF32);
+  for (auto& [name, tensor] : parameters.weights) tensor = Upload(tensor, *stream);
+  const std::unique_ptr<Router> router = MakeRouter(config, 0, parameters.View());
+  const Tensor x = Upload(Random({kSeq, config.hidden_size}, DType::kF32, 1), *stream);
+  const Tensor rows = Zeros({1, RoutingSums::Width(8)}, DType::kF64, *stream);
+  const RoutingSums sums = RoutingSums::Row(rows, 0);
+  const Router::Batch batch{.seq = kSeq, .tokens_of_rank = {kSeq}};
+  ASSERT_EQ(stream->Wait(), absl::OkStatus());
+  const int64_t launches = cuda::emulator::Launches();
+  const auto saved = router->Score(x, batch, Tensor(), &sums, *stream);
+  router->Choose(Tensor(), batch, *saved, &sums, *stream);
+  ASSERT_EQ(stream->Wait(), absl::OkStatus());
+  EXPECT_EQ(cuda::emulator::Launches() - launches, 2) << "the logits themselves are a product of the CPU's";
+}
 
 // Also by choices that were recorded before it moved.
 TEST(StreamSigmoidRouter, ABiasThatMovedIsUsed) {

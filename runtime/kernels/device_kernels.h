@@ -50,20 +50,20 @@ struct DeviceKernels {
   R (*sum_slots)(T drows, T offset, T slot, T dx, S);
   R (*combine_slots)(T residual, T y, T offset, T slot, T weight, T out, S);
   R (*combine_slots_backward)(T dout, T y, T offset, T slot, T weight, T dy, T dweight, S);
-  // router.h
-  R (*topk_softmax)(T logits, bool renormalize, T probs, T chosen, T weights, T logz, S);
+  // router.h. A tally is its `pieces`, `counts` and `sums`.
+  R (*topk_softmax)(T logits, bool renormalize, T probs, T chosen, T weights, T logz, int32_t pieces, T counts, T sums, S);
   R (*topk_softmax_backward)(T probs, T chosen, T weights, T logz, bool renormalize, T dweights, T dprob, float z_scale, T dlogits, S);
   R (*softmax)(T logits, T probs, T logz, S);
   R (*softmax_backward)(T probs, T logz, T dprobs, float z_scale, T dlogits, S);
-  R (*topk_sigmoid)(T logits, T bias, float scale, T scores, T chosen, T weights, S);
+  R (*topk_sigmoid)(T logits, T bias, float scale, T scores, T chosen, T weights, int32_t pieces, T counts, S);
   R (*topk_sigmoid_backward)(T scores, T chosen, T weights, float scale, T dweights, T dshare, T dlogits, S);
   R (*sum_shares)(T scores, T sums, S);
   R (*top_tokens)(T scores, int64_t capacity, T score, T token, S);
   R (*normalize_rows)(T x, T y, T norm, S);
   R (*normalize_rows_backward)(T dy, T y, T norm, T dx, S);
   R (*sum_over_tokens)(T values, T sums, S);
-  R (*order_by_expert)(T chosen, T offset, T segments, T slot, T token, S);
-  R (*add_routing_sums)(T segments, T prob_sums, T logz, T counts, T probs, T z, S);
+  R (*sum_tally)(int32_t pieces, T counts, T sums, T totals, S);
+  R (*order_by_expert)(T chosen, T counts, T sums, T offset, T segments, T slot, T token, T all_counts, T all_probs, T all_z, S);
   R (*gradient_of_counts)(T sums, int64_t first, bool all_layers, double scale, T dprob, S);
   R (*sequence_loads)(T chosen, float scale, T load, S);
   R (*add_sequence_loss)(T load, T shares, double scale, T loss, S);

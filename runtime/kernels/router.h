@@ -7,12 +7,25 @@
 
 namespace shoal::kernels {
 
+// Choices counted while they are made, and summed what losses read of them: by blocks of tokens, none of which waits for another, so
+// that sums have the same bits in every run and on every card. Tokens are cut into `pieces`, the first of them one token longer where they
+// are not even, and each piece likewise into as many of the B blocks.
+struct Tally {
+  int pieces = 1;
+  Tensor counts;  // [B, E] i32: choices of each expert by the tokens of a block. Empty: nothing is counted.
+  Tensor sums;    // [B, E + 1] f64: over these tokens the probability of each expert, then logz^2. Empty: nothing is summed.
+};
+enum class TallySums : uint8_t { kNo, kYes };
+// Of choices that are still to be made.
+Tally MakeTally(int64_t tokens, int64_t experts, int pieces, TallySums sums, Stream& stream);
+
 enum class Renormalize : uint8_t { kNo, kYes };
 
 // probs_TE = softmax(logits_TE), f32. chosen_TK (i32): the K most probable experts, most probable first, ties to the lower
-// index. weights_TK (f32): their probabilities, with kYes divided by their sum. logz_T (f32) = logsumexp of the logits.
+// index. weights_TK (f32): their probabilities, with kYes divided by their sum. logz_T (f32) = logsumexp of the logits. `tally`, where
+// there is one, is overwritten. One launch on a device, which reads logits once.
 void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& probs, const Tensor& chosen,
-                 const Tensor& weights, const Tensor& logz, Stream& stream);
+                 const Tensor& weights, const Tensor& logz, Stream& stream, const Tally& tally = {});
 
 // dlogits_TE (f32, overwritten) from three sources: dweights_TK; dprob_E, the same gradient for the probabilities of every
 // token (auxiliary losses; empty: none); and z_scale: d/dlogits of z_scale * logz^2 per token (z-loss; 0: none).
@@ -28,9 +41,9 @@ void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dpro
                      Stream& stream);
 
 // scores_TE = sigmoid(logits_TE), f32. chosen_TK (i32): the K greatest of scores + bias_E (f32), greatest first. weights_TK (f32):
-// their scores over the sum of their scores, times scale; the bias is not in them.
+// their scores over the sum of their scores, times scale; the bias is not in them. `tally`: as above, without sums.
 void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
-                 const Tensor& weights, Stream& stream);
+                 const Tensor& weights, Stream& stream, const Tally& tally = {});
 // dlogits_TE (f32, overwritten) from dweights_TK and dshare_QE (f32; empty: none), the gradient by a token's shares, which are its
 // scores over their sum, the same for all tokens of one of the Q sequences; T is a multiple of Q.
 void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
@@ -51,17 +64,25 @@ void NormalizeRowsBackward(const Tensor& dy, const Tensor& y, const Tensor& norm
 // sums_E (f64) = sum over tokens of probs_TE, in an order that does not depend on the number of threads.
 void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream);
 
+// totals (f64) of a tally: [pieces, E] choices of each piece, and where it has sums, [E + 1] those of all blocks, in order.
+void SumTally(const Tally& tally, const Tensor& totals, Stream& stream);
+
 // What follows lets a device route without its host, which never learns the counts.
 
+// What OrderByExpert adds the totals of a tally to, all f64: counts_E, and probs_E and z_1 where the tally has sums. Empty: nothing.
+struct TallyTotals {
+  Tensor counts, probs, z;
+};
 // Pairs of tokens and experts, T * K of them, all of which stay: offset_T1 (i32), where the pairs of each token begin; segments_E3
 // (i32), rows of expert, first slot and choices, as grouped products take them; slot of each pair and token of each slot (i32, T * K),
-// slots by expert, then by token.
-void OrderByExpert(const Tensor& chosen, const Tensor& offset, const Tensor& segments, const Tensor& slot, const Tensor& token,
-                   Stream& stream);
-// Adds to f64 sums: to counts_E the choices of segments_E3, to probs_E prob_sums_E (f64; empty: nothing), to z_1 the squares of
-// logz_T (f32; empty: nothing).
-void AddRoutingSums(const Tensor& segments, const Tensor& prob_sums, const Tensor& logz, const Tensor& counts, const Tensor& probs,
-                    const Tensor& z, Stream& stream);
+// slots by expert, then by token. `tally` is that of chosen_TK, of one piece.
+//
+// One launch on a device, which is the second and last of a layer's routing: the slot of the first token's last expert follows from the
+// choices of all tokens, so no kernel can choose and give slots unless its blocks wait for all others, as those of a scan with look-back
+// (Merrill and Garland, 2016) do for the blocks before them. Each block instead adds up for itself what others counted, which is in the
+// cache.
+void OrderByExpert(const Tensor& chosen, const Tally& tally, const Tensor& offset, const Tensor& segments, const Tensor& slot,
+                   const Tensor& token, const TallyTotals& totals, Stream& stream);
 // dprob_LE (f32) = scale * counts_LE, which are the columns from `first` of sums_LN (f64); kAllLayers: their sums over L.
 enum class CountsOf : uint8_t { kEachLayer, kAllLayers };
 void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream);

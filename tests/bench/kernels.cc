@@ -129,8 +129,8 @@ Routing MakeRouting(int64_t T) {
 Call RouterCall(Impl impl, int64_t T, DType) {
   const Tensor logits = Random({T, kExperts}, DType::kF32, 1);
   const Routing r = MakeRouting(T);
-  const auto kernel = impl == Impl::kCpu ? TopKSoftmax : ref::TopKSoftmax;
-  return {[=] { kernel(logits, Renormalize::kYes, r.probs, r.chosen, r.weights, r.logz, TheStream()); },
+  const auto run = [=](const auto& kernel) { kernel(logits, Renormalize::kYes, r.probs, r.chosen, r.weights, r.logz, TheStream()); };
+  return {[=] { impl == Impl::kCpu ? run([](auto&&... operands) { TopKSoftmax(operands...); }) : run(ref::TopKSoftmax); },
           {r.probs, r.chosen, r.weights, r.logz},
           BytesOf({logits, r.probs, r.chosen, r.weights, r.logz})};
 }
@@ -153,8 +153,8 @@ Call RouterBackwardCall(Impl impl, int64_t T, DType) {
 Call SigmoidCall(Impl impl, int64_t T, DType) {
   const Tensor logits = Random({T, kExperts}, DType::kF32, 1), bias = Random({kExperts}, DType::kF32, 2);
   const Routing r = MakeRouting(T);
-  const auto kernel = impl == Impl::kCpu ? TopKSigmoid : ref::TopKSigmoid;
-  return {[=] { kernel(logits, bias, 2.5f, r.probs, r.chosen, r.weights, TheStream()); },
+  const auto run = [=](const auto& kernel) { kernel(logits, bias, 2.5f, r.probs, r.chosen, r.weights, TheStream()); };
+  return {[=] { impl == Impl::kCpu ? run([](auto&&... operands) { TopKSigmoid(operands...); }) : run(ref::TopKSigmoid); },
           {r.probs, r.chosen, r.weights},
           BytesOf({logits, r.probs, r.chosen, r.weights})};
 }

@@ -178,8 +178,9 @@ Prepared PrepareTopKSoftmax(const Sizes& s, Stream& stream) {
   const Tensor logits = Random({T, s.experts}, kF32, 1, stream), probs = Empty({T, s.experts}, kF32, stream);
   const Tensor chosen = Empty({T, s.top_k}, DType::kI32, stream), weights = Empty({T, s.top_k}, kF32, stream);
   const Tensor logz = Empty({T}, kF32, stream);
-  return Moves({logits}, {probs, chosen, weights, logz}, [=, &stream] {
-    kernels::TopKSoftmax(logits, kernels::Renormalize::kYes, probs, chosen, weights, logz, stream);
+  const kernels::Tally tally = kernels::MakeTally(T, s.experts, /*pieces=*/1, kernels::TallySums::kYes, stream);
+  return Moves({logits}, {probs, chosen, weights, logz, tally.counts, tally.sums}, [=, &stream] {
+    kernels::TopKSoftmax(logits, kernels::Renormalize::kYes, probs, chosen, weights, logz, stream, tally);
   });
 }
 Prepared PrepareTopKSoftmaxBackward(const Sizes& s, Stream& stream) {
@@ -193,12 +194,20 @@ Prepared PrepareTopKSoftmaxBackward(const Sizes& s, Stream& stream) {
   });
 }
 Prepared PrepareOrderByExpert(const Sizes& s, Stream& stream) {
-  const Tensor chosen = RandomIntegers(s.pairs(), s.experts, 1, stream).Reshape({s.tokens(), s.top_k});
+  const Prepared forward = PrepareTopKSoftmax(s, stream);
+  forward.run();
+  const Tensor chosen = forward.outputs[1];
+  const kernels::Tally tally = {.pieces = 1, .counts = forward.outputs[4], .sums = forward.outputs[5]};
   const Tensor offset = Empty({s.tokens() + 1}, DType::kI32, stream), segments = Empty({s.experts, 3}, DType::kI32, stream);
   const Tensor slot = Empty({s.pairs()}, DType::kI32, stream), token = Empty({s.pairs()}, DType::kI32, stream);
-  return Moves({chosen}, {offset, segments, slot, token}, [=, &stream] {
-    kernels::OrderByExpert(chosen, offset, segments, slot, token, stream);
+  const Tensor sums = Zeros({2 * s.experts + 1}, DType::kF64, stream);
+  const kernels::TallyTotals totals = {
+      .counts = sums.Rows(0, s.experts), .probs = sums.Rows(s.experts, s.experts), .z = sums.Rows(2 * s.experts, 1)};
+  Prepared prepared = Moves({chosen, tally.counts, tally.sums, sums}, {offset, segments, slot, token, sums}, [=, &stream] {
+    kernels::OrderByExpert(chosen, tally, offset, segments, slot, token, totals, stream);
   });
+  prepared.outputs.pop_back();  // Each call adds to the sums.
+  return prepared;
 }
 Prepared PrepareGatherRows(const Sizes& s, Stream& stream) {
   const Pairs pairs = MakePairs(s, stream);

@@ -39,10 +39,57 @@ void ChooseTopK(const float* logits, int64_t E, int64_t K, int32_t* chosen) {
   }
 }
 
+// Of a tally: tokens that are worth a block of their own, and how many blocks there are at most, because each that gives slots to pairs
+// reads the counts of all (a device's cache has room for them).
+constexpr int64_t kTallyTokens = 32, kTallyBlocks = 256;
+
+// The first of the tokens of a part of `parts`, which may be the one behind the last.
+int64_t EvenBegin(int64_t tokens, int64_t parts, int64_t part) { return part * (tokens / parts) + std::min(part, tokens % parts); }
+
+void CheckTally(const Tally& tally, int64_t E) {
+  if (tally.counts.empty()) return;
+  const int64_t B = tally.counts.dim(0);
+  SHOAL_CHECK(tally.pieces >= 1 && B >= 1 && B % tally.pieces == 0) << B << " blocks of " << tally.pieces << " pieces";
+  CheckTensor(tally.counts, DType::kI32, {B, E}, "counts");
+  if (!tally.sums.empty()) CheckTensor(tally.sums, DType::kF64, {B, E + 1}, "sums");
+}
+
+// probs_TE and logz_T are read where the tally has sums.
+void FillTally(const Tally& tally, const Tensor& chosen, const Tensor& probs, const Tensor& logz) {
+  if (tally.counts.empty()) return;
+  const int64_t T = chosen.dim(0), K = chosen.dim(1), B = tally.counts.dim(0), E = tally.counts.dim(1), each = B / tally.pieces;
+  const auto sum_rows = Inner().sum_rows;
+  ParallelFor(B, GrainOfRows((K + (tally.sums.empty() ? 0 : E)) * (T / B + 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t piece = EvenBegin(T, tally.pieces, block / each), tokens = EvenBegin(T, tally.pieces, block / each + 1) - piece;
+      const int64_t first = piece + EvenBegin(tokens, each, block % each), last = piece + EvenBegin(tokens, each, block % each + 1);
+      int32_t* counts = tally.counts.data<int32_t>() + block * E;
+      std::fill_n(counts, E, 0);
+      for (int64_t i = first * K; i < last * K; ++i) ++counts[chosen.data<int32_t>()[i]];
+      if (tally.sums.empty()) continue;
+      double* sums = tally.sums.data<double>() + block * (E + 1);
+      std::fill_n(sums, E + 1, 0.0);
+      sum_rows(probs.data<float>(), sums, E, first, last);
+      for (int64_t t = first; t < last; ++t) {
+        const double value = static_cast<double>(logz.data<float>()[t]);
+        sums[E] += value * value;
+      }
+    }
+  });
+}
+
 }  // namespace
 
+Tally MakeTally(int64_t tokens, int64_t experts, int pieces, TallySums sums, Stream& stream) {
+  const int64_t worth = (tokens / pieces + kTallyTokens - 1) / kTallyTokens;
+  const int64_t blocks = pieces * std::clamp<int64_t>(worth, 1, std::max<int64_t>(1, kTallyBlocks / pieces));
+  Tally tally{.pieces = pieces, .counts = Empty({blocks, experts}, DType::kI32, stream), .sums = {}};
+  if (sums == TallySums::kYes) tally.sums = Empty({blocks, experts + 1}, DType::kF64, stream);
+  return tally;
+}
+
 void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& probs, const Tensor& chosen,
-                 const Tensor& weights, const Tensor& logz, Stream& stream) {
+                 const Tensor& weights, const Tensor& logz, Stream& stream, const Tally& tally) {
   const int64_t T = logits.dim(0), E = logits.dim(1), K = chosen.dim(1);
   SHOAL_CHECK(E >= 1 && K >= 1 && K <= E) << K << " of " << E << " experts";
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
@@ -51,7 +98,11 @@ void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& pr
   CheckTensor(weights, DType::kF32, {T, K}, "weights");
   CheckTensor(logz, DType::kF32, {T}, "logz");
   const bool renormal = renormalize == Renormalize::kYes;
-  if (Offloaded(stream, &DeviceKernels::topk_softmax, logits, renormal, probs, chosen, weights, logz)) return;
+  CheckTally(tally, E);
+  if (Offloaded(stream, &DeviceKernels::topk_softmax, logits, renormal, probs, chosen, weights, logz, tally.pieces, tally.counts,
+                tally.sums)) {
+    return;
+  }
   const auto softmax = Inner().softmax;
   ParallelFor(T, GrainOfRows(2 * E), [&](int64_t begin, int64_t end) {
     std::vector<float> sums(static_cast<size_t>(end - begin));
@@ -75,6 +126,7 @@ void TopKSoftmax(const Tensor& logits, Renormalize renormalize, const Tensor& pr
       for (int64_t k = 0; k < K; ++k) weight[k] /= sum;
     }
   });
+  FillTally(tally, chosen, probs, logz);
 }
 
 void TopKSoftmaxBackward(const Tensor& probs, const Tensor& chosen, const Tensor& weights, const Tensor& logz,
@@ -166,15 +218,17 @@ void SoftmaxBackward(const Tensor& probs, const Tensor& logz, const Tensor& dpro
 }
 
 void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Tensor& scores, const Tensor& chosen,
-                 const Tensor& weights, Stream& stream) {
+                 const Tensor& weights, Stream& stream, const Tally& tally) {
   const int64_t T = logits.dim(0), E = logits.dim(1), K = chosen.dim(1);
   SHOAL_CHECK(E >= 1 && K >= 1 && K <= E) << K << " of " << E << " experts";
+  SHOAL_CHECK(tally.sums.empty()) << "sums of probabilities that are none";
+  CheckTally(tally, E);
   CheckTensor(logits, DType::kF32, {T, E}, "logits");
   CheckTensor(bias, DType::kF32, {E}, "bias");
   CheckTensor(scores, DType::kF32, {T, E}, "scores");
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
   CheckTensor(weights, DType::kF32, {T, K}, "weights");
-  if (Offloaded(stream, &DeviceKernels::topk_sigmoid, logits, bias, scale, scores, chosen, weights)) return;
+  if (Offloaded(stream, &DeviceKernels::topk_sigmoid, logits, bias, scale, scores, chosen, weights, tally.pieces, tally.counts)) return;
   const auto sigmoid = Inner().sigmoid;
   ParallelFor(T, GrainOfRows(3 * E), [&](int64_t begin, int64_t end) {
     std::vector<float> biased(static_cast<size_t>(E));
@@ -190,6 +244,7 @@ void TopKSigmoid(const Tensor& logits, const Tensor& bias, float scale, const Te
       for (int64_t k = 0; k < K; ++k) weight[k] *= scale / sum;
     }
   });
+  FillTally(tally, chosen, scores, Tensor());
 }
 
 void TopKSigmoidBackward(const Tensor& scores, const Tensor& chosen, const Tensor& weights, float scale, const Tensor& dweights,
@@ -335,53 +390,61 @@ void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream) {
   }
 }
 
-void OrderByExpert(const Tensor& chosen, const Tensor& offset, const Tensor& segments, const Tensor& slot, const Tensor& token,
-                   Stream& stream) {
+void SumTally(const Tally& tally, const Tensor& totals, Stream& stream) {
+  const int64_t B = tally.counts.dim(0), E = tally.counts.dim(1), P = tally.pieces;
+  CheckTally(tally, E);
+  CheckTensor(totals, DType::kF64, {P * E + (tally.sums.empty() ? 0 : E + 1)}, "totals");
+  if (Offloaded(stream, &DeviceKernels::sum_tally, tally.pieces, tally.counts, tally.sums, totals)) return;
+  double* const to = totals.data<double>();
+  std::fill_n(to, totals.elements(), 0.0);
+  for (int64_t block = 0; block < B; ++block) {
+    double* counts = to + block / (B / P) * E;
+    for (int64_t e = 0; e < E; ++e) counts[e] += tally.counts.data<int32_t>()[block * E + e];
+    if (tally.sums.empty()) continue;
+    for (int64_t i = 0; i <= E; ++i) to[P * E + i] += tally.sums.data<double>()[block * (E + 1) + i];
+  }
+}
+
+void OrderByExpert(const Tensor& chosen, const Tally& tally, const Tensor& offset, const Tensor& segments, const Tensor& slot,
+                   const Tensor& token, const TallyTotals& totals, Stream& stream) {
   const int64_t T = chosen.dim(0), K = chosen.dim(1), E = segments.dim(0);
   SHOAL_CHECK(T * K < INT32_MAX) << T << " tokens with " << K << " choices";
+  SHOAL_CHECK(tally.pieces == 1 && !tally.counts.empty()) << "choices of " << tally.pieces << " pieces, or not counted";
+  CheckTally(tally, E);
   CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
   CheckTensor(offset, DType::kI32, {T + 1}, "offset");
   CheckTensor(segments, DType::kI32, {E, 3}, "segments");
   CheckTensor(slot, DType::kI32, {T * K}, "slot");
   CheckTensor(token, DType::kI32, {T * K}, "token");
-  if (Offloaded(stream, &DeviceKernels::order_by_expert, chosen, offset, segments, slot, token)) return;
+  const bool adds = !totals.counts.empty(), adds_sums = adds && !tally.sums.empty();
+  if (adds) CheckTensor(totals.counts, DType::kF64, {E}, "counts");
+  if (adds_sums) CheckTensor(totals.probs, DType::kF64, {E}, "probs");
+  if (adds_sums) CheckTensor(totals.z, DType::kF64, {1}, "z");
+  if (Offloaded(stream, &DeviceKernels::order_by_expert, chosen, tally.counts, tally.sums, offset, segments, slot, token, totals.counts,
+                totals.probs, totals.z)) {
+    return;
+  }
+  const Tensor own = Empty({E + (tally.sums.empty() ? 0 : E + 1)}, DType::kF64);
+  SumTally(tally, own, stream);
+  const double* sums = own.data<double>();
   for (int64_t t = 0; t <= T; ++t) offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
-  std::vector<int32_t> count(static_cast<size_t>(E)), next(static_cast<size_t>(E));
-  for (const int32_t expert : chosen.span<int32_t>()) ++count[static_cast<size_t>(expert)];
+  std::vector<int32_t> next(static_cast<size_t>(E));
   int32_t first = 0;
   for (int64_t e = 0; e < E; ++e) {
-    const size_t at = static_cast<size_t>(e);
     int32_t* segment = segments.data<int32_t>() + 3 * e;
     segment[0] = static_cast<int32_t>(e);
-    segment[1] = next[at] = first;
-    segment[2] = count[at];
-    first += count[at];
+    segment[1] = next[static_cast<size_t>(e)] = first;
+    segment[2] = static_cast<int32_t>(sums[e]);
+    first += segment[2];
+    if (adds) totals.counts.data<double>()[e] += sums[e];
+    if (adds_sums) totals.probs.data<double>()[e] += sums[E + e];
   }
+  if (adds_sums) *totals.z.data<double>() += sums[2 * E];
   for (int64_t pair = 0; pair < T * K; ++pair) {
     const int32_t place = next[static_cast<size_t>(chosen.data<int32_t>()[pair])]++;
     slot.data<int32_t>()[pair] = place;
     token.data<int32_t>()[place] = static_cast<int32_t>(pair / K);
   }
-}
-
-void AddRoutingSums(const Tensor& segments, const Tensor& prob_sums, const Tensor& logz, const Tensor& counts, const Tensor& probs,
-                    const Tensor& z, Stream& stream) {
-  const int64_t E = segments.dim(0);
-  CheckTensor(segments, DType::kI32, {E, 3}, "segments");
-  if (!prob_sums.empty()) CheckTensor(prob_sums, DType::kF64, {E}, "prob_sums");
-  if (!logz.empty()) CheckTensor(logz, DType::kF32, {logz.elements()}, "logz");
-  CheckTensor(counts, DType::kF64, {E}, "counts");
-  CheckTensor(probs, DType::kF64, {E}, "probs");
-  CheckTensor(z, DType::kF64, {1}, "z");
-  if (Offloaded(stream, &DeviceKernels::add_routing_sums, segments, prob_sums, logz, counts, probs, z)) return;
-  for (int64_t e = 0; e < E; ++e) {
-    counts.data<double>()[e] += segments.data<int32_t>()[3 * e + 2];
-    if (!prob_sums.empty()) probs.data<double>()[e] += prob_sums.data<double>()[e];
-  }
-  if (logz.empty()) return;
-  double sum = 0;
-  for (const float value : logz.span<float>()) sum += static_cast<double>(value) * static_cast<double>(value);
-  *z.data<double>() += sum;
 }
 
 void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "runtime/kernels/cuda/kernels.h"
+#include "runtime/kernels/cuda/router_tally.h"
 
 namespace shoal::cuda {
 namespace {
@@ -32,6 +33,19 @@ __device__ __forceinline__ Tile LoadTile(const CountingSort& s) {
   return tile;
 }
 
+// Of the items [first, end) of keys that are buckets.
+__device__ __forceinline__ Tile LoadTile(const int32_t* keys, int64_t first, int64_t end) {
+  const int64_t begin = first + threadIdx.x / 32 * kTileOfWarp + threadIdx.x % 32;
+  Tile tile;
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int64_t at = begin + round * 32;
+    tile.item[round] = at < end ? static_cast<int32_t>(at) : -1;
+    tile.bucket[round] = at < end ? keys[at] : -1;
+  }
+  return tile;
+}
+
 // Adds a round to its warp's counts; the number of the lane's item among those of its bucket that the warp has counted.
 __device__ __forceinline__ int32_t CountRound(int32_t* counts, int32_t bucket) {
   const uint32_t same = __match_any_sync(0xffffffffu, static_cast<uint32_t>(bucket)), before = (1u << threadIdx.x % 32) - 1;
@@ -45,20 +59,34 @@ __device__ __forceinline__ int32_t CountRound(int32_t* counts, int32_t bucket) {
 // Of [warps, buckets].
 __device__ __forceinline__ int CellOf(unsigned warp, int buckets, int bucket) { return static_cast<int>(warp) * buckets + bucket; }
 
-// counts [warps, buckets] of the block's warps.
-__device__ __forceinline__ void CountTile(const Tile& tile, int32_t* counts, int buckets) {
+// counts [warps, buckets] of the block's warps; rank: of each item among those of its bucket that its warp has.
+__device__ __forceinline__ void CountTile(const Tile& tile, int32_t* counts, int buckets, int32_t (&rank)[kRounds]) {
   const int cells = static_cast<int>(blockDim.x) / 32 * buckets;
   for (int i = static_cast<int>(threadIdx.x); i < cells; i += static_cast<int>(blockDim.x)) counts[i] = 0;
   __syncthreads();
 #pragma unroll
-  for (int round = 0; round < kRounds; ++round) CountRound(counts + CellOf(threadIdx.x / 32, buckets, 0), tile.bucket[round]);
+  for (int round = 0; round < kRounds; ++round) {
+    rank[round] = CountRound(counts + CellOf(threadIdx.x / 32, buckets, 0), tile.bucket[round]);
+  }
   __syncthreads();
+}
+
+// Counts of warps become places of their first items, those of a bucket one warp after the other from `place`. Returns the next place.
+__device__ __forceinline__ int32_t PlaceWarps(int32_t* counts, int buckets, int bucket, int32_t place) {
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
+    int32_t& cell = counts[CellOf(warp, buckets, bucket)];
+    const int32_t count = cell;
+    cell = place;
+    place += count;
+  }
+  return place;
 }
 
 // table [buckets, blocks]: items of each block's tile.
 __global__ void CountBlocks(CountingSort s, int32_t* table) {
   SHOAL_DYNAMIC_SHARED(int32_t, counts);
-  CountTile(LoadTile(s), counts, s.buckets);
+  int32_t rank[kRounds];
+  CountTile(LoadTile(s), counts, s.buckets, rank);
   for (int bucket = static_cast<int>(threadIdx.x); bucket < s.buckets; bucket += static_cast<int>(blockDim.x)) {
     int32_t count = 0;
     for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) count += counts[CellOf(warp, s.buckets, bucket)];
@@ -110,40 +138,145 @@ __global__ void Place(CountingSort s, const int32_t* table, const int32_t* total
   SHOAL_DYNAMIC_SHARED(int32_t, places);
   SHOAL_SHARED(int32_t, warp_sums, [32]);
   const Tile tile = LoadTile(s);
-  CountTile(tile, places, s.buckets);
-  // Counts of warps become places of their first items.
+  int32_t rank[kRounds];
+  CountTile(tile, places, s.buckets, rank);
   int32_t base = 0;
   for (int start = 0; start < s.buckets; start += static_cast<int>(blockDim.x)) {
     const int bucket = start + static_cast<int>(threadIdx.x);
     int32_t sum = 0;
     const int32_t first = base + BlockExclusiveSum(bucket < s.buckets ? total[bucket] : 0, warp_sums, &sum);
     base += sum;
-    if (bucket >= s.buckets) continue;
-    if (blockIdx.x == 0 && s.segments != nullptr) {
-      s.segments[3 * bucket] = bucket;
-      s.segments[3 * bucket + 1] = first;
-      s.segments[3 * bucket + 2] = total[bucket];
-    }
-    int32_t place = first + table[static_cast<int64_t>(bucket) * gridDim.x + blockIdx.x];
-    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) {
-      int32_t& cell = places[CellOf(warp, s.buckets, bucket)];
-      const int32_t count = cell;
-      cell = place;
-      place += count;
-    }
+    if (bucket < s.buckets) PlaceWarps(places, s.buckets, bucket, first + table[static_cast<int64_t>(bucket) * gridDim.x + blockIdx.x]);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0 && s.first != nullptr) s.first[s.n / s.items_per_name] = static_cast<int32_t>(s.n);
   __syncthreads();
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {
-    const int32_t place = CountRound(places + CellOf(threadIdx.x / 32, s.buckets, 0), tile.bucket[round]);
     if (tile.item[round] < 0) continue;
-    const int32_t name = tile.item[round] / s.items_per_name;
-    if (s.sorted != nullptr) s.sorted[place] = name;
-    if (s.first != nullptr && name * s.items_per_name == tile.item[round]) s.first[name] = tile.item[round];
-    if (s.place != nullptr) s.place[tile.item[round]] = place;
+    s.sorted[places[CellOf(threadIdx.x / 32, s.buckets, tile.bucket[round])] + rank[round]] = tile.item[round];
   }
 }
+
+// What gives slots to pairs and adds up a tally.
+struct Ordering {
+  const int32_t* chosen;
+  int64_t tokens;
+  int k, experts;
+  int blocks, pieces;  // Of the tally.
+  const int32_t* counts;
+  const double* sums;  // Null: none.
+  int32_t *offset, *segments, *slot, *token;
+
+  // Totals, and whether they are added to what is there. Null: not wanted.
+  double *count_totals, *prob_totals, *z_total;
+  bool add;
+};
+
+constexpr int kBlocksAtOnce = 2;  // Of the tally, whose pairs one block orders.
+
+__host__ __device__ inline int OrderingBlocks(int blocks, int pieces) { return pieces * ((blocks / pieces + kBlocksAtOnce - 1) / kBlocksAtOnce); }
+
+// before [experts] += counts of the lines [first, own), all [experts] those of [first, end).
+__device__ __forceinline__ void AddLines(const Ordering& a, int first, int own, int end, int32_t* before, int32_t* all) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warps = static_cast<int>(blockDim.x) / 32;
+  for (int expert = lane; expert < a.experts; expert += 32) {
+    int32_t sum_before = 0, sum = 0;
+#pragma unroll 8
+    for (int line = first + static_cast<int>(threadIdx.x) / 32; line < end; line += warps) {
+      const int32_t count = a.counts[static_cast<int64_t>(line) * a.experts + expert];
+      sum += count;
+      if (line < own) sum_before += count;
+    }
+    atomicAdd(&before[expert], sum_before);
+    atomicAdd(&all[expert], sum);
+  }
+}
+
+// Gives slots to the pairs of kBlocksAtOnce blocks of the tally. next [experts], cells [warps, experts].
+__device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int32_t* cells) {
+  SHOAL_SHARED(int32_t, warp_sums, [32]);
+  const int own = static_cast<int>(blockIdx.x) * kBlocksAtOnce, own_end = own + kBlocksAtOnce < a.blocks ? own + kBlocksAtOnce : a.blocks;
+  for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
+    next[expert] = cells[expert] = 0;
+  }
+  __syncthreads();
+  AddLines(a, 0, own, a.blocks, next, cells);
+  __syncthreads();
+  int32_t base = 0;
+  for (int start = 0; start < a.experts; start += static_cast<int>(blockDim.x)) {
+    const int expert = start + static_cast<int>(threadIdx.x);
+    const int32_t count = expert < a.experts ? cells[expert] : 0;
+    int32_t sum = 0;
+    const int32_t first = base + BlockExclusiveSum(count, warp_sums, &sum);
+    base += sum;
+    if (expert >= a.experts) continue;
+    next[expert] += first;
+    if (blockIdx.x == 0) a.segments[3 * expert] = expert, a.segments[3 * expert + 1] = first, a.segments[3 * expert + 2] = count;
+  }
+  const int64_t begin = TokensOfBlock(a.tokens, a.pieces, a.blocks, own).begin;
+  const int64_t end = TokensOfBlock(a.tokens, a.pieces, a.blocks, own_end - 1).end;
+  for (int64_t token = begin + threadIdx.x; token < end + (own_end == a.blocks ? 1 : 0); token += blockDim.x) {
+    a.offset[token] = static_cast<int32_t>(token * a.k);
+  }
+  for (int64_t pair = begin * a.k; pair < end * a.k; pair += static_cast<int64_t>(blockDim.x) * kRounds) {
+    const Tile tile = LoadTile(a.chosen, pair, end * a.k);
+    int32_t rank[kRounds];
+    __syncthreads();  // The cells of what was before are read.
+    CountTile(tile, cells, a.experts, rank);
+    for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
+      next[expert] = PlaceWarps(cells, a.experts, expert, next[expert]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      if (tile.item[round] < 0) continue;
+      const int32_t place = cells[CellOf(threadIdx.x / 32, a.experts, tile.bucket[round])] + rank[round];
+      a.slot[tile.item[round]] = place;
+      a.token[place] = tile.item[round] / a.k;
+    }
+  }
+}
+
+// The total of a column of the tally's lines, in an order that its shape alone decides: column tile `tile` of the counts of a piece, or
+// behind all pieces, of the sums.
+__device__ __forceinline__ void AddUp(const Ordering& a, int tile) {
+  SHOAL_SHARED(double, of_warp, [8][32]);
+  const int tiles = (a.experts + 32) / 32, of = tile / tiles, lane = static_cast<int>(threadIdx.x) % 32;
+  const bool counts = of < a.pieces;
+  const int column = tile % tiles * 32 + lane, width = counts ? a.experts : a.experts + 1, each = a.blocks / a.pieces;
+  const int warp = static_cast<int>(threadIdx.x) / 32, warps = static_cast<int>(blockDim.x) / 32;
+  const int first = counts ? of * each : 0, end = counts ? first + each : a.blocks;
+  double sum = 0;
+  if (column < width) {
+#pragma unroll 8
+    for (int line = first + warp; line < end; line += warps) {
+      const int64_t at = static_cast<int64_t>(line) * width + column;
+      sum += counts ? static_cast<double>(a.counts[at]) : a.sums[at];
+    }
+  }
+  of_warp[warp][lane] = sum;
+  __syncthreads();
+  if (warp != 0 || column >= width) return;
+  for (int other = 1; other < warps; ++other) sum += of_warp[other][lane];
+  double* to = counts ? a.count_totals + of * a.experts + column : column < a.experts ? a.prob_totals + column : a.z_total;
+  *to = a.add ? *to + sum : sum;
+}
+
+int TotalsTiles(const Ordering& a) {
+  return a.count_totals == nullptr ? 0 : (a.pieces + (a.sums == nullptr ? 0 : 1)) * ((a.experts + 32) / 32);
+}
+
+// The last blocks of the grid add up the tally.
+__global__ void OrderAndAddUp(Ordering a, int ordering_blocks) {
+  SHOAL_DYNAMIC_SHARED(int32_t, counts);
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < ordering_blocks) {
+    OrderPairs(a, counts, counts + a.experts);
+  } else {
+    AddUp(a, block - ordering_blocks);
+  }
+}
+
+__global__ void AddUpTally(Ordering a) { AddUp(a, static_cast<int>(blockIdx.x)); }
 
 // At least one, which writes the sums of no items.
 int64_t BlocksOf(int64_t n, int buckets) { return std::max<int64_t>(1, Blocks(n, WarpsOf(buckets) * kTileOfWarp)); }
@@ -168,20 +301,26 @@ DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream)
   return Launch(tiles, stream, Place, sort, static_cast<const int32_t*>(table), static_cast<const int32_t*>(total));
 }
 
-// A pair's place in `chosen` is its number, so items are in order of tokens.
-DeviceResult OrderByExpert(TensorArg chosen, TensorArg offset, TensorArg segments, TensorArg slot, TensorArg token, StreamArg stream) {
-  CountingSort sort;
-  sort.keys = Data<int32_t>(chosen);
-  sort.n = chosen.elements;
-  sort.buckets = static_cast<int>(segments.shape[0]);
-  sort.items_per_name = std::max(1, static_cast<int>(chosen.shape[1]));
-  sort.sorted = Data<int32_t>(token);
-  sort.place = Data<int32_t>(slot);
-  sort.segments = Data<int32_t>(segments);
-  sort.first = Data<int32_t>(offset);
-  void* scratch = nullptr;
-  const DeviceResult got = Scratch(stream, CountingSortBytes(sort.n, sort.buckets), &scratch);
-  return got.code != DeviceResult::Code::kOk ? got : Sort(sort, scratch, stream);
+DeviceResult OrderByExpert(TensorArg chosen, TensorArg counts, TensorArg sums, TensorArg offset, TensorArg segments, TensorArg slot,
+                           TensorArg token, TensorArg all_counts, TensorArg all_probs, TensorArg all_z, StreamArg stream) {
+  const int experts = static_cast<int>(segments.shape[0]), warps = WarpsOf(experts);
+  const Ordering a = {.chosen = Data<int32_t>(chosen), .tokens = chosen.shape[0], .k = static_cast<int>(chosen.shape[1]), .experts = experts,
+                      .blocks = static_cast<int>(counts.shape[0]), .pieces = 1, .counts = Data<int32_t>(counts), .sums = Data<double>(sums),
+                      .offset = Data<int32_t>(offset), .segments = Data<int32_t>(segments), .slot = Data<int32_t>(slot),
+                      .token = Data<int32_t>(token), .count_totals = Data<double>(all_counts), .prob_totals = Data<double>(all_probs),
+                      .z_total = Data<double>(all_z), .add = true};
+  const int ordering = OrderingBlocks(a.blocks, a.pieces);
+  return Launch({.blocks = ordering + TotalsTiles(a), .threads = warps * 32, .shared_bytes = int64_t{4} * (warps + 1) * experts}, stream,
+                OrderAndAddUp, a, ordering);
+}
+
+DeviceResult SumTally(int32_t pieces, TensorArg counts, TensorArg sums, TensorArg totals, StreamArg stream) {
+  Ordering a = {};
+  a.experts = static_cast<int>(counts.shape[1]), a.blocks = static_cast<int>(counts.shape[0]), a.pieces = pieces;
+  a.counts = Data<int32_t>(counts), a.sums = Data<double>(sums);
+  a.count_totals = Data<double>(totals);
+  a.prob_totals = a.count_totals + int64_t{pieces} * a.experts, a.z_total = a.prob_totals + a.experts;
+  return Launch({.blocks = TotalsTiles(a), .threads = 256}, stream, AddUpTally, a);
 }
 
 }  // namespace shoal::cuda

@@ -13,15 +13,10 @@ struct CountingSort {
   int shift = 0;
   int32_t mask = 0x7fffffff;
   int buckets = 0;
-  int items_per_name = 1;  // Items of a name stand together: `sorted` receives names, item / items_per_name.
-
-  // Results; null: not wanted.
-  int32_t* sorted = nullptr;  // [n], of the item at each place.
-  int32_t* place = nullptr;   // [n], of each item.
-  int32_t* segments = nullptr;  // [buckets, 3]: the bucket, the place of its first item, its items.
-  int32_t* first = nullptr;     // [names + 1]: the first item of each name, and their number.
+  int32_t* sorted = nullptr;  // [n], receives the item at each place.
 };
 
+// Those whose counts a block has room for.
 constexpr int kBucketsMax = 50 * 1024;
 int64_t CountingSortBytes(int64_t n, int buckets);  // Of `scratch`, a multiple of 256.
 DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream);

@@ -61,7 +61,7 @@ const DeviceKernels* EmulatedKernels() {
                &K::rope, &K::swiglu, &K::swiglu_backward, &K::adamw, &K::clip_gradients, &K::sum_of_squares, &K::cross_entropy, &K::gather_rows,
                &K::sum_slots, &K::combine_slots, &K::combine_slots_backward, &K::topk_softmax, &K::topk_softmax_backward, &K::softmax,
                &K::softmax_backward, &K::topk_sigmoid, &K::topk_sigmoid_backward, &K::sum_shares, &K::top_tokens, &K::normalize_rows,
-               &K::normalize_rows_backward, &K::sum_over_tokens, &K::order_by_expert, &K::add_routing_sums, &K::gradient_of_counts,
+               &K::normalize_rows_backward, &K::sum_over_tokens, &K::sum_tally, &K::order_by_expert, &K::gradient_of_counts,
                &K::sequence_loads, &K::add_sequence_loss, &K::divide_by, &K::divide_by_backward, &K::matmul, &K::grouped_matmul,
                &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::quantise_rows, &K::fp8_matmul, &K::grouped_matmul_swiglu,
                &K::attention, &K::attention_backward>();
@@ -108,6 +108,22 @@ Tensor ToHostFunction::operator()(const Tensor& tensor, Stream& stream) const {
   const Tensor nothing = Empty(tensor.shape(), tensor.dtype());
   if (nothing.bytes() > 0) std::memset(nothing.raw(), 0xff, static_cast<size_t>(nothing.bytes()));
   return nothing;
+}
+
+Tally TallyOf(const Tensor& chosen, int64_t experts, int pieces, Stream& stream) {
+  const int64_t K = chosen.dim(1);
+  Tally tally = MakeTally(chosen.dim(0), experts, pieces, TallySums::kNo, stream);
+  const int64_t each = tally.counts.dim(0) / pieces;
+  const Tensor counts = Zeros(tally.counts.shape(), DType::kI32);
+  const int32_t* choice = chosen.data<int32_t>();
+  // Even parts, the first ones one longer.
+  const auto part = [](int64_t total, int64_t parts, int64_t index) { return total / parts + (index < total % parts ? 1 : 0); };
+  for (int64_t block = 0; block < counts.dim(0); ++block) {
+    const int64_t tokens = part(part(chosen.dim(0), pieces, block / each), each, block % each);
+    for (int64_t i = 0; i < tokens * K; ++i) ++counts.data<int32_t>()[block * experts + *choice++];
+  }
+  tally.counts = Upload(counts, stream);
+  return tally;
 }
 
 }  // namespace shoal::kernels::testing

@@ -14,6 +14,7 @@
 #include <memory>
 
 #include "runtime/device/device.h"
+#include "runtime/kernels/router.h"
 #include "runtime/kernels/testing.h"
 #include "runtime/tensor/tensor.h"
 
@@ -41,5 +42,8 @@ struct ToHostFunction {
   Tensor operator()(const Tensor& tensor, Stream& stream) const;
 };
 inline constexpr ToHostFunction ToHost;
+
+// What a kernel that makes the choices chosen_TK (host) counts of them, by the definition; uploaded.
+Tally TallyOf(const Tensor& chosen, int64_t experts, int pieces, Stream& stream);
 
 }  // namespace shoal::kernels::testing

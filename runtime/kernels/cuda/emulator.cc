@@ -195,6 +195,9 @@ void Block::Run(const std::function<void()>& body) {
   t_block = nullptr;
 }
 
+std::mutex g_one_at_a_time;
+int64_t g_launches = 0;  // Guarded by it.
+
 Block& Current() {
   SHOAL_CHECK(t_block != nullptr) << "outside of a kernel";
   return *t_block;
@@ -205,8 +208,8 @@ Block& Current() {
 void Run(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
   SHOAL_CHECK(threads >= 1 && threads <= 1024) << threads << " threads in a block";
   SHOAL_CHECK(shared_bytes <= 227 * 1024) << shared_bytes << " bytes of shared memory";
-  static std::mutex one_at_a_time;
-  const std::lock_guard lock(one_at_a_time);
+  const std::lock_guard lock(g_one_at_a_time);
+  ++g_launches;
   Block block(threads);
   struct Free {
     void operator()(unsigned char* memory) const { ::operator delete[](memory, std::align_val_t{1024}); }
@@ -224,6 +227,11 @@ void Run(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
       }
     }
   }
+}
+
+int64_t Launches() {
+  const std::lock_guard lock(g_one_at_a_time);
+  return g_launches;
 }
 
 void* Scratch(int64_t bytes) {

@@ -26,6 +26,8 @@ extern thread_local unsigned char* t_dynamic_shared;
 // Returns when all blocks are done. Blocks of concurrent calls exclude each other, because shared memory of fixed size is static.
 // `body` is the kernel with its arguments. CHECKs that no thread waits for ever.
 void Run(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+// Grids that Run has executed in this process.
+int64_t Launches();
 
 void SyncThreads();
 void SyncWarp(uint32_t mask);

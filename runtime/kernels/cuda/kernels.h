@@ -34,14 +34,14 @@ DeviceResult CombineSlots(TensorArg residual, TensorArg y, TensorArg offset, Ten
 DeviceResult CombineSlotsBackward(TensorArg dout, TensorArg y, TensorArg offset, TensorArg slot, TensorArg weight, TensorArg dy,
                                   TensorArg dweight, StreamArg stream);
 DeviceResult TopKSoftmax(TensorArg logits, bool renormalize, TensorArg probs, TensorArg chosen, TensorArg weights,
-                         TensorArg logz, StreamArg stream);
+                         TensorArg logz, int32_t pieces, TensorArg counts, TensorArg sums, StreamArg stream);
 DeviceResult TopKSoftmaxBackward(TensorArg probs, TensorArg chosen, TensorArg weights, TensorArg logz, bool renormalize,
                                  TensorArg dweights, TensorArg dprob, float z_scale, TensorArg dlogits, StreamArg stream);
 DeviceResult Softmax(TensorArg logits, TensorArg probs, TensorArg logz, StreamArg stream);
 DeviceResult SoftmaxBackward(TensorArg probs, TensorArg logz, TensorArg dprobs, float z_scale, TensorArg dlogits,
                              StreamArg stream);
 DeviceResult TopKSigmoid(TensorArg logits, TensorArg bias, float scale, TensorArg scores, TensorArg chosen, TensorArg weights,
-                         StreamArg stream);
+                         int32_t pieces, TensorArg counts, StreamArg stream);
 DeviceResult TopKSigmoidBackward(TensorArg scores, TensorArg chosen, TensorArg weights, float scale, TensorArg dweights,
                                  TensorArg dshare, TensorArg dlogits, StreamArg stream);
 DeviceResult SumShares(TensorArg scores, TensorArg sums, StreamArg stream);
@@ -49,9 +49,9 @@ DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, Tens
 DeviceResult NormalizeRows(TensorArg x, TensorArg y, TensorArg norm, StreamArg stream);
 DeviceResult NormalizeRowsBackward(TensorArg dy, TensorArg y, TensorArg norm, TensorArg dx, StreamArg stream);
 DeviceResult SumOverTokens(TensorArg values, TensorArg sums, StreamArg stream);
-DeviceResult OrderByExpert(TensorArg chosen, TensorArg offset, TensorArg segments, TensorArg slot, TensorArg token, StreamArg stream);
-DeviceResult AddRoutingSums(TensorArg segments, TensorArg prob_sums, TensorArg logz, TensorArg counts, TensorArg probs, TensorArg z,
-                            StreamArg stream);
+DeviceResult SumTally(int32_t pieces, TensorArg counts, TensorArg sums, TensorArg totals, StreamArg stream);
+DeviceResult OrderByExpert(TensorArg chosen, TensorArg counts, TensorArg sums, TensorArg offset, TensorArg segments, TensorArg slot,
+                           TensorArg token, TensorArg all_counts, TensorArg all_probs, TensorArg all_z, StreamArg stream);
 DeviceResult GradientOfCounts(TensorArg sums, int64_t first, bool all_layers, double scale, TensorArg dprob, StreamArg stream);
 DeviceResult SequenceLoads(TensorArg chosen, float scale, TensorArg load, StreamArg stream);
 DeviceResult AddSequenceLoss(TensorArg load, TensorArg shares, double scale, TensorArg loss, StreamArg stream);
@@ -106,7 +106,7 @@ inline DeviceKernels OwnKernels() {
   kernels.normalize_rows_backward = NormalizeRowsBackward;
   kernels.sum_over_tokens = SumOverTokens;
   kernels.order_by_expert = OrderByExpert;
-  kernels.add_routing_sums = AddRoutingSums;
+  kernels.sum_tally = SumTally;
   kernels.gradient_of_counts = GradientOfCounts;
   kernels.sequence_loads = SequenceLoads;
   kernels.add_sequence_loss = AddSequenceLoss;

@@ -2,11 +2,12 @@
 // registers; groups meet in exchanges of whole warps, so one without a token of its own does the last token again, without results.
 #include "runtime/kernels/cuda/kernels.h"
 #include "runtime/kernels/cuda/pack.h"
+#include "runtime/kernels/cuda/router_tally.h"
 
 namespace shoal::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kBackwardThreads = 128;
 
 template <int kGroup> __device__ __forceinline__ float GroupSum(float value) {
 #pragma unroll
@@ -88,17 +89,62 @@ struct Choice {
   int64_t tokens;
   int experts, k;
   bool packed;
+  // The tally, of as many blocks as the grid has; null: none.
+  int pieces;
+  int32_t* counts;
+  double* sums;
 };
 
-template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds__(kThreads) Choose(Choice a) {
-  constexpr int kGroups = kThreads / kGroup;
-  SHOAL_DYNAMIC_SHARED(float, shared);  // [kGroups, k] weights, then choices.
+// Of a block that chooses: as many as have registers for rows of so many packs. 256 blocks then have 2 to 4 MiB of logits on their way.
+constexpr int ChooseThreads(int packs) { return packs <= 2 ? 512 : packs == 4 ? 256 : 128; }
+
+// What a thread adds up for the tally's sums.
+template <int kPacks> struct ChoiceSums {
+  double of_expert[kPacks][4] = {}, squares = 0;
+};
+
+// Writes the block's line of the tally's sums. shared [warps, experts].
+template <int kGroup, int kPacks> __device__ __forceinline__ void StoreSums(const Choice& a, ChoiceSums<kPacks>& own, double* shared) {
+  SHOAL_SHARED(double, scratch, [33]);
+  using OwnRow = Row<kGroup, kPacks>;
+  double* of_warp = shared + threadIdx.x / 32 * a.experts;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      double sum = own.of_expert[p][i];
+#pragma unroll
+      for (int distance = kGroup; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
+      if (threadIdx.x % 32 < kGroup && OwnRow::Expert(p, i) < a.experts) of_warp[OwnRow::Expert(p, i)] = sum;
+    }
+  }
+  const double squares = BlockSum(own.squares, scratch);
+  double* line = a.sums + static_cast<int64_t>(blockIdx.x) * (a.experts + 1);
+  if (threadIdx.x == 0) line[a.experts] = squares;
+  for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
+    double sum = 0;
+    for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += shared[static_cast<int>(warp) * a.experts + expert];
+    line[expert] = sum;
+  }
+}
+
+template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds__(ChooseThreads(kPacks)) Choose(Choice a) {
+  constexpr int kThreads = ChooseThreads(kPacks), kGroups = kThreads / kGroup;
+  SHOAL_DYNAMIC_SHARED(double, shared);  // Of sums [warps, experts], if wanted, then [kGroups, k] weights and choices, [experts] counts.
   const int group = static_cast<int>(threadIdx.x) / kGroup, lane = static_cast<int>(threadIdx.x) % kGroup;
-  float* weights = shared + group * a.k;
-  auto* choices = reinterpret_cast<int32_t*>(shared + kGroups * a.k) + group * a.k;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * kGroups; base < a.tokens; base += static_cast<int64_t>(gridDim.x) * kGroups) {
-    const bool own = base + group < a.tokens;
-    const int64_t token = own ? base + group : a.tokens - 1;
+  auto* all_weights = reinterpret_cast<float*>(shared + (a.sums == nullptr ? 0 : kThreads / 32 * a.experts));
+  auto* all_choices = reinterpret_cast<int32_t*>(all_weights + kGroups * a.k);
+  float* weights = all_weights + group * a.k;
+  int32_t *choices = all_choices + group * a.k, *counts = all_choices + kGroups * a.k;
+  if (a.counts != nullptr) {
+    for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += kThreads) counts[expert] = 0;
+    __syncthreads();
+  }
+  [[maybe_unused]] ChoiceSums<kPacks> sums;
+  const TokenRange tokens = TokensOfBlock(a.tokens, a.pieces, static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x));
+  for (int64_t base = tokens.begin; base < tokens.end; base += kGroups) {
+    const bool own = base + group < tokens.end;
+    const int64_t token = own ? base + group : tokens.end - 1;
     Row<kGroup, kPacks> row;
     uint32_t order[kPacks][4];  // 0: no expert, or chosen already.
     row.Fill(-INFINITY);
@@ -126,7 +172,16 @@ template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds
       row.ForEach(a.experts, [&](int, float& value) { value = expf(value - max), sum += value; });
       sum = GroupSum<kGroup>(sum);
       row.ForEach(a.experts, [&](int, float& value) { value /= sum; });
-      if (own && lane == 0) a.logz[token] = max + logf(sum);
+      const float logz = max + logf(sum);
+      if (own && lane == 0) a.logz[token] = logz;
+      if (own && a.sums != nullptr) {
+        if (lane == 0) sums.squares += static_cast<double>(logz) * static_cast<double>(logz);
+#pragma unroll
+        for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) sums.of_expert[p][i] += static_cast<double>(row.at[p][i]);
+        }
+      }
     }
     if (own) row.StoreTo(a.scores + token * a.experts, a.experts, a.packed);
 
@@ -170,8 +225,17 @@ template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds
         if (a.renormalize) weight /= chosen_sum;
       }
       a.weights[token * a.k + k] = weight, a.chosen[token * a.k + k] = choices[k];
+      if (a.counts != nullptr) atomicAdd(&counts[choices[k]], 1);
     }
     __syncwarp();
+  }
+  if (a.counts == nullptr) return;
+  __syncthreads();
+  for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += kThreads) {
+    a.counts[static_cast<int64_t>(blockIdx.x) * a.experts + expert] = counts[expert];
+  }
+  if constexpr (!kSigmoid) {
+    if (a.sums != nullptr) StoreSums<kGroup>(a, sums, shared);
   }
 }
 
@@ -209,8 +273,8 @@ __device__ __forceinline__ void AddByChosen(const ChoiceGradient& a, int64_t tok
   }
 }
 
-template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds__(kThreads) ChooseBackward(ChoiceGradient a) {
-  constexpr int kGroups = kThreads / kGroup;
+template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds__(kBackwardThreads) ChooseBackward(ChoiceGradient a) {
+  constexpr int kGroups = kBackwardThreads / kGroup;
   const int group = static_cast<int>(threadIdx.x) / kGroup;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * kGroups; base < a.tokens; base += static_cast<int64_t>(gridDim.x) * kGroups) {
     const bool own = base + group < a.tokens;
@@ -267,19 +331,22 @@ template <typename Body> DeviceResult WithGroup(int64_t experts, const Body& bod
   return {DeviceResult::Code::kFailed, "a router of more than 2048 experts"};
 }
 
-template <bool kSigmoid> DeviceResult ChooseRows(const Choice& a, StreamArg stream) {
-  if (a.tokens == 0) return {};
+// `blocks` of the tally, 0: there is none.
+template <bool kSigmoid> DeviceResult ChooseRows(const Choice& a, int64_t blocks, StreamArg stream) {
   return WithGroup(a.experts, [&](auto group, auto packs) {
-    constexpr int kGroups = kThreads / group();
-    return Launch({.blocks = WalkingBlocks(a.tokens * group(), kThreads), .threads = kThreads, .shared_bytes = int64_t{8} * kGroups * a.k},
-                  stream, Choose<kSigmoid, group(), packs()>, a);
+    constexpr int kThreads = ChooseThreads(packs()), kGroups = kThreads / group();
+    LaunchShape shape = {.blocks = blocks, .threads = kThreads, .shared_bytes = int64_t{8} * kGroups * a.k};
+    if (blocks == 0) shape.blocks = WalkingBlocks(a.tokens * group(), kThreads);
+    if (a.counts != nullptr) shape.shared_bytes += int64_t{4} * a.experts;
+    if (a.sums != nullptr) shape.shared_bytes += int64_t{8} * (kThreads / 32) * a.experts;
+    return Launch(shape, stream, Choose<kSigmoid, group(), packs()>, a);
   });
 }
 
 template <bool kSigmoid> DeviceResult ChooseRowsBackward(const ChoiceGradient& a, StreamArg stream) {
   if (a.tokens == 0) return {};
   return WithGroup(a.experts, [&](auto group, auto packs) {
-    return Launch({.blocks = WalkingBlocks(a.tokens * group(), kThreads), .threads = kThreads}, stream,
+    return Launch({.blocks = WalkingBlocks(a.tokens * group(), kBackwardThreads), .threads = kBackwardThreads}, stream,
                   ChooseBackward<kSigmoid, group(), packs()>, a);
   });
 }
@@ -287,12 +354,13 @@ template <bool kSigmoid> DeviceResult ChooseRowsBackward(const ChoiceGradient& a
 }  // namespace
 
 DeviceResult TopKSoftmax(TensorArg logits, bool renormalize, TensorArg probs, TensorArg chosen, TensorArg weights,
-                         TensorArg logz, StreamArg stream) {
+                         TensorArg logz, int32_t pieces, TensorArg counts, TensorArg sums, StreamArg stream) {
   return ChooseRows<false>({.logits = Data<float>(logits), .renormalize = renormalize, .scores = Data<float>(probs),
                             .chosen = Data<int32_t>(chosen), .weights = Data<float>(weights), .logz = Data<float>(logz),
                             .tokens = logits.shape[0], .experts = static_cast<int>(logits.shape[1]),
-                            .k = static_cast<int>(chosen.shape[1]), .packed = CanPack(4, logits.shape[1], logits, probs)},
-                           stream);
+                            .k = static_cast<int>(chosen.shape[1]), .packed = CanPack(4, logits.shape[1], logits, probs), .pieces = pieces,
+                            .counts = Data<int32_t>(counts), .sums = Data<double>(sums)},
+                           counts.shape[0], stream);
 }
 
 DeviceResult TopKSoftmaxBackward(TensorArg probs, TensorArg chosen, TensorArg weights, TensorArg logz, bool renormalize,
@@ -307,7 +375,8 @@ DeviceResult TopKSoftmaxBackward(TensorArg probs, TensorArg chosen, TensorArg we
 }
 
 DeviceResult Softmax(TensorArg logits, TensorArg probs, TensorArg logz, StreamArg stream) {
-  return TopKSoftmax(logits, /*renormalize=*/false, probs, /*chosen=*/{}, /*weights=*/{}, logz, stream);
+  return TopKSoftmax(logits, /*renormalize=*/false, probs, /*chosen=*/{}, /*weights=*/{}, logz, /*pieces=*/1, /*counts=*/{}, /*sums=*/{},
+                     stream);
 }
 
 DeviceResult SoftmaxBackward(TensorArg probs, TensorArg logz, TensorArg dprobs, float z_scale, TensorArg dlogits,
@@ -320,12 +389,12 @@ DeviceResult SoftmaxBackward(TensorArg probs, TensorArg logz, TensorArg dprobs, 
 }
 
 DeviceResult TopKSigmoid(TensorArg logits, TensorArg bias, float scale, TensorArg scores, TensorArg chosen, TensorArg weights,
-                         StreamArg stream) {
+                         int32_t pieces, TensorArg counts, StreamArg stream) {
   return ChooseRows<true>({.logits = Data<float>(logits), .bias = Data<float>(bias), .scale = scale, .scores = Data<float>(scores),
                            .chosen = Data<int32_t>(chosen), .weights = Data<float>(weights), .tokens = logits.shape[0],
                            .experts = static_cast<int>(logits.shape[1]), .k = static_cast<int>(chosen.shape[1]),
-                           .packed = CanPack(4, logits.shape[1], logits, scores)},
-                          stream);
+                           .packed = CanPack(4, logits.shape[1], logits, scores), .pieces = pieces, .counts = Data<int32_t>(counts)},
+                          counts.shape[0], stream);
 }
 
 DeviceResult TopKSigmoidBackward(TensorArg scores, TensorArg chosen, TensorArg weights, float scale, TensorArg dweights,

@@ -242,24 +242,81 @@ class RoutingWithoutTheHost : public ::testing::TestWithParam<bool> {
 };
 INSTANTIATE_TEST_SUITE_P(Devices, RoutingWithoutTheHost, ::testing::Bool());
 
-TEST_P(RoutingWithoutTheHost, SumsAreAddedToWhatIsThere) {
-  for (const auto& [T, E] : {std::pair(0, 3), {7, 1}, {1500, 700}}) {
-    SCOPED_TRACE(ShapeString({T, E}));
-    const Tensor segments = Zeros({E, 3}, DType::kI32), logz = Random({T}, DType::kF32, 1), prob_sums = Random({E}, DType::kF64, 2);
-    for (int e = 0; e < E; ++e) segments.data<int32_t>()[3 * e + 2] = 5 * e + 1;
-    double squares = 0;
-    for (int64_t t = 0; t < T; ++t) squares += Get(logz, t) * Get(logz, t);
-    const Tensor start = Empty({1 + 2 * E}, DType::kF64);
+// The columns of `from` [rows, N], added up by the definition; at `first` of `to`.
+void AddColumns(const Tensor& from, const Tensor& to, int64_t first) {
+  const int64_t N = from.dim(1);
+  for (int64_t i = 0; i < from.elements(); ++i) Set(to, first + i % N, Get(to, first + i % N) + Get(from, i));
+}
+
+TEST_P(RoutingWithoutTheHost, ChoicesAreCountedAndSummedByBlocksOfPieces) {
+  for (const auto& [T, E, K, P] : {std::tuple(0, 3, 2, 1), {1, 1, 1, 1}, {5, 8, 2, 7}, {301, 8, 2, 1}, {1000, 60, 8, 4}, {90, 300, 5, 2},
+                                   {40, 2048, 4, 1}, {9000, 16, 1, 300}}) {
+    SCOPED_TRACE(ShapeString({T, E, K, P}));
+    const Tensor logits = Upload(Random({T, E}, DType::kF32, 1, 4), stream()), bias = Zeros({E}, DType::kF32, stream());
+    const Routing r = DeviceRouting(T, E, K, stream()), other = DeviceRouting(T, E, K, stream());
+    const Tally tally = MakeTally(T, E, P, TallySums::kYes, stream()), again = MakeTally(T, E, P, TallySums::kYes, stream());
+    const Tally counts = MakeTally(T, E, P, TallySums::kNo, stream());
+    for (const Tally& to : {tally, again}) {
+      TopKSoftmax(logits, Renormalize::kNo, r.probs, r.chosen, r.weights, r.logz, stream(), to);
+    }
+    const Tensor chosen = ToHost(r.chosen, stream()), probs = ToHost(r.probs, stream()), logz = ToHost(r.logz, stream());
+    const Tensor want = ToHost(TallyOf(chosen, E, P, stream()).counts, stream());
+    EXPECT_LE(want.dim(0), std::max(256, P));
+    ExpectSameBits(ToHost(tally.counts, stream()), want, "counts");
+    ExpectSameBits(ToHost(again.counts, stream()), want, "counts again");
+    ExpectSameBits(ToHost(again.sums, stream()), ToHost(tally.sums, stream()), "sums again");
+    // By the sums of probabilities and the number of choices of each block at once.
+    const Tensor sums = ToHost(tally.sums, stream()), totals = Empty({P * E + E + 1}, DType::kF64, stream());
+    SumTally(tally, totals, stream());
+    const Tensor want_totals = Zeros({P * E + E + 1}, DType::kF64);
+    const int64_t each = want.dim(0) / P;
+    for (int64_t piece = 0; piece < P; ++piece) AddColumns(want.Rows(piece * each, each), want_totals, piece * E);
+    AddColumns(probs, want_totals, P * E);
+    for (int64_t t = 0; t < T; ++t) Set(want_totals, P * E + E, Get(want_totals, P * E + E) + Get(logz, t) * Get(logz, t));
+    ExpectNear(ToHost(totals, stream()), want_totals, 1e-12, 1e-300, "totals");
+    for (int64_t block = 0; block < want.dim(0); ++block) {
+      double choices = 0, probability = 0;
+      for (int64_t e = 0; e < E; ++e) choices += Get(want, block * E + e), probability += Get(sums, block * (E + 1) + e);
+      EXPECT_NEAR(probability, choices / K, 1e-5 * choices) << "one for each token, in block " << block;
+    }
+    TopKSigmoid(logits, bias, 1, other.probs, other.chosen, other.weights, stream(), counts);
+    const Tensor others = ToHost(other.chosen, stream());
+    ExpectSameBits(ToHost(counts.counts, stream()), ToHost(TallyOf(others, E, P, stream()).counts, stream()), "counts of sigmoids");
+    const Tensor counted = Empty({P * E}, DType::kF64, stream());
+    SumTally(counts, counted, stream());
+    const Tensor want_counted = Zeros({P * E}, DType::kF64);
+    for (int64_t piece = 0; piece < P; ++piece) {
+      AddColumns(ToHost(counts.counts, stream()).Rows(piece * each, each), want_counted, piece * E);
+    }
+    ExpectSameBits(ToHost(counted, stream()), want_counted, "totals of sigmoids");
+  }
+}
+
+TEST_P(RoutingWithoutTheHost, TotalsAreAddedToWhatIsThere) {
+  for (const auto& [T, E, K] : {std::tuple(0, 3, 2), {7, 1, 1}, {500, 70, 3}, {33, 2000, 2}}) {
+    SCOPED_TRACE(ShapeString({T, E, K}));
+    const Tensor chosen = Empty({T, K}, DType::kI32), start = Empty({1 + 2 * E}, DType::kF64), counts = Zeros({E}, DType::kF64);
+    for (int64_t i = 0; i < T * K; ++i) {
+      chosen.data<int32_t>()[i] = static_cast<int32_t>(i * i % E);
+      Set(counts, i * i % E, Get(counts, i * i % E) + 1);
+    }
     std::fill_n(start.data<double>(), start.elements(), 0.5);
-    const Tensor sums = Upload(start, stream()), counts = sums.Rows(1, E), probs = sums.Rows(1 + E, E);
-    const Tensor z = sums.Rows(0, 1), choices = Upload(segments, stream());
-    AddRoutingSums(choices, Upload(prob_sums, stream()), Upload(logz, stream()), counts, probs, z, stream());
-    AddRoutingSums(choices, Tensor(), Tensor(), counts, probs, z, stream());
+    Tally tally = TallyOf(chosen, E, /*pieces=*/1, stream());
+    const Tensor by_block = Random({tally.counts.dim(0), E + 1}, DType::kF64, 2), want = Zeros({E + 1}, DType::kF64);
+    AddColumns(by_block, want, 0);
+    const Tensor sums = Upload(start, stream());
+    const TallyTotals totals = {.counts = sums.Rows(1, E), .probs = sums.Rows(1 + E, E), .z = sums.Rows(0, 1)};
+    const auto i32 = [&](Shape shape) { return Empty(std::move(shape), DType::kI32, stream()); };
+    const Tensor offset = i32({T + 1}), segments = i32({E, 3}), slot = i32({T * K}), token = i32({T * K}), pairs = Upload(chosen, stream());
+    OrderByExpert(pairs, tally, offset, segments, slot, token, totals, stream());  // Without sums.
+    tally.sums = Upload(by_block, stream());
+    OrderByExpert(pairs, tally, offset, segments, slot, token, totals, stream());
+    OrderByExpert(pairs, tally, offset, segments, slot, token, {}, stream());
     const Tensor got = ToHost(sums, stream());
-    EXPECT_NEAR(Get(got, 0), 0.5 + squares, 1e-12 * (squares + 1));
+    EXPECT_NEAR(Get(got, 0), 0.5 + Get(want, E), 1e-12);
     for (int e = 0; e < E; ++e) {
-      EXPECT_EQ(Get(got, 1 + e), 0.5 + 2 * (5 * e + 1)) << e;
-      EXPECT_DOUBLE_EQ(Get(got, 1 + E + e), 0.5 + Get(prob_sums, e)) << e;
+      EXPECT_EQ(Get(got, 1 + e), 0.5 + 2 * Get(counts, e)) << e;
+      EXPECT_NEAR(Get(got, 1 + E + e), 0.5 + Get(want, e), 1e-12) << e;
     }
   }
 }

@@ -137,25 +137,7 @@ __global__ void FillNone(int64_t experts, float* score, int64_t* token) {
   if (expert < experts) score[expert] = INFINITY, token[expert] = -1;
 }
 
-constexpr int kSumThreads = 512;  // Of the one block that adds a layer's sums.
-
-__global__ void __launch_bounds__(kSumThreads) AddSums(const int32_t* segments, const double* prob_sums, const float* logz, int64_t tokens,
-                                                       int experts, double* counts, double* probs, double* z) {
-  SHOAL_SHARED(double, scratch, [33]);
-  for (int expert = static_cast<int>(threadIdx.x); expert < experts; expert += kSumThreads) {
-    counts[expert] += segments[3 * expert + 2];
-    if (prob_sums != nullptr) probs[expert] += prob_sums[expert];
-  }
-  if (logz == nullptr) return;
-  double squares = 0;
-#pragma unroll 4
-  for (int64_t token = threadIdx.x; token < tokens; token += kSumThreads) {
-    const double value = static_cast<double>(logz[token]);
-    squares += value * value;
-  }
-  squares = BlockSum(squares, scratch);
-  if (threadIdx.x == 0) *z += squares;
-}
+constexpr int kSumThreads = 512;  // Of a block that adds up everything alone.
 
 // `counts` of a layer are the first `experts` of its `width` sums.
 __global__ void ScaleCounts(const double* counts, int64_t width, int layers, int experts, bool all_layers, double scale, float* dprob) {
@@ -274,12 +256,6 @@ DeviceResult TopTokens(TensorArg scores, int64_t capacity, TensorArg score, Tens
   }
   return Launch({.blocks = experts, .threads = kSelectThreads}, stream, Select, Data<float>(scores), tokens, experts, capacity,
                 Data<float>(score), Data<int64_t>(token));
-}
-
-DeviceResult AddRoutingSums(TensorArg segments, TensorArg prob_sums, TensorArg logz, TensorArg counts, TensorArg probs, TensorArg z,
-                            StreamArg stream) {
-  return Launch({.threads = kSumThreads}, stream, AddSums, Data<int32_t>(segments), Data<double>(prob_sums), Data<float>(logz),
-                logz.elements, static_cast<int>(segments.shape[0]), Data<double>(counts), Data<double>(probs), Data<double>(z));
 }
 
 DeviceResult GradientOfCounts(TensorArg sums, int64_t first, bool all_layers, double scale, TensorArg dprob, StreamArg stream) {

@@ -164,7 +164,7 @@ void ExpectOrderIsStable(int64_t T, int64_t K, int64_t E, int64_t favour, Stream
   std::partial_sum(want_count.begin(), want_count.end(), want_first.begin() + 1);
   const auto i32 = [&](Shape shape) { return Empty(std::move(shape), DType::kI32, stream); };
   const Tensor offset = i32({T + 1}), segments = i32({E, 3}), slot = i32({T * K}), token = i32({T * K});
-  OrderByExpert(Upload(chosen, stream), offset, segments, slot, token, stream);
+  OrderByExpert(Upload(chosen, stream), TallyOf(chosen, E, /*pieces=*/1, stream), offset, segments, slot, token, {}, stream);
   const auto host = [&](const Tensor& tensor) {
     const Tensor copy = ToHost(tensor, stream);
     return std::vector<int32_t>(copy.span<int32_t>().begin(), copy.span<int32_t>().end());
