@@ -36,6 +36,7 @@ namespace shoal {
 namespace {
 
 constexpr int kEndingSignals[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+constexpr int kPassedSignals[] = {SIGUSR1, SIGUSR2};
 // After SIGKILL. A process in an uninterruptible sleep (a dead network file system) must not hold the
 // launcher.
 constexpr absl::Duration kKillTime = absl::Seconds(2);
@@ -77,6 +78,7 @@ class SignalGuard {
       sigaction(number, nullptr, &action);
       if (action.sa_handler != SIG_IGN) sigaddset(&mask, number);  // nohup and shells mean what they ignore.
     }
+    for (const int number : kPassedSignals) sigaddset(&mask, number);
     old_pipe_ = signal(SIGPIPE, SIG_IGN);
     sigprocmask(SIG_BLOCK, &mask, &old_mask_);
     fd_ = signalfd(-1, &mask, SFD_CLOEXEC | SFD_NONBLOCK);
@@ -135,7 +137,9 @@ class Agent {
   void Decide();
   void DecideStopped();
   void DecideShutdown();
-  void EndAll(int signal_number);
+  void SignalAll(int signal_number);
+  void EndAll(int signal_number, absl::Duration grace);
+  void EndAsAsked(int signal_number, const std::string& who);
   RankFailure Failure(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) const;
   bool AnyRunning() const;
   absl::Duration UntilNextDeadline() const;
@@ -151,7 +155,8 @@ class Agent {
   absl::Time started_;
   Phase phase_ = Phase::kRunning;
   absl::Time phase_ends_ = absl::InfiniteFuture();
-  int ended_by_signal_ = 0;  // That the launcher got.
+  bool asked_ = false;       // The launcher was told to end.
+  int ended_by_signal_ = 0;  // That the launcher got, or a rank that ended in order.
 };
 
 absl::StatusOr<RankEnvironment> Agent::Job() const {
@@ -327,16 +332,26 @@ void Agent::ReadSignals() {
   while (read(signals_.fd(), &info, sizeof(info)) == sizeof(info)) {
     const int number = static_cast<int>(info.ssi_signo);
     if (number == SIGCHLD) continue;
-    if (ended_by_signal_ != 0) {
-      EndAll(SIGKILL);  // Asked twice.
-      continue;
+    if (std::count(std::begin(kPassedSignals), std::end(kPassedSignals), number) > 0) {
+      if (phase_ < Phase::kEnding) SignalAll(number);
+    } else if (std::exchange(asked_, true)) {
+      EndAll(SIGKILL, kKillTime);
+    } else {
+      EndAsAsked(number, "");
     }
-    ended_by_signal_ = number;
-    if (phase_ >= Phase::kEnding) continue;
-    const auto running = std::count_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.running; });
-    Say(absl::StrCat("shoal: SIG", sigabbrev_np(number), ": ending ", running, running == 1 ? " rank\n" : " ranks\n"));
-    EndAll(number);
   }
+}
+
+// `who`: the rank that was asked first; empty: the launcher.
+void Agent::EndAsAsked(int signal_number, const std::string& who) {
+  if (ended_by_signal_ == 0) ended_by_signal_ = signal_number;
+  if (phase_ >= Phase::kEnding) return;
+  const auto running = std::count_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.running; });
+  if (running > 0) {
+    Say(absl::StrCat("shoal: ", who, "SIG", sigabbrev_np(signal_number), ": ending ", running,
+                     running == 1 ? " rank\n" : " ranks\n"));
+  }
+  EndAll(signal_number, signal_number == SIGTERM ? options_.save_time : options_.grace_time);
 }
 
 void Agent::ReapRanks() {
@@ -362,6 +377,7 @@ void Agent::NoteStopOrContinue(Rank& rank, const siginfo_t& info) {
   rank.stop_signal = info.si_status;
   SHOAL_LOG(kWarning) << "rank " << rank.environment.rank << " (pid " << rank.process.pid
                       << ") was stopped by SIG" << sigabbrev_np(info.si_status);
+  if (phase_ >= Phase::kEnding) kill(-rank.process.pid, SIGKILL);  // It cannot end by itself.
 }
 
 void Agent::NoteEnd(Rank& rank, const siginfo_t& info) {
@@ -378,7 +394,16 @@ void Agent::NoteEnd(Rank& rank, const siginfo_t& info) {
       info.si_code == CLD_EXITED ? RankFailure::Kind::kExited : RankFailure::Kind::kKilled;
   RankFailure failure = Failure(rank, kind, info.si_status, now);
   failure.core_dumped = info.si_code == CLD_DUMPED;
-  if (!StartAgain(rank, failure)) failures_.push_back(std::move(failure));
+  if (StartAgain(rank, failure)) return;
+  for (const int number : kEndingSignals) {
+    if (kind != RankFailure::Kind::kExited || info.si_status != kExitSignalBase + number) continue;
+    if (phase_ < Phase::kEnding) EndAsAsked(number, absl::StrCat("rank ", rank.environment.rank, " ended as asked by "));
+    return;
+  }
+  // The others wait for it in vain.
+  const bool as_asked = kind == RankFailure::Kind::kKilled && info.si_status == ended_by_signal_;
+  if (phase_ == Phase::kEnding && !as_asked) phase_ends_ = std::min(phase_ends_, now + options_.grace_time);
+  failures_.push_back(std::move(failure));
 }
 
 RankFailure Agent::Failure(const Rank& rank, RankFailure::Kind kind, int code, absl::Time at) const {
@@ -423,7 +448,7 @@ void Agent::DecideShutdown() {
   const RankFailure& culprit = failures_[ChooseCulprit(failures_)];
   const bool cause_is_open = culprit.kind == RankFailure::Kind::kExited && culprit.code == kExitPeerLost;
   if (!cause_is_open || (phase_ == Phase::kSettling && Now() >= phase_ends_)) {
-    EndAll(SIGTERM);
+    EndAll(SIGTERM, options_.grace_time);
   } else if (phase_ == Phase::kRunning) {
     phase_ = Phase::kSettling;
     phase_ends_ = Now() + options_.settle_time;
@@ -435,17 +460,21 @@ void Agent::Decide() {
     DecideStopped();
     if (!failures_.empty()) DecideShutdown();
   } else if (phase_ == Phase::kEnding && Now() >= phase_ends_) {
-    EndAll(SIGKILL);
+    EndAll(SIGKILL, kKillTime);
   }
 }
 
-void Agent::EndAll(int signal_number) {
+void Agent::EndAll(int signal_number, absl::Duration grace) {
   phase_ = signal_number == SIGKILL ? Phase::kKilling : Phase::kEnding;
-  phase_ends_ = Now() + (signal_number == SIGKILL ? kKillTime : options_.grace_time);
+  phase_ends_ = Now() + grace;
+  SignalAll(signal_number);
+}
+
+void Agent::SignalAll(int signal_number) {
   for (const Rank& rank : ranks_) {
     if (!rank.running) continue;
-    // A stopped process cannot answer a polite signal.
-    const bool stopped = rank.stopped_since != absl::InfiniteFuture();
+    // A stopped process cannot answer a polite signal that ends it.
+    const bool stopped = rank.stopped_since != absl::InfiniteFuture() && phase_ >= Phase::kEnding;
     kill(-rank.process.pid, stopped ? SIGKILL : signal_number);
   }
 }
@@ -476,7 +505,7 @@ int Agent::Run() {
   for (const std::string& warning : options_.warnings) SHOAL_LOG(kWarning) << warning;
   if (const absl::Status status = Start(); !status.ok()) {
     Say(absl::StrCat("shoal: the job was not started: ", status.message(), "\n"));
-    EndAll(SIGKILL);
+    EndAll(SIGKILL, kKillTime);
     while (AnyRunning() && Now() < phase_ends_) Wait();
     return kExitFailure;
   }

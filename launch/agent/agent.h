@@ -16,12 +16,14 @@ namespace shoal {
 //
 // Returns the exit code for the process: kExitOk; kExitFailure when a rank did not end with 0 (or none could
 // be started); 128 + signal when SIGINT, SIGTERM, SIGHUP or SIGQUIT ended the job (it is passed on to every
-// rank once; a second one kills them at once). No rank outlives the launcher, kill -9 included.
+// rank once; a second one kills them at once), also when a rank got it first, ended in order and says so by that
+// exit code. SIGUSR1 and SIGUSR2 are passed on. No rank outlives the launcher, kill -9 included.
 //
 // In an elastic job a rank that failed is started again, options.max_restarts times; the next time counts as a failure
 // of this host. The coordinator that may be in here ends with it.
 //
-// After the first failure the other ranks get SIGTERM, after options.grace_time SIGKILL; a rank that stays
+// After the first failure the other ranks get SIGTERM, after options.grace_time SIGKILL (after a SIGTERM to the launcher,
+// options.save_time); a rank that stays
 // stopped for options.stopped_timeout has failed. OMP_NUM_THREADS is left alone: the trainer sets its own
 // threads; how idle ones wait is set where they are too many (AgentOptions).
 int RunAgent(const AgentOptions& options, absl::Span<const std::string> command);

@@ -43,7 +43,9 @@ struct AgentOptions {
   // After the first rank that says "peer lost": how long the launcher waits for the rank that caused it to
   // end.
   absl::Duration settle_time = absl::Seconds(1);
-  absl::Duration grace_time = absl::Seconds(5);  // Between SIGTERM and SIGKILL.
+  absl::Duration grace_time = absl::Seconds(5);  // Between the signal that ends the ranks and SIGKILL.
+  // The same when the launcher was told by SIGTERM to end: time to save. As torchrun and Slurm (KillWait) give by default.
+  absl::Duration save_time = absl::Seconds(30);
   std::vector<std::string> warnings;             // About flags that mean nothing here. RunAgent prints them.
 };
 

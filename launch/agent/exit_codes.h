@@ -11,7 +11,7 @@ inline constexpr int kExitUsage = 2;
 // EX_TEMPFAIL: another rank of the job went away and nothing is wrong with this one. Starting again can help.
 // The launcher never blames such a rank while there is another cause.
 inline constexpr int kExitPeerLost = 75;
-// Plus the signal that asked the process to end: 130 for SIGINT, 143 for SIGTERM.
+// Plus the signal that asked the process to end: 130 for SIGINT, 143 for SIGTERM. Of a rank: it ended in order, and so shall all.
 inline constexpr int kExitSignalBase = 128;
 
 }  // namespace shoal

@@ -102,12 +102,13 @@ struct CheckpointTensor {
   DType dtype = DType::kF32;
 };
 
-// Reads one checkpoint. Immutable to its callers and thread-safe. Every byte is checked against its hash
-// before it is given out.
+// Reads one checkpoint. Immutable to its callers and thread-safe. Every byte is checked against its hash,
+// once, before it is given out.
 class CheckpointReader {
  public:
   virtual ~CheckpointReader() = default;
 
+  virtual const std::string& path() const = 0;
   virtual int64_t step() const = 0;
   virtual int world_size() const = 0;  // Of the job that wrote it.
   virtual const std::string& meta() const = 0;

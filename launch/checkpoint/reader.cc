@@ -25,6 +25,7 @@ class Reader : public CheckpointReader {
     files_.resize(manifest_.files.size());
   }
 
+  const std::string& path() const override { return path_; }
   int64_t step() const override { return manifest_.step; }
   int world_size() const override { return manifest_.world_size; }
   const std::string& meta() const override { return manifest_.meta; }

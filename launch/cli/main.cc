@@ -49,7 +49,7 @@ Start with
   ./shoal train configs/quickstart.yaml
 
 Exit codes: 0 done; 1 the job failed; 2 wrong flag, configuration or environment; 75 another rank of the job
-went away, starting again can help; 128 + N ended by signal N.
+went away, starting again can help; 128 + N ended by signal N (143: by SIGTERM, training saves first).
 docs/configuration.md explains every key of a configuration.
 )");
 }

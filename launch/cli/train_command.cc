@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <csignal>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
@@ -60,6 +61,10 @@ absl::Status TrainAsRank(const LoadedConfig& loaded, const RankEnvironment& envi
 
 int ExitCode(const absl::Status& status) {
   if (status.ok()) return kExitOk;
+  if (absl::IsCancelled(status)) {
+    SHOAL_LOG(kInfo) << status.message();
+    return kExitSignalBase + SIGTERM;
+  }
   const int code = Fail("shoal train", status);
   return absl::IsAborted(status) ? kExitPeerLost : code;
 }
@@ -73,6 +78,8 @@ absl::StatusOr<int> Launch(const LoadedConfig& loaded, TrainFlags* flags,
   }
   SHOAL_ASSIGN_OR_RETURN(AgentOptions agent, MakeAgentOptions(flags->launch));
   SHOAL_RETURN_IF_ERROR(CheckParallel(loaded.config, loaded.positions, agent.nnodes * agent.nproc_per_node));
+  // How long saving takes is the ranks' to know, which have deadlines of their own; who sent the signal has one, too.
+  agent.save_time = absl::InfiniteDuration();
   agent.more_threads_than_cores =
       agent.nproc_per_node * std::max(1, loaded.config.train().threads()) > flags->launch.usable_cores;
   const Run& run = loaded.config.run();
@@ -91,6 +98,8 @@ int RunTrain(absl::Span<const std::string> args) {
                 "on each of several; inside mpirun, srun or torchrun it is one of their ranks. Prints "
                 "progress, and writes "
                 "metrics, checkpoints and a loss curve to the run's folder.");
+  // Also in ranks that have just been started. Who asks before there is anything to save shall end nothing.
+  signal(SIGUSR1, SIG_IGN);
   TrainFlags values;
   AddTrainFlags(&flags, &values);
   if (const auto code = ParseOrExit(&flags, args)) return *code;

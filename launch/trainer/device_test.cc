@@ -87,15 +87,16 @@ TEST_P(OnDevice, AResumedRunHasTheSameBits) {
     ASSERT_EQ((*checkpointer)->Wait(), absl::OkStatus());
     const double loss = TrainOne(1, *whole);
 
-    const std::string checkpoint = **NewestCheckpoint(folder.path());
+    const auto checkpoint = FindCheckpoint(folder.path());
+    ASSERT_TRUE(checkpoint.ok()) << checkpoint.status();
     const auto resumed = ModelOn(&kernels::testing::TestDevice(), config, world);
-    ASSERT_EQ(LoadWeights({.checkpoint = checkpoint}, *resumed), absl::OkStatus());
+    ASSERT_EQ(LoadWeights({.checkpoint = checkpoint->get()}, *resumed), absl::OkStatus());
     EXPECT_EQ(TrainOne(1, *resumed), loss);
     ExpectSameBits(CheckpointShards(*resumed), CheckpointShards(*whole));
 
     // The CPU goes on from it as well.
     const auto processor = ModelOn(nullptr, config, world);
-    ASSERT_EQ(LoadWeights({.checkpoint = checkpoint}, *processor), absl::OkStatus());
+    ASSERT_EQ(LoadWeights({.checkpoint = checkpoint->get()}, *processor), absl::OkStatus());
     EXPECT_NEAR(TrainOne(1, *processor), loss, 1e-5 * loss);
   });
 }

@@ -11,7 +11,8 @@ namespace {
 struct Source {
   Config config;
   ModelConfig model;
-  WeightsSource weights;
+  std::unique_ptr<CheckpointReader> checkpoint;  // Null: init_from.
+  std::string init_from;
 };
 
 absl::StatusOr<Source> OpenSource(const std::string& path) {
@@ -19,12 +20,11 @@ absl::StatusOr<Source> OpenSource(const std::string& path) {
   if (FileBytes(JoinPath(path, "config.json")).ok()) {
     SHOAL_ASSIGN_OR_RETURN(const ModelFolder folder, ModelFolder::Open(path));
     source.model = *folder.config();
-    source.weights.init_from = path;
+    source.init_from = path;
     return source;
   }
-  SHOAL_ASSIGN_OR_RETURN(source.weights.checkpoint, FindCheckpoint(path));
-  SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(source.weights.checkpoint));
-  SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*reader));
+  SHOAL_ASSIGN_OR_RETURN(source.checkpoint, FindCheckpoint(path));
+  SHOAL_ASSIGN_OR_RETURN(source.config, CheckpointConfig(*source.checkpoint));
   source.model = ModelConfigOf(source.config);
   source.config.clear_parallel();  // One rank.
   source.config.clear_schedule();
@@ -43,14 +43,13 @@ absl::StatusOr<std::string> GenerateText(const std::string& path, SampleOptions 
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<Communicator> world, ConnectWorld({}));
   SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<RankModel> model,
                          RankModel::Create(source.config, source.model, *world, {.training = false}));
-  SHOAL_RETURN_IF_ERROR(LoadWeights(source.weights, *model), path);
+  SHOAL_RETURN_IF_ERROR(LoadWeights({.checkpoint = source.checkpoint.get(), .init_from = source.init_from}, *model), path);
   sample.context = source.config.train().seq_length();
   return SampleText(sample, *model, *world);
 }
 
 absl::Status ExportModel(const std::string& checkpoint, const std::string& out, DType dtype) {
-  SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(checkpoint));
-  SHOAL_ASSIGN_OR_RETURN(const auto reader, OpenCheckpoint(folder));
+  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, FindCheckpoint(checkpoint));
   SHOAL_ASSIGN_OR_RETURN(const Config config, CheckpointConfig(*reader));
   ExportOptions options;
   options.dtype = dtype;

@@ -43,7 +43,7 @@ constexpr char kExpertMoves[] = "expert_moves";
 
 // Before owned parts are read: experts go back to the owners that they had. Where that cannot be they begin anew, which changes
 // where they are and not what is computed.
-absl::Status RestoreExperts(const std::string& path, const CheckpointReader& reader, RankModel& model) {
+absl::Status RestoreExperts(const CheckpointReader& reader, RankModel& model) {
   if (model.moves() == nullptr) return absl::OkStatus();
   const auto found = reader.tensors().find(kExpertMoves);
   absl::Status restored = absl::NotFoundError("it has none");
@@ -54,7 +54,7 @@ absl::Status RestoreExperts(const std::string& path, const CheckpointReader& rea
   }
   if (!absl::IsNotFound(restored) && !absl::IsFailedPrecondition(restored)) return restored;
   if (model.rank() == 0) {
-    SHOAL_LOG(kWarning) << path << ": owners and loads of experts are not those of this checkpoint but begin anew: "
+    SHOAL_LOG(kWarning) << reader.path() << ": owners and loads of experts are not those of this checkpoint but begin anew: "
                         << restored.message();
   }
   return absl::OkStatus();
@@ -73,8 +73,7 @@ absl::Status ReadModelFolder(const std::string& path, RankModel& model) {
   return absl::OkStatus();
 }
 
-absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
-  SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(path));
+absl::Status ReadCheckpoint(const CheckpointReader& reader, RankModel& model) {
   std::map<std::string, CheckpointTensor> wanted;
   for (const ParameterSpec& spec : model.store().parameters()) {
     wanted[spec.name] = {spec.shape, DType::kF32};
@@ -84,11 +83,11 @@ absl::Status ReadCheckpoint(const std::string& path, RankModel& model) {
   }
   const std::vector<NamedState> states = RouterStates(model);
   for (const NamedState& state : states) wanted[state.name] = {state.value.shape(), DType::kF32};
-  SHOAL_RETURN_IF_ERROR(reader->Check(wanted));
-  for (const NamedState& state : states) SHOAL_RETURN_IF_ERROR(reader->Read(state.name, 0, state.value));
-  SHOAL_RETURN_IF_ERROR(RestoreExperts(path, *reader, model), path, ": where experts were");
+  SHOAL_RETURN_IF_ERROR(reader.Check(wanted));
+  for (const NamedState& state : states) SHOAL_RETURN_IF_ERROR(reader.Read(state.name, 0, state.value));
+  SHOAL_RETURN_IF_ERROR(RestoreExperts(reader, model), reader.path(), ": where experts were");
   const auto read = [&](const std::string& name, int64_t row_begin, const Tensor& tensor) {
-    return WriteFromHost(tensor, model.stream(), [&](const Tensor& host) { return reader->Read(name, row_begin, host); });
+    return WriteFromHost(tensor, model.stream(), [&](const Tensor& host) { return reader.Read(name, row_begin, host); });
   };
   for (const OwnedPart& part : model.store().owned()) {
     SHOAL_RETURN_IF_ERROR(read(part.name, part.row_begin, part.master));
@@ -146,8 +145,8 @@ int ThreadsPerRank(const Config& config, const RankEnvironment& environment) {
 }
 
 absl::Status LoadWeights(const WeightsSource& source, RankModel& model) {
-  if (!source.checkpoint.empty()) {
-    SHOAL_RETURN_IF_ERROR(ReadCheckpoint(source.checkpoint, model));
+  if (source.checkpoint != nullptr) {
+    SHOAL_RETURN_IF_ERROR(ReadCheckpoint(*source.checkpoint, model));
   } else if (!source.init_from.empty()) {
     SHOAL_RETURN_IF_ERROR(ReadModelFolder(source.init_from, model), "run.init_from");
   } else {
@@ -196,18 +195,14 @@ std::string ConfigChanges(const Config& before, const Config& now) {
   return absl::StrJoin(changes, "; ");
 }
 
-absl::StatusOr<std::string> FindCheckpoint(const std::string& path) {
+absl::StatusOr<std::unique_ptr<CheckpointReader>> FindCheckpoint(const std::string& path) {
   SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(path));
-  if (newest.has_value()) return *newest;
-  const absl::Status status = OpenCheckpoint(path).status();
-  if (absl::IsNotFound(status)) {
-    std::error_code ignored;
-    return absl::NotFoundError(absl::StrCat(path, std::filesystem::exists(path, ignored)
-                                                      ? ": no checkpoint, neither manifest.json nor checkpoints/step-N"
-                                                      : ": no such folder"));
-  }
-  SHOAL_RETURN_IF_ERROR(status);
-  return path;
+  absl::StatusOr<std::unique_ptr<CheckpointReader>> reader = OpenCheckpoint(newest.value_or(path));
+  if (newest.has_value() || !absl::IsNotFound(reader.status())) return reader;
+  std::error_code ignored;
+  return absl::NotFoundError(absl::StrCat(path, std::filesystem::exists(path, ignored)
+                                                    ? ": no checkpoint, neither manifest.json nor checkpoints/step-N"
+                                                    : ": no such folder"));
 }
 
 absl::StatusOr<std::string> SampleText(const SampleOptions& options, RankModel& model, Communicator& world) {

@@ -22,9 +22,9 @@ int ThreadsPerRank(const Config& config, const RankEnvironment& environment);
 
 // Where weights come from, in this order of preference.
 struct WeightsSource {
-  std::string checkpoint;  // A checkpoint's folder.
-  std::string init_from;   // A model in Hugging Face layout.
-  uint64_t seed = 0;       // Else random.
+  const CheckpointReader* checkpoint = nullptr;  // Borrowed.
+  std::string init_from;                         // A model in Hugging Face layout.
+  uint64_t seed = 0;                             // Else random.
 };
 
 // Collective. Fills the model's weights (and, when training, optimizer state from a checkpoint; otherwise zero moments). Experts that
@@ -41,8 +41,8 @@ absl::StatusOr<Config> CheckpointConfig(const CheckpointReader& reader);
 // "train.steps: 12 -> 14; run.seed: 0 -> 1": what a resumed run changes; empty: nothing.
 std::string ConfigChanges(const Config& before, const Config& now);
 
-// The folder to read: `path` itself if it is a checkpoint, or the newest checkpoint of a run's folder. NOT_FOUND otherwise.
-absl::StatusOr<std::string> FindCheckpoint(const std::string& path);
+// `path` itself if it is a checkpoint, or the newest checkpoint of a run's folder. NOT_FOUND: neither. Else as OpenCheckpoint.
+absl::StatusOr<std::unique_ptr<CheckpointReader>> FindCheckpoint(const std::string& path);
 
 // Collective. Continues `prompt` by `length` tokens of a byte vocabulary, sampled at `temperature` (0: the likeliest) among the
 // `top_k` likeliest (0: all). The same text on every rank, a function of (weights, arguments) alone. Each token is computed from

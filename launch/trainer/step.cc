@@ -32,6 +32,7 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   std::unique_ptr<RankModel> rank_model(new RankModel(config, model, world));
   rank_model->order_ = NumericsFor(config) == Numerics::kPinned ? Order::kFixed : Order::kFast;
   rank_model->pace_ = options.pace;
+  rank_model->request_ = options.request;
   if (options.pace != nullptr) AskForExactTimers();
   rank_model->record_steps_ = config.schedule().device_graphs() == "auto";
   SHOAL_ASSIGN_OR_RETURN(std::vector<ExpertPlacement> placement, InitialPlacement(config, model, world.size()));
@@ -195,7 +196,9 @@ std::vector<ExpertWork> RankModel::ExpertWorkOfStep() const {
 
 absl::Status RankModel::AfterStep(StepResult* result) {
   result->experts = Summarise(*result);
-  SHOAL_ASSIGN_OR_RETURN(reschedule_, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep()), "tuning the schedule");
+  const int64_t request = request_ == nullptr ? 0 : request_();
+  SHOAL_ASSIGN_OR_RETURN(reschedule_, tuner_->AfterStep(train_.graph, record_, ExpertWorkOfStep(), request), "tuning the schedule");
+  result->request = tuner_->request();
   if (moves_ == nullptr) return absl::OkStatus();
   SHOAL_ASSIGN_OR_RETURN(
       result->experts->owner_moves,

@@ -27,6 +27,7 @@ struct StepResult : RoutingReport {
   std::vector<Tensor> router_state;      // Per MoE layer, after the step: Router::state.
   std::optional<ExpertSummary> experts;  // None: no layer has experts, or there is one rank.
   bool finite = true;                               // False: the update was skipped.
+  int64_t request = 0;                              // The highest of all ranks' Options::request.
   double forward_seconds = 0, backward_seconds = 0, reduce_seconds = 0, update_seconds = 0;
 };
 
@@ -43,6 +44,7 @@ class RankModel {
     bool training = true;
     int64_t host = 0;  // Equal on ranks of one host.
     Device* device = nullptr;  // That computes, with the parameters in its memory; null: the CPU.
+    std::function<int64_t()> request;  // Asked at the end of each training step, on every rank; null: 0.
     Pace pace;         // For experiments with clusters on one machine; null: none.
     Calibrate calibrate;  // For tests of sparse experts: as ExpertContext::calibrate, instead of copies that pay; null: none.
   };
@@ -140,6 +142,7 @@ class RankModel {
   const Config config_;
   const ModelConfig model_;
   Pace pace_;
+  std::function<int64_t()> request_;
   Communicator* world_;
   Order order_ = Order::kFast;  // Of sums over ranks.
   Topology topology_;

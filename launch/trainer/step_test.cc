@@ -89,6 +89,24 @@ TEST(RankModel, AbortInTheMiddleOfAStepEndsItEverywhereWithTheCause) {
   }
 }
 
+TEST(RankModel, TheHighestRequestOfAllRanksReachesAllInTheSameStep) {
+  for (const int ranks : {1, 3}) {
+    RunRanks(ranks, "auto", [&](Communicator& world) {
+      const Config config = SmallConfig(ranks);
+      int64_t request = 0;
+      const auto model = RankModel::Create(config, ModelConfigOf(config), world, {.request = [&] { return request; }});
+      ASSERT_TRUE(model.ok()) << model.status();
+      ASSERT_TRUE(LoadWeights({.seed = 4}, **model).ok());
+      for (int64_t step = 0; step < 4; ++step) {
+        request = step == 1 && world.index() == ranks - 1 ? 2 : step == 1 || step == 2 ? 1 : 0;
+        const auto result = (*model)->Train(Parts(**model, config), 1e-3, step + 1);
+        ASSERT_TRUE(result.ok()) << result.status();
+        EXPECT_EQ(result->request, std::vector<int64_t>({0, 2, 1, 0})[static_cast<size_t>(step)]) << step;
+      }
+    });
+  }
+}
+
 struct Case {
   std::string name;
   int ranks = 1, experts = 1;

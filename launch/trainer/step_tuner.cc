@@ -55,11 +55,12 @@ StepTuner::StepTuner(const StepShape& shape, const Topology& topology, Workload 
                      {}, 0});
 }
 
-absl::StatusOr<int64_t> StepTuner::Learn(const Graph& graph, const StepRecord& record) {
+absl::StatusOr<int64_t> StepTuner::Learn(const Graph& graph, const StepRecord& record, int64_t request) {
   MeasuredTimes times = TimesOf(graph, record);
   int64_t step_ns = record.end_ns - record.begin_ns;
+  request_ = request;
   if (control_ != nullptr) {
-    times.least.push_back(-step_ns);  // The slowest rank's counts.
+    times.least.insert(times.least.end(), {-request, -step_ns});  // The highest, and the slowest rank's.
     const auto reduce = [&](std::vector<int64_t>* values, ReduceOp op) {
       const Tensor tensor(values->data(), {static_cast<int64_t>(values->size())}, DType::kI64);
       return control_->AllReduce(tensor, tensor, op, {.label = "task times"}).Await();
@@ -68,14 +69,17 @@ absl::StatusOr<int64_t> StepTuner::Learn(const Graph& graph, const StepRecord& r
     SHOAL_RETURN_IF_ERROR(reduce(&times.total, ReduceOp::kSum), "sharing task times");
     step_ns = -times.least.back();
     times.least.pop_back();
+    request_ = -times.least.back();
+    times.least.pop_back();
   }
   profiler_.Add(graph, times, shape_.ranks);
   return step_ns;
 }
 
-absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& record, std::vector<ExpertWork> experts) {
+absl::StatusOr<bool> StepTuner::AfterStep(const Graph& graph, const StepRecord& record, std::vector<ExpertWork> experts,
+                                          int64_t request) {
   workload_.experts = std::move(experts);
-  SHOAL_ASSIGN_OR_RETURN(const int64_t step_ns, Learn(graph, record));
+  SHOAL_ASSIGN_OR_RETURN(const int64_t step_ns, Learn(graph, record, request));
   steps_ns_.push_back(step_ns);
   predicted_ns_ = PredictStep(shape_, profiler_.table(), workload_, topology_, schedule_);
   if (!options_.choose || shape_.ranks == 1) return false;

@@ -30,8 +30,10 @@ class StepTuner {
   // Where a run begins.
   const Schedule& schedule() const { return schedule_; }
   // Collective, after each training step with its graph, which was emitted from schedule(). `experts`: placement and rows of each
-  // MoE layer (rows may be empty). True: schedule() is another one now.
-  absl::StatusOr<bool> AfterStep(const Graph& graph, const StepRecord& record, std::vector<ExpertWork> experts);
+  // MoE layer (rows may be empty). `request`: anything that ranks have to agree on; request() is the highest. True: schedule() is
+  // another one now.
+  absl::StatusOr<bool> AfterStep(const Graph& graph, const StepRecord& record, std::vector<ExpertWork> experts, int64_t request = 0);
+  int64_t request() const { return request_; }
 
   const Profiler& profiler() const { return profiler_; }
   Profiler& profiler() { return profiler_; }
@@ -46,7 +48,7 @@ class StepTuner {
     std::vector<std::string> reasons;
     double median_ns = 0;
   };
-  absl::StatusOr<int64_t> Learn(const Graph& graph, const StepRecord& record);
+  absl::StatusOr<int64_t> Learn(const Graph& graph, const StepRecord& record, int64_t request);
   ScheduleChoice Choose() const;
   void AddProbe(Schedule schedule, std::vector<std::string> reasons);
   void PlanProbes(double plausible);
@@ -72,6 +74,7 @@ class StepTuner {
   size_t replan_steps_ = 10;          // Until the next look.
   std::vector<std::string> reasons_;
   double predicted_ns_ = 0;
+  int64_t request_ = 0;
 };
 
 }  // namespace shoal

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <csignal>
 
 #include "absl/strings/str_format.h"
 #include "launch/checkpoint/checkpoint.h"
@@ -12,6 +13,7 @@
 #include "launch/trainer/rank_values.h"
 #include "launch/trainer/schedule.h"
 #include "launch/trainer/session.h"
+#include "launch/trainer/signal_note.h"
 #include "launch/trainer/step_watch.h"
 #include "models/data/prefetch.h"
 #include "nlohmann/json.hpp"
@@ -26,6 +28,11 @@ namespace shoal {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+
+// What somebody asks of the job while it trains; what is asked of one rank is asked of all.
+enum class Request : int64_t { kNone, kSave, kEnd };
+
+constexpr char kNoCheckpoints[] = "checkpoint.interval is 0 and checkpoint.save_last is false";
 
 double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
@@ -46,6 +53,7 @@ class TrainingRun {
     if (transport == "auto") transport = environment_.nodes == 1 ? "shm" : "tcp";
     world_ = Measure(std::move(world), *metrics_, "world", transport);
     absl::Status status = SetUpAndTrain();
+    if (absl::IsCancelled(status)) return status;
     // Whatever this rank met ends the job on every rank, with its words.
     if (!status.ok() && world_->status().ok()) world_->Abort(status);
     if (reporter_ != nullptr && !status.ok()) Report(reporter_->Finish(FinishOf(status)));
@@ -82,11 +90,21 @@ class TrainingRun {
     if (is_rank0()) {
       SHOAL_ASSIGN_OR_RETURN(lock_, FolderLock::Take(run_dir_));
     }
+    metrics_->metrics().SetState(JobState::kRestore);
+    SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> checkpoint, ChooseCheckpoint());
+    if (checkpoint != nullptr && checkpoint->step() >= config_.train().steps()) {
+      if (is_rank0()) {
+        absl::PrintF("shoal: %s is of step %d, and train.steps is %d: nothing is left to do; a larger train.steps goes on\n",
+                     checkpoint->path(), checkpoint->step(), config_.train().steps());
+      }
+      return absl::OkStatus();
+    }
     SHOAL_RETURN_IF_ERROR(OpenData());
     SHOAL_ASSIGN_OR_RETURN(Device* const device, DeviceFor(config_, environment_));
-    SHOAL_ASSIGN_OR_RETURN(
-        model_, RankModel::Create(config_, model_config_, *world_, {.host = environment_.node_rank, .device = device}), "setting up");
-    SHOAL_RETURN_IF_ERROR(StartOrResume());
+    const RankModel::Options options = {
+        .host = environment_.node_rank, .device = device, .request = [this] { return static_cast<int64_t>(TakeRequest()); }};
+    SHOAL_ASSIGN_OR_RETURN(model_, RankModel::Create(config_, model_config_, *world_, options), "setting up");
+    SHOAL_RETURN_IF_ERROR(StartOrResume(checkpoint.get()));
     SHOAL_RETURN_IF_ERROR(StartReporter());
     const Telemetry& telemetry = config_.telemetry();
     SHOAL_ASSIGN_OR_RETURN(
@@ -103,15 +121,39 @@ class TrainingRun {
                                                  .keep = config_.checkpoint().keep(),
                                                  .config_yaml = ConfigYaml(config_)},
                                                 std::move(group)));
+    return Train();
+  }
+
+  absl::Status Train() {
+    // Our launcher tells its ranks what somebody may have told them already, and ends them if it is told twice.
+    end_.emplace(SIGTERM, environment_.source == "SHOAL" ? SignalNote::Again::kNoted : SignalNote::Again::kAsBefore);
     for (int64_t step = first_step_; step < config_.train().steps(); ++step) {
       SHOAL_RETURN_IF_ERROR(Step(step), "step ", step);
       const bool last = step + 1 == config_.train().steps();
-      if (last || Due(step, config_.train().eval_interval())) SHOAL_RETURN_IF_ERROR(Validate(step), "validation");
-      if (last ? config_.checkpoint().save_last() : Due(step, config_.checkpoint().interval())) {
-        SHOAL_RETURN_IF_ERROR(Save(step + 1), "saving a checkpoint");
-      }
+      const bool end = request_ == Request::kEnd && !last;
+      if (last || (!end && Due(step, config_.train().eval_interval()))) SHOAL_RETURN_IF_ERROR(Validate(step), "validation");
+      const bool due = last ? config_.checkpoint().save_last() : Due(step, config_.checkpoint().interval());
+      if (due || SavesOnRequest(step + 1)) SHOAL_RETURN_IF_ERROR(Save(step + 1), "saving a checkpoint");
+      if (end) return EndAsAsked(step + 1);
     }
     return Finish();
+  }
+
+  Request TakeRequest() {
+    const bool save = save_.Take();
+    if (end_.has_value() && end_->Take()) return Request::kEnd;
+    return save ? Request::kSave : Request::kNone;
+  }
+
+  // `step`: steps done.
+  bool SavesOnRequest(int64_t step) {
+    if (request_ == Request::kNone) return false;
+    const bool saves = config_.checkpoint().save_last() || config_.checkpoint().interval() > 0;
+    if (request_ == Request::kSave) {
+      reporter_->Note(saves ? absl::StrCat("step ", step, " is saved, as SIGUSR1 asks")
+                            : absl::StrCat("SIGUSR1 saves nothing, as ", kNoCheckpoints));
+    }
+    return saves;
   }
 
   static bool Due(int64_t step, int64_t interval) { return interval > 0 && (step + 1) % interval == 0; }
@@ -132,28 +174,20 @@ class TrainingRun {
   }
 
   // Weights, optimizer state and the position in the run; then reading ahead can begin.
-  absl::Status StartOrResume() {
-    metrics_->metrics().SetState(JobState::kRestore);
-    SHOAL_ASSIGN_OR_RETURN(const std::string checkpoint, ChooseCheckpoint());
+  absl::Status StartOrResume(const CheckpointReader* checkpoint) {
     SHOAL_RETURN_IF_ERROR(LoadWeights({checkpoint, config_.run().init_from(), config_.run().seed()}, *model_),
-                          checkpoint.empty() ? "initial weights" : "resuming");
-    if (!checkpoint.empty()) {
-      SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(checkpoint));
-      const nlohmann::json meta = nlohmann::json::parse(reader->meta(), nullptr, /*allow_exceptions=*/false);
+                          checkpoint == nullptr ? "initial weights" : "resuming");
+    if (checkpoint != nullptr) {
+      const nlohmann::json meta = nlohmann::json::parse(checkpoint->meta(), nullptr, /*allow_exceptions=*/false);
       if (!meta.is_object() || !meta.value("update", nlohmann::json()).is_number_integer()) {
-        return absl::DataLossError(absl::StrCat(checkpoint, ": the manifest's meta has no number `update`"));
+        return absl::DataLossError(absl::StrCat(checkpoint->path(), ": the manifest's meta has no number `update`"));
       }
       updates_ = meta["update"];
-      first_step_ = reader->step();
-      SHOAL_ASSIGN_OR_RETURN(const Config before, CheckpointConfig(*reader), checkpoint);
-      resumed_ = absl::StrCat("going on from ", checkpoint);
+      first_step_ = checkpoint->step();
+      SHOAL_ASSIGN_OR_RETURN(const Config before, CheckpointConfig(*checkpoint), checkpoint->path());
+      resumed_ = absl::StrCat("going on from ", checkpoint->path());
       if (const std::string changes = ConfigChanges(before, config_); !changes.empty()) {
         absl::StrAppend(&resumed_, "; changed since: ", changes);
-      }
-      if (first_step_ >= config_.train().steps()) {
-        return absl::FailedPreconditionError(
-            absl::StrCat(checkpoint, " is at step ", first_step_, ", and train.steps is ", config_.train().steps(),
-                         ": nothing is left to do; a larger train.steps goes on"));
       }
     }
     const int64_t parts = config_.train().gradient_accumulation_steps();
@@ -205,25 +239,25 @@ class TrainingRun {
         other - newest.begin(), " ", seen(*other), ": the run's folder must lie on a file system that all ranks share"));
   }
 
-  // The checkpoint to go on from, checked whole by every rank; empty: none.
-  absl::StatusOr<std::string> ChooseCheckpoint() {
+  // The checkpoint to go on from, checked whole by every rank; null: none.
+  absl::StatusOr<std::unique_ptr<CheckpointReader>> ChooseCheckpoint() {
+    using Reader = std::unique_ptr<CheckpointReader>;
     const std::string& resume = config_.checkpoint().resume();
-    if (resume == "none") return std::string();
-    std::vector<CheckpointFolder> folders;
+    if (resume == "none") return Reader();
+    std::vector<CheckpointFolder> folders = {{0, resume}};
     if (resume == "auto") {
       SHOAL_ASSIGN_OR_RETURN(folders, ListCheckpoints(run_dir_));
       SHOAL_RETURN_IF_ERROR(AgreeOnNewest(folders));
-    } else {
-      SHOAL_ASSIGN_OR_RETURN(const std::string folder, FindCheckpoint(resume), "checkpoint.resume");
-      folders.push_back({0, folder});
     }
     while (!folders.empty()) {
       const std::string path = folders.back().path;
-      const absl::Status status = Verify(path);
+      absl::StatusOr<Reader> reader = resume == "auto" ? OpenCheckpoint(path) : FindCheckpoint(path);
+      // Each rank checks every hash; the file system's cache makes that one read.
+      const absl::Status status = reader.ok() ? (*reader)->VerifyAll(Threads()) : reader.status();
       // The ranks agree: damage that one sees is damage for all.
       SHOAL_ASSIGN_OR_RETURN(const std::vector<int64_t> whole, GatherValues(*world_, status.ok() ? 1 : 0));
       const auto damaged = std::find(whole.begin(), whole.end(), 0);
-      if (damaged == whole.end()) return path;
+      if (damaged == whole.end()) return reader;
       const std::string words = status.ok() ? absl::StrCat("rank ", damaged - whole.begin(), " cannot read ", path)
                                             : std::string(status.message());
       folders.pop_back();
@@ -234,13 +268,7 @@ class TrainingRun {
       }
       SHOAL_LOG(kWarning) << words << "; going on from " << folders.back().path;
     }
-    return std::string();
-  }
-
-  // Each rank checks every hash; the file system's cache makes that one read.
-  static absl::Status Verify(const std::string& path) {
-    SHOAL_ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader, OpenCheckpoint(path));
-    return reader->VerifyAll(Threads());
+    return Reader();
   }
 
   std::string ModelText() const {
@@ -316,6 +344,7 @@ class TrainingRun {
     const double data_seconds = SecondsSince(begin);
     const double learning_rate = LearningRate(config_, step);
     SHOAL_ASSIGN_OR_RETURN(const StepResult result, model_->Train(parts, learning_rate, updates_ + 1));
+    request_ = static_cast<Request>(result.request);
     SHOAL_RETURN_IF_ERROR(watch_->AfterStep(step, model_->graph(), model_->record()), "telemetry");
     TrainRecord record;
     record.step = step;
@@ -412,17 +441,34 @@ class TrainingRun {
     return record;
   }
 
+  // The end of the save in progress, and of what is learnt of steps.
+  absl::Status AwaitFiles(FinishRecord* record) {
+    SHOAL_RETURN_IF_ERROR(checkpointer_->Wait(), "saving a checkpoint");
+    if (saved_step_ > 0) {
+      CommittedSave();
+      SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(run_dir_));
+      record->checkpoint_dir = newest.value_or("");
+    }
+    return Annotate(watch_->Finish(), "telemetry");
+  }
+
+  // CANCELLED, when all is done. `step`: steps done.
+  absl::Status EndAsAsked(int64_t step) {
+    metrics_->metrics().SetState(JobState::kDrain);
+    FinishRecord record = FinishOf(absl::OkStatus());
+    SHOAL_RETURN_IF_ERROR(AwaitFiles(&record));
+    const std::string saved = saved_step_ == step ? "which is saved: --resume goes on from there"
+                                                  : absl::StrCat("and nothing was saved, as ", kNoCheckpoints);
+    record.status = absl::CancelledError(absl::StrCat("SIGTERM: ended after step ", step, ", ", saved));
+    SHOAL_RETURN_IF_ERROR(reporter_->Finish(record));
+    // Some launchers end all ranks when one ends: it must find nothing undone.
+    SHOAL_RETURN_IF_ERROR(world_->Barrier({.label = "end"}).Await(), "ending");
+    return record.status;
+  }
+
   absl::Status Finish() {
     FinishRecord record = FinishOf(absl::OkStatus());
-    if (checkpointer_ != nullptr) {
-      SHOAL_RETURN_IF_ERROR(checkpointer_->Wait(), "saving a checkpoint");
-      if (saved_step_ > 0) {
-        CommittedSave();
-        SHOAL_ASSIGN_OR_RETURN(const std::optional<std::string> newest, NewestCheckpoint(run_dir_));
-        record.checkpoint_dir = newest.value_or("");
-      }
-    }
-    SHOAL_RETURN_IF_ERROR(watch_->Finish(), "telemetry");
+    SHOAL_RETURN_IF_ERROR(AwaitFiles(&record));
     const Telemetry& telemetry = config_.telemetry();
     if (!telemetry.sample_prompt().empty() && telemetry.sample_length() > 0 && config_.data().kind() == "text") {
       record.sample_prompt = telemetry.sample_prompt();
@@ -456,6 +502,9 @@ class TrainingRun {
   std::string resumed_;  // What to say about the checkpoint; empty: the run starts anew.
   std::vector<int> moe_layers_;
   int64_t first_step_ = 0, updates_ = 0, saved_step_ = 0;
+  SignalNote save_{SIGUSR1, SignalNote::Again::kNoted};
+  std::optional<SignalNote> end_;           // SIGTERM, while steps are done: before, nothing would be lost.
+  Request request_ = Request::kNone;        // Of the last step.
 
   // In the order in which they are set up; the last goes first.
   std::unique_ptr<FolderLock> lock_;  // Of rank 0.

@@ -192,7 +192,38 @@ TEST(AgentTest, ASecondInterruptEndsStubbornRanksAtOnce) {
   const absl::Time start = absl::Now();
   launcher->Signal(SIGTERM);
   EXPECT_EQ(launcher->Wait(kLong)->exit_code, kExitSignalBase + SIGTERM);
-  EXPECT_LT(absl::Now() - start, absl::Seconds(4)) << "the grace time is 5 s";
+  EXPECT_LT(absl::Now() - start, absl::Seconds(4)) << "they had 30 s to save";
+}
+
+TEST(AgentTest, ARankThatIsStoppedInsteadOfEndingIsKilled) {
+  const std::unique_ptr<Subprocess> launcher = Launch("--nproc-per-node 1 --stubborn interrupts");
+  ASSERT_TRUE(launcher->WaitForOutput("counting", kLong).ok());
+  const auto ranks = WaitForRanks(launcher->pid(), 1, kLong);
+  ASSERT_TRUE(ranks.ok()) << ranks.status();
+  launcher->Signal(SIGTERM);
+  ASSERT_TRUE(launcher->WaitForOutput("SIGTERM: ending 1 rank", kLong).ok());
+  (*ranks)[0].Signal(SIGSTOP);
+  const auto result = launcher->Wait(kEndMax);
+  ASSERT_TRUE(result.ok()) << result.status() << "; it had 30 s to save";
+  EXPECT_EQ(result->exit_code, kExitSignalBase + SIGTERM);
+}
+
+TEST(AgentTest, ARankThatEndedAsAskedEndsTheJobWithoutBlame) {
+  const ProcessResult result = RunJob("--nproc-per-node 3 fail 1 exit 143", kEndMax);
+  EXPECT_EQ(result.exit_code, kExitSignalBase + SIGTERM);
+  EXPECT_THAT(result.err, AllOf(HasSubstr("shoal: rank 1 ended as asked by SIGTERM: ending 2 ranks"),
+                                Not(HasSubstr("exited with code"))));
+}
+
+TEST(AgentTest, Usr1IsPassedOn) {
+  const std::unique_ptr<Subprocess> launcher = Launch("--nproc-per-node 2 fail 9 exit 0");
+  const auto ranks = WaitForRanks(launcher->pid(), 2, kLong);
+  ASSERT_TRUE(ranks.ok()) << ranks.status();
+  launcher->Signal(SIGUSR1);
+  const auto result = launcher->Wait(kEndMax);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->exit_code, kExitFailure);
+  EXPECT_THAT(result->err, HasSubstr("killed by signal 10 (SIGUSR1)"));
 }
 
 TEST(AgentTest, NoRankOutlivesAKilledLauncher) {

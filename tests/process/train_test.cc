@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <regex>
 
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "launch/agent/exit_codes.h"
@@ -42,6 +43,7 @@ using Words = std::vector<std::string>;
 
 constexpr absl::Duration kLong = absl::Seconds(90);
 constexpr absl::Duration kEndMax = absl::Seconds(10);  // From a rank's failure to the end of the job.
+constexpr char kTraining[] = "/1000000  eta";           // What a run of a million steps prints from its first step on.
 
 constexpr char kConfig[] = R"(
 model: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, num_local_experts: 8,
@@ -337,6 +339,83 @@ TEST_F(TrainTest, NothingOutlivesTheLauncherOrCtrlC) {
       job->Signal(signal);
     }
     EXPECT_TRUE(WaitAllGone(*ranks, kEndMax).ok());
+  }
+}
+
+// Whoever gets SIGTERM (a rank, all of them, the launcher, or everybody, as Slurm and systemd do it): all ranks save the same step
+// and end, and the rest of the run has the bits of one that was never stopped.
+TEST_F(TrainTest, SigtermSavesAndEndsAndTheRunGoesOnBitForBit) {
+  const Words sets = {"parallel.expert=2", "schedule.chunks_forward=1", "schedule.chunks_backward=1", "schedule.waves=1",
+                      "schedule.gradient_slices=plain", "scheduler.decay_steps=10000", "checkpoint.keep=1"};
+  for (const std::string whom : {"rank", "ranks", "launcher", "everybody"}) {
+    SCOPED_TRACE(whom);
+    auto job = *Subprocess::Start(Train(2, Joined({"train.steps=1000000"}, sets)));
+    ASSERT_TRUE(job->WaitForOutput(kTraining, kLong).ok());
+    {
+      const auto ranks = WaitForRanks(job->pid(), 2, kLong);
+      ASSERT_TRUE(ranks.ok()) << ranks.status();
+      if (whom != "launcher") (*ranks)[1].Signal(SIGTERM);
+      if (whom == "ranks" || whom == "everybody") (*ranks)[0].Signal(SIGTERM);
+      if (whom == "launcher" || whom == "everybody") job->Signal(SIGTERM);
+    }
+    const auto ended = job->Wait(kLong);
+    ASSERT_TRUE(ended.ok()) << ended.status();
+    EXPECT_EQ(ended->exit_code, kExitSignalBase + SIGTERM) << ended->ToString();
+    EXPECT_THAT(ended->err, Not(HasSubstr("exited with code"))) << "no rank is to blame";
+    const size_t steps = Losses("tiny").size();
+    EXPECT_THAT(ended->out, HasSubstr(absl::StrCat("SIGTERM: ended after step ", steps, ", which is saved")));
+    const Words more = Joined({absl::StrCat("train.steps=", steps + 3)}, sets);
+    const ProcessResult rest = Run(Train(2, more, {"--resume"}));
+    ASSERT_TRUE(rest.ok()) << rest.ToString();
+    EXPECT_THAT(rest.out, HasSubstr(absl::StrFormat("checkpoints/step-%08d", steps)));
+    ASSERT_TRUE(Run(Train(2, Joined({"run.name=whole"}, more))).ok());
+    EXPECT_EQ(Losses("tiny"), Losses("whole"));
+    const std::string last = absl::StrFormat("%08d", steps + 3);
+    EXPECT_EQ(Tensors("tiny", last), Tensors("whole", last));
+    std::filesystem::remove_all(Path("runs"));
+  }
+}
+
+TEST_F(TrainTest, Sigusr1SavesAndTheJobGoesOn) {
+  auto job = *Subprocess::Start(Train(2, {"train.steps=1000000"}));
+  ASSERT_TRUE(job->WaitForOutput(kTraining, kLong).ok());
+  job->Signal(SIGUSR1);
+  const absl::Status saved = job->WaitForOutput("is saved, as SIGUSR1 asks", kLong);
+  ASSERT_TRUE(saved.ok()) << saved;
+  job->Signal(SIGTERM);
+  const auto result = job->Wait(kLong);
+  ASSERT_TRUE(result.ok()) << result.status();
+  std::smatch match;
+  ASSERT_TRUE(std::regex_search(result->out, match, std::regex("step ([0-9]+) is saved, as SIGUSR1 asks"))) << result->out;
+  const int64_t first = std::stoll(match[1]);
+  EXPECT_GT(static_cast<int64_t>(Losses("tiny").size()), first);
+  for (const int64_t step : {first, static_cast<int64_t>(Losses("tiny").size())}) {
+    EXPECT_TRUE(std::filesystem::exists(Path(absl::StrFormat("runs/tiny/checkpoints/step-%08d/manifest.json", step)))) << step;
+  }
+}
+
+TEST_F(TrainTest, WithoutCheckpointsSignalsSaveNothingAndSaySo) {
+  auto job = *Subprocess::Start(Train(2, {"train.steps=1000000", "checkpoint.save_last=false"}));
+  ASSERT_TRUE(job->WaitForOutput(kTraining, kLong).ok());
+  job->Signal(SIGUSR1);
+  ASSERT_TRUE(job->WaitForOutput("SIGUSR1 saves nothing, as checkpoint.interval is 0", kLong).ok());
+  job->Signal(SIGTERM);
+  const auto result = job->Wait(kLong);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->exit_code, kExitSignalBase + SIGTERM) << result->ToString();
+  EXPECT_THAT(result->out, HasSubstr("nothing was saved"));
+  EXPECT_TRUE(std::filesystem::is_empty(Path("runs/tiny/checkpoints")));
+}
+
+TEST_F(TrainTest, ResumingAtTheEndHasNothingLeftToDoAndIsNoFailure) {
+  ASSERT_TRUE(Run(Train(2, {})).ok());
+  const json before = Tensors("tiny", "00000012");
+  for (const Words& sets : {Words{}, Words{"train.steps=7"}, Words{"checkpoint.resume=runs/tiny"}}) {
+    const ProcessResult again = Run(Train(2, sets, {"--resume"}));
+    ASSERT_TRUE(again.ok()) << again.ToString();
+    EXPECT_THAT(again.out, AllOf(HasSubstr("step-00000012"), HasSubstr("nothing is left to do"), Not(HasSubstr("GEMM peak"))));
+    EXPECT_EQ(Losses("tiny").size(), 12u);
+    EXPECT_EQ(Tensors("tiny", "00000012"), before);
   }
 }
 
