@@ -12,7 +12,7 @@
 #include "runtime/base/status.h"
 #include "runtime/files/faulty_disk.h"
 #include "runtime/files/safetensors.h"
-#include "runtime/files/test_folder.h"
+#include "tests/harness/temp_dir.h"
 
 namespace shoal {
 namespace {
@@ -21,6 +21,7 @@ using ::testing::AnyOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::TempDir;
 
 // The tensors of a tiny run: a matrix and its moment, a vector, a count.
 const std::map<std::string, CheckpointTensor>& Tensors() {
@@ -100,7 +101,7 @@ std::unique_ptr<Checkpointer> CreateOrDie(CheckpointerOptions options) {
   return *std::move(checkpointer);
 }
 
-std::vector<std::string> FoldersOf(const TestFolder& run) { return *ListFolder(run / "checkpoints"); }
+std::vector<std::string> FoldersOf(const TempDir& run) { return *ListFolder(run / "checkpoints"); }
 
 // Runs `body` as each of `size` ranks of one group, on threads.
 void RunRanks(int size, const std::function<void(int rank, std::unique_ptr<Communicator> group)>& body) {
@@ -122,7 +123,7 @@ void RunRanks(int size, const std::function<void(int rank, std::unique_ptr<Commu
 }
 
 TEST(Checkpoint, WhatIsSavedIsReadBack) {
-  const TestFolder run;
+  const TempDir run;
   EXPECT_FALSE(NewestCheckpoint(run.path())->has_value());
   const auto checkpointer = CreateOrDie({.run_dir = run.path(), .config_yaml = "model: {}\n"});
   EXPECT_FALSE(NewestCheckpoint(run.path())->has_value());
@@ -142,7 +143,7 @@ TEST(Checkpoint, WhatIsSavedIsReadBack) {
 
 // Others can read a checkpoint of one rank as it is.
 TEST(Checkpoint, FileOfOneRankHasPlainNames) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 1).ok());
   const auto file = SafetensorsFile::Open(run / "checkpoints/step-00000001/rank-00000-of-00001.safetensors");
   for (const auto& [name, info] : Tensors()) {
@@ -153,7 +154,7 @@ TEST(Checkpoint, FileOfOneRankHasPlainNames) {
 
 TEST(Checkpoint, AnyNumberOfRanksWritesTheSameState) {
   for (const int size : {2, 3, 4}) {
-    const TestFolder run;
+    const TempDir run;
     RunRanks(size, [&](int rank, std::unique_ptr<Communicator> group) {
       auto checkpointer = Checkpointer::Create({.run_dir = run.path()}, std::move(group));
       ASSERT_TRUE(checkpointer.ok()) << checkpointer.status();
@@ -172,7 +173,7 @@ TEST(Checkpoint, AnyNumberOfRanksWritesTheSameState) {
 }
 
 TEST(Checkpoint, ReadersOfManyThreadsSeeTheSame) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 3).ok());
   const auto reader = OpenOrDie(run / "checkpoints/step-00000003");
   std::vector<std::thread> threads;
@@ -203,7 +204,7 @@ class Gate : public DiskFaults {
 };
 
 TEST(Checkpoint, SaveReturnsBeforeAnythingIsWrittenAndKeepsItsOwnCopy) {
-  const TestFolder run;
+  const TempDir run;
   Gate gate;
   const auto checkpointer = CreateOrDie({.run_dir = run.path(), .faults = &gate});
   const std::vector<Shard> shards = ShardsOf(0, 1, 8);
@@ -216,7 +217,7 @@ TEST(Checkpoint, SaveReturnsBeforeAnythingIsWrittenAndKeepsItsOwnCopy) {
 }
 
 TEST(Checkpoint, NewestStayAndLaterStepsAreNotTouched) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(MakeFolders(run / "checkpoints/mine").ok());
   ASSERT_TRUE(MakeFolders(run / "checkpoints/step-7").ok());
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 99).ok());
@@ -232,7 +233,7 @@ TEST(Checkpoint, NewestStayAndLaterStepsAreNotTouched) {
 }
 
 TEST(Checkpoint, SameStepIsReplaced) {
-  const TestFolder run;
+  const TempDir run;
   const auto checkpointer = CreateOrDie({.run_dir = run.path()});
   ASSERT_TRUE(checkpointer->Save(4, "first", ShardsOf(0, 1, 3)).ok());
   ASSERT_TRUE(SaveAll(*checkpointer, 4).ok());
@@ -241,7 +242,7 @@ TEST(Checkpoint, SameStepIsReplaced) {
 }
 
 TEST(Checkpoint, WhatEndedHalfWayIsTidiedUp) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 4).ok());
   const std::string committed = run / "checkpoints/step-00000004";
   ASSERT_TRUE(RenameDurably(committed, committed + ".replaced").ok());
@@ -255,7 +256,7 @@ TEST(Checkpoint, WhatEndedHalfWayIsTidiedUp) {
 }
 
 // Whatever the disk remembers after the crash, there is a checkpoint, and all there are are whole.
-void ExpectWholeAfterCrash(const TestFolder& run, int64_t old_step, int64_t new_step, int at) {
+void ExpectWholeAfterCrash(const TempDir& run, int64_t old_step, int64_t new_step, int at) {
   SCOPED_TRACE(absl::StrCat("crash at step ", at));
   const auto folders = ListCheckpoints(run.path());
   ASSERT_TRUE(folders.ok() && !folders->empty());
@@ -277,7 +278,7 @@ TEST(Checkpoint, CrashAtAnyInstantLeavesAWholeCheckpoint) {
     for (const int64_t new_step : {2, 1}) {  // The next step; the same step once more.
       int crashes = 0;
       for (int at = 0;; ++at) {
-        const TestFolder run;
+        const TempDir run;
         ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 1).ok());
         FaultyDisk disk(FaultyDisk::Kind::kCrash, at);
         {
@@ -300,7 +301,7 @@ TEST(Checkpoint, CrashAtAnyInstantLeavesAWholeCheckpoint) {
 TEST(Checkpoint, FullDiskAtAnyWriteFailsTheSaveAndGivesTheSpaceBack) {
   int failures = 0;
   for (int at = 0;; ++at) {
-    const TestFolder run;
+    const TempDir run;
     FaultyDisk disk(FaultyDisk::Kind::kFull, at);
     ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 1).ok());
     const auto checkpointer = CreateOrDie({.run_dir = run.path(), .faults = &disk});
@@ -319,7 +320,7 @@ TEST(Checkpoint, FullDiskAtAnyWriteFailsTheSaveAndGivesTheSpaceBack) {
 }
 
 TEST(Checkpoint, FailedSaveIsTheErrorOfTheNext) {
-  const TestFolder run;
+  const TempDir run;
   FaultyDisk disk(FaultyDisk::Kind::kFull, 0);
   const auto checkpointer = CreateOrDie({.run_dir = run.path(), .faults = &disk});
   ASSERT_TRUE(checkpointer->Save(1, "", ShardsOf(0, 1, 1)).ok());
@@ -330,7 +331,7 @@ TEST(Checkpoint, FailedSaveIsTheErrorOfTheNext) {
 }
 
 TEST(Checkpoint, ErrorOfOneRankIsEveryRanks) {
-  const TestFolder run;
+  const TempDir run;
   RunRanks(3, [&](int rank, std::unique_ptr<Communicator> group) {
     FaultyDisk disk(rank == 1 ? FaultyDisk::Kind::kFull : FaultyDisk::Kind::kNone, 1);
     auto checkpointer = Checkpointer::Create({.run_dir = run.path(), .faults = &disk}, std::move(group));
@@ -347,7 +348,7 @@ TEST(Checkpoint, ErrorOfOneRankIsEveryRanks) {
 // Each rank on a disk of its own, as on hosts without a shared file system.
 TEST(Checkpoint, RanksThatDoNotSeeEachOthersFilesSaySo) {
   for (const bool folder_exists : {false, true}) {
-    const TestFolder runs[2];
+    const TempDir runs[2];
     if (folder_exists) {
       ASSERT_TRUE(MakeFolders(runs[1] / "checkpoints/step-00000005.partial").ok());
     }
@@ -364,7 +365,7 @@ TEST(Checkpoint, RanksThatDoNotSeeEachOthersFilesSaySo) {
 }
 
 TEST(Checkpoint, EndOfTheEpochEndsTheSave) {
-  const TestFolder run;
+  const TempDir run;
   RunRanks(2, [&](int rank, std::unique_ptr<Communicator> group) {
     Communicator* const borrowed = group.get();
     auto checkpointer = Checkpointer::Create({.run_dir = run.path()}, std::move(group));
@@ -380,7 +381,7 @@ TEST(Checkpoint, EndOfTheEpochEndsTheSave) {
 }
 
 TEST(Checkpoint, PiecesThatDoNotCoverATensorAreNamed) {
-  const TestFolder run;
+  const TempDir run;
   const auto checkpointer = CreateOrDie({.run_dir = run.path()});
   const auto save = [&](std::vector<Shard> shards) {
     SHOAL_CHECK_OK(checkpointer->Save(1, "", shards));
@@ -396,7 +397,7 @@ TEST(Checkpoint, PiecesThatDoNotCoverATensorAreNamed) {
 }
 
 TEST(Checkpoint, SeveralPiecesOfOneTensorAndEmptyOnesWork) {
-  const TestFolder run;
+  const TempDir run;
   const Tensor full = Contents("w", 1);
   const auto checkpointer = CreateOrDie({.run_dir = run.path()});
   ASSERT_TRUE(checkpointer
@@ -414,7 +415,7 @@ TEST(Checkpoint, SeveralPiecesOfOneTensorAndEmptyOnesWork) {
 }
 
 TEST(Checkpoint, ReadsThatDoNotFitAreRefused) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 1).ok());
   const auto reader = OpenOrDie(run / "checkpoints/step-00000001");
   const auto code = [&](const char* name, int64_t row, Shape shape, DType dtype) {
@@ -441,7 +442,7 @@ TEST(Checkpoint, ReadsThatDoNotFitAreRefused) {
 }
 
 TEST(Checkpoint, WhatIsNoCheckpointIsNotFound) {
-  const TestFolder run;
+  const TempDir run;
   EXPECT_EQ(OpenCheckpoint(run / "none").status().code(), absl::StatusCode::kNotFound);
   EXPECT_EQ(OpenCheckpoint(run.path()).status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(OpenCheckpoint(run.path()).status().message()), HasSubstr("is no checkpoint"));
@@ -458,7 +459,7 @@ void FlipBit(const std::string& path, int64_t byte, int bit) {
 // A bit of every third byte flipped: it is found, or it makes no difference to what is read. Truncation is
 // found.
 TEST(Checkpoint, NothingDamagedIsEverGivenOut) {
-  const TestFolder run;
+  const TempDir run;
   RunRanks(2, [&](int rank, std::unique_ptr<Communicator> group) {
     auto checkpointer = Checkpointer::Create({.run_dir = run.path()}, std::move(group));
     ASSERT_TRUE(SaveAll(**checkpointer, 1, rank, 2).ok());
@@ -500,7 +501,7 @@ TEST(Checkpoint, NothingDamagedIsEverGivenOut) {
 }
 
 TEST(Checkpoint, DamageNamesFileAndTensorAndLeavesTheRestReadable) {
-  const TestFolder run;
+  const TempDir run;
   ASSERT_TRUE(SaveAll(*CreateOrDie({.run_dir = run.path()}), 1).ok());
   const std::string file = run / "checkpoints/step-00000001/rank-00000-of-00001.safetensors";
   const int64_t size = *FileBytes(file);

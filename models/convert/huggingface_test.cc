@@ -10,13 +10,14 @@
 #include "models/parameters.h"
 #include "runtime/files/faulty_disk.h"
 #include "runtime/files/json.h"
-#include "runtime/files/test_folder.h"
+#include "tests/harness/temp_dir.h"
 
 namespace shoal {
 namespace {
 
 using ::testing::HasSubstr;
 using ::testing::Not;
+using testing::TempDir;
 
 ModelConfig SmallConfig() {
   ModelConfig config;
@@ -55,7 +56,7 @@ void ExpectHoldsFilledValues(const ModelFolder& folder, const ModelConfig& confi
 }
 
 absl::StatusOr<ModelConfig> Parse(std::string_view text) {
-  const TestFolder folder;
+  const TempDir folder;
   SHOAL_RETURN_IF_ERROR(WriteFileAtomic(folder / "config.json", text));
   return ReadHuggingFaceConfig(folder / "config.json");
 }
@@ -168,7 +169,7 @@ TEST(ModelFolder, GoldenFoldersFitTheirConfig) {
 TEST(ModelFolder, WhatIsWrittenIsReadBack) {
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
     for (const bool tied : {false, true}) {
-      const TestFolder folder;
+      const TempDir folder;
       ModelConfig config = SmallConfig();
       config.tie_word_embeddings = tied;
       config.aux_loss = tied ? AuxLoss::kSwitch : AuxLoss::kNone;
@@ -183,7 +184,7 @@ TEST(ModelFolder, WhatIsWrittenIsReadBack) {
 }
 
 TEST(ModelFolder, WhatMixtralCannotExpressIsNotCalledMixtral) {
-  const TestFolder folder;
+  const TempDir folder;
   ModelConfig config = SmallConfig();
   config.dense_layers = {true, false};
   config.norm_topk_prob = false;
@@ -213,7 +214,7 @@ TEST(ModelFolder, OtherRoutersKeepTheirSettingsAndState) {
   gshard.capacity_factor = 1.75;
   for (const ModelConfig& config : {sigmoid, cosine, gshard}) {
     SCOPED_TRACE(std::string(Name(config.router)));
-    const TestFolder folder;
+    const TempDir folder;
     ASSERT_TRUE(WriteModelFolder(folder.path(), config, Fill, {.dtype = DType::kBF16}).ok());
     const auto model = ModelFolder::Open(folder.path());
     ASSERT_TRUE(model.ok()) << model.status();
@@ -229,7 +230,7 @@ TEST(ModelFolder, OtherRoutersKeepTheirSettingsAndState) {
 }
 
 TEST(ModelFolder, ShardedFoldersAreRead) {
-  const TestFolder folder;
+  const TempDir folder;
   const ModelConfig config = SmallConfig();
   ASSERT_TRUE(WriteModelFolder(folder.path(), config, Fill, {}).ok());
   ASSERT_TRUE(RemoveTree(folder / "model.safetensors").ok());
@@ -259,7 +260,7 @@ TEST(ModelFolder, ShardedFoldersAreRead) {
 }
 
 TEST(ModelFolder, EveryDifferenceIsListed) {
-  const TestFolder folder;
+  const TempDir folder;
   ASSERT_TRUE(WriteModelFolder(folder.path(), SmallConfig(), Fill, {}).ok());
   const auto model = ModelFolder::Open(folder.path());
   ASSERT_TRUE(model.ok());
@@ -291,7 +292,7 @@ TEST(ModelFolder, EveryDifferenceIsListed) {
 TEST(ModelFolder, TiedHeadMayBePresentIfItIsTheEmbedding) {
   ModelConfig config = SmallConfig();
   for (const bool equal : {true, false}) {
-    const TestFolder folder;
+    const TempDir folder;
     config.tie_word_embeddings = false;
     ASSERT_TRUE(WriteModelFolder(folder.path(), config,
                                  [&](const std::string& name, const Tensor& out) {
@@ -308,7 +309,7 @@ TEST(ModelFolder, TiedHeadMayBePresentIfItIsTheEmbedding) {
 }
 
 TEST(ModelFolder, IntegersAreNoWeights) {
-  const TestFolder folder;
+  const TempDir folder;
   const ModelConfig config = SmallConfig();
   std::vector<SafetensorsSpec> specs;
   for (const ParameterSpec& spec : ParameterSpecs(config)) {
@@ -323,7 +324,7 @@ TEST(ModelFolder, IntegersAreNoWeights) {
 }
 
 TEST(ModelFolder, FailuresOfExportReachTheCaller) {
-  const TestFolder folder;
+  const TempDir folder;
   const absl::Status source_failed =
       WriteModelFolder(folder / "a", SmallConfig(),
                        [](const std::string&, const Tensor&) { return absl::DataLossError("shard 3"); }, {});
@@ -341,7 +342,7 @@ TEST(ModelFolder, FailuresOfExportReachTheCaller) {
 TEST(ModelFolder, PlainPythonReadsIt) {
   if (std::system("python3 -c 'import json, struct' > /dev/null 2>&1") != 0)
     GTEST_SKIP() << "no python3 here";
-  const TestFolder folder;
+  const TempDir folder;
   ModelConfig config = SmallConfig();
   ASSERT_TRUE(WriteModelFolder(folder / "m", config, Fill, {.max_position_embeddings = 77}).ok());
   constexpr char kProgram[] = R"(

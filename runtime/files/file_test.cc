@@ -8,7 +8,7 @@
 
 #include "runtime/files/faulty_disk.h"
 #include "runtime/files/json.h"
-#include "runtime/files/test_folder.h"
+#include "tests/harness/temp_dir.h"
 
 namespace shoal {
 namespace {
@@ -17,9 +17,10 @@ using ::testing::AnyOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using testing::TempDir;
 
 TEST(File, WhatIsWrittenIsReadBack) {
-  const TestFolder folder;
+  const TempDir folder;
   std::string contents(100'000, 'x');
   contents[7] = '\0';
   ASSERT_TRUE(WriteFileAtomic(folder / "a", contents).ok());
@@ -37,7 +38,7 @@ TEST(File, FilesWithoutKnownSizeAreReadWhole) {
 }
 
 TEST(File, ErrorsNameThePath) {
-  const TestFolder folder;
+  const TempDir folder;
   const std::string missing = folder / "no/such";
   for (const absl::Status& status :
        {ReadFile(missing).status(), MappedFile::Open(missing).status(), FileBytes(missing).status(),
@@ -50,7 +51,7 @@ TEST(File, ErrorsNameThePath) {
 }
 
 TEST(File, MapShowsTheBytesAndOutlivesReplacement) {
-  const TestFolder folder;
+  const TempDir folder;
   ASSERT_TRUE(WriteFileAtomic(folder / "a", "old").ok());
   ASSERT_TRUE(WriteFileAtomic(folder / "empty", "").ok());
   const auto map = *MappedFile::Open(folder / "a");
@@ -61,7 +62,7 @@ TEST(File, MapShowsTheBytesAndOutlivesReplacement) {
 }
 
 TEST(File, FoldersAreMadeListedAndRemoved) {
-  const TestFolder folder;
+  const TempDir folder;
   ASSERT_TRUE(MakeFolders(folder / "a/b/c").ok());
   ASSERT_TRUE(MakeFolders(folder / "a/b/c/").ok());
   ASSERT_TRUE(WriteFileAtomic(folder / "a/file", "x").ok());
@@ -75,7 +76,7 @@ TEST(File, FoldersAreMadeListedAndRemoved) {
 }
 
 TEST(File, FullDiskLeavesTheOldFileAndNothingElse) {
-  const TestFolder folder;
+  const TempDir folder;
   ASSERT_TRUE(WriteFileAtomic(folder / "a", "old").ok());
   FaultyDisk disk(FaultyDisk::Kind::kFull, 0);
   const absl::Status status = WriteFileAtomic(folder / "a", "0123456789", &disk);
@@ -88,7 +89,7 @@ TEST(File, FullDiskLeavesTheOldFileAndNothingElse) {
 
 // The system's own refusal, at a real limit.
 TEST(File, SizeLimitOfTheSystemIsResourceExhausted) {
-  const TestFolder folder;
+  const TempDir folder;
   rlimit old_limit;
   ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &old_limit), 0);
   const auto old_handler = signal(SIGXFSZ, SIG_IGN);
@@ -105,7 +106,7 @@ TEST(File, SizeLimitOfTheSystemIsResourceExhausted) {
 TEST(File, CrashAtAnyStepLeavesTheOldOrTheNewFile) {
   int crashes = 0;
   for (int at = 0;; ++at) {
-    const TestFolder folder;
+    const TempDir folder;
     ASSERT_TRUE(WriteFileAtomic(folder / "a", "old").ok());
     FaultyDisk disk(FaultyDisk::Kind::kCrash, at);
     const absl::Status status = WriteFileAtomic(folder / "a", "newer", &disk);

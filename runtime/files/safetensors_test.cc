@@ -9,12 +9,13 @@
 #include <random>
 
 #include "runtime/files/faulty_disk.h"
-#include "runtime/files/test_folder.h"
+#include "tests/harness/temp_dir.h"
 
 namespace shoal {
 namespace {
 
 using ::testing::HasSubstr;
+using testing::TempDir;
 
 // A file with this header and data, whatever they claim.
 std::string FileOf(std::string_view header, std::string_view data) {
@@ -25,14 +26,14 @@ std::string FileOf(std::string_view header, std::string_view data) {
   return file;
 }
 
-absl::StatusOr<std::shared_ptr<const SafetensorsFile>> OpenBytes(const TestFolder& folder,
+absl::StatusOr<std::shared_ptr<const SafetensorsFile>> OpenBytes(const TempDir& folder,
                                                                  std::string_view bytes) {
   SHOAL_RETURN_IF_ERROR(WriteFileAtomic(folder / "t.safetensors", bytes));
   return SafetensorsFile::Open(folder / "t.safetensors");
 }
 
 std::string ErrorOf(std::string_view header, std::string_view data) {
-  const TestFolder folder;
+  const TempDir folder;
   const absl::Status status = OpenBytes(folder, FileOf(header, data)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << header;
   EXPECT_THAT(std::string(status.message()), HasSubstr("t.safetensors"));
@@ -46,7 +47,7 @@ Tensor Filled(Shape shape, float first) {
 }
 
 TEST(Safetensors, LegalFilesOpen) {
-  const TestFolder folder;
+  const TempDir folder;
   const auto file = *OpenBytes(
       folder,
       FileOf(R"({"b":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},"empty":{"dtype":"I64",)"
@@ -69,7 +70,7 @@ TEST(Safetensors, LegalFilesOpen) {
 }
 
 TEST(Safetensors, ReadsThatDoNotFitAreRefused) {
-  const TestFolder folder;
+  const TempDir folder;
   const auto file = *OpenBytes(folder, FileOf(R"({"b":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]},)"
                                               R"("q":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[8,9]}})",
                                               "123456789"));
@@ -127,7 +128,7 @@ TEST(Safetensors, IllegalHeadersAreRefusedWithTheReason) {
 }
 
 TEST(Safetensors, HeaderSizesThatLieAreRefused) {
-  const TestFolder folder;
+  const TempDir folder;
   const auto error = [&](uint64_t size, std::string_view rest) {
     std::string bytes(reinterpret_cast<const char*>(&size), sizeof size);
     bytes.append(rest);
@@ -143,7 +144,7 @@ TEST(Safetensors, HeaderSizesThatLieAreRefused) {
 }
 
 TEST(Safetensors, WriterFollowsTheReferenceByteForByte) {
-  const TestFolder folder;
+  const TempDir folder;
   const Tensor values = Filled({2}, 1);
   const Tensor words = Empty({1}, DType::kI64);
   words.data<int64_t>()[0] = 5;
@@ -164,7 +165,7 @@ TEST(Safetensors, WriterFollowsTheReferenceByteForByte) {
 }
 
 TEST(Safetensors, GoldenFilesComeBackByteForByte) {
-  const TestFolder folder;
+  const TempDir folder;
   for (const char* model : {"mixtral_a", "mixtral_b"}) {
     const std::string path = absl::StrCat(SHOAL_SOURCE_DIR "/tests/oracle/", model, "/init.safetensors");
     const auto opened = SafetensorsFile::Open(path);
@@ -189,7 +190,7 @@ TEST(Safetensors, GoldenFilesComeBackByteForByte) {
 }
 
 TEST(Safetensors, NamesThatClashAreRefused) {
-  const TestFolder folder;
+  const TempDir folder;
   const auto write = [&](const char* a, const char* b) {
     return WriteSafetensors(folder / "f", {{a, DType::kF32, {1}}, {b, DType::kF32, {1}}}, {},
                             [&](size_t) -> absl::StatusOr<Tensor> { return Filled({1}, 0); })
@@ -204,7 +205,7 @@ TEST(Safetensors, NamesThatClashAreRefused) {
 
 TEST(Safetensors, FullDiskAtAnyWriteLeavesNoFile) {
   for (int at = 0; at < 3; ++at) {
-    const TestFolder folder;
+    const TempDir folder;
     FaultyDisk disk(FaultyDisk::Kind::kFull, at);
     const auto written = WriteSafetensors(
         folder / "f", {{"a", DType::kF32, {9}}, {"b", DType::kF32, {9}}}, {},
@@ -241,7 +242,7 @@ TEST(Safetensors, HalfAndBrainFloatsBecomeTheirExactValue) {
 
 // Any bytes at all: opening ends in an error or in a file all of whose tensors can be read within the map.
 TEST(Safetensors, DamagedFilesNeverReadBeyondTheFile) {
-  const TestFolder folder;
+  const TempDir folder;
   const std::string good = FileOf(
       R"({"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"b":{"dtype":"I64","shape":[1],"data_offsets":[24,32]},)"
       R"("__metadata__":{"k":"v"}})",
@@ -316,7 +317,7 @@ class SafetensorsIndex : public ::testing::Test {
         path, absl::StrCat("{\"metadata\":{\"total_size\":24},\"weight_map\":", AbslSv(weight_map), "}")));
     return SafetensorsSet::Open(path);
   }
-  const TestFolder folder_;
+  const TempDir folder_;
 };
 
 TEST_F(SafetensorsIndex, TensorsOfAllFilesAreFound) {
