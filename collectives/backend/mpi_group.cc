@@ -1,18 +1,15 @@
 #include "collectives/backend/mpi_group.h"
 
-#include <dlfcn.h>
-
 #include <algorithm>
 #include <climits>
 #include <cstring>
 #include <deque>
-#include <filesystem>
 #include <numeric>
 #include <thread>
 #include <vector>
 
 #include "absl/time/clock.h"
-#include "collectives/backend/mpi_plugin.h"
+#include "collectives/backend/mpi_library.h"
 #include "collectives/engine/arguments.h"
 #include "collectives/engine/op.h"
 #include "collectives/engine/reduce.h"
@@ -33,22 +30,6 @@ void ReduceForMpi(int dtype, int op, const void* in, void* in_out, int64_t count
          count);
 }
 
-// The loaded library and the lock under which all of its functions are called.
-struct Library {
-  const shoal_mpi_plugin* plugin = nullptr;
-  Mutex mutex;
-  ~Library() {
-    if (plugin != nullptr) plugin->stop();
-  }
-
-  absl::Status Error(int code) const {
-    if (code == 0) return absl::OkStatus();
-    char text[512] = "";
-    plugin->error_text(code, text, sizeof text);
-    return absl::InternalError(absl::StrCat("MPI: ", text));
-  }
-};
-
 // One operation: some requests, then work on this rank.
 struct Pending {
   std::string name;
@@ -61,7 +42,7 @@ struct Pending {
 
 class MpiGroup final : public Communicator {
  public:
-  MpiGroup(std::shared_ptr<Library> library, shoal_mpi_group* group, const WorldOptions& options)
+  MpiGroup(std::shared_ptr<MpiLibrary> library, shoal_mpi_group* group, const WorldOptions& options)
       : library_(std::move(library)),
         group_(group),
         options_(options),
@@ -123,7 +104,7 @@ class MpiGroup final : public Communicator {
   bool Progress();
   void End(const std::string& cause, bool tell);
 
-  const std::shared_ptr<Library> library_;
+  const std::shared_ptr<MpiLibrary> library_;
   shoal_mpi_group* const group_;
   const WorldOptions options_;
   const int index_;
@@ -573,32 +554,10 @@ absl::StatusOr<std::unique_ptr<Communicator>> MpiGroup::Split(absl::Span<const i
   return std::unique_ptr<Communicator>(std::make_unique<MpiGroup>(library_, part, options_));
 }
 
-absl::StatusOr<std::shared_ptr<Library>> Load() {
-  std::error_code error;
-  const std::string beside = std::filesystem::read_symlink("/proc/self/exe", error).parent_path() / "libshoal_mpi.so";
-  std::string missing;
-  for (const std::string& path : {beside, std::string("libshoal_mpi.so")}) {
-    void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);  // MPI loads modules that look for its symbols.
-    if (handle == nullptr) {
-      if (missing.empty()) missing = dlerror();
-      continue;
-    }
-    const auto* plugin = static_cast<const shoal_mpi_plugin*>(dlsym(handle, SHOAL_MPI_PLUGIN_SYMBOL));
-    if (plugin == nullptr || plugin->version != SHOAL_MPI_PLUGIN_VERSION) {
-      return absl::FailedPreconditionError(absl::StrCat(path, " is of another version of Shoal"));
-    }
-    auto library = std::make_shared<Library>();
-    library->plugin = plugin;
-    return library;
-  }
-  return absl::FailedPreconditionError(
-      absl::StrCat("transport mpi needs libshoal_mpi.so, built where an MPI is installed: ", missing));
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<Communicator>> ConnectMpi(const WorldOptions& options) {
-  SHOAL_ASSIGN_OR_RETURN(const std::shared_ptr<Library> library, Load());
+  SHOAL_ASSIGN_OR_RETURN(const std::shared_ptr<MpiLibrary> library, MpiLibrary::Load());
   shoal_mpi_group* world = nullptr;
   {
     MutexLock lock(&library->mutex);
