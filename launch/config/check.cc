@@ -85,6 +85,15 @@ class Checker {
       Fail("model.vocab_size", absl::StrCat(config_.model().vocab_size(), " is less than the 256 bytes of ",
                                             Mention("data.kind", data.kind()), "; at least 256 would fit"));
     }
+    const int32_t end = data.end_of_document_token();
+    if (data.document_mask() && end < 0) {
+      Fail("data.document_mask", absl::StrCat("needs the token that documents end with, and ",
+                                              Mention("data.end_of_document_token", end), " is none"));
+    } else if (end >= config_.model().vocab_size()) {
+      Fail("data.end_of_document_token",
+           absl::StrCat(end, " is no token of ", Mention("model.vocab_size", config_.model().vocab_size()),
+                        "; at most ", config_.model().vocab_size() - 1, " would fit"));
+    }
     const bool held_out = data.has_validation_fraction() && data.validation_fraction() > 0;
     const std::string fraction = FormatNumber(data.validation_fraction());
     if (held_out && (data.kind() == "random" || data.kind() == "safetensors")) {

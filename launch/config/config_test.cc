@@ -217,6 +217,16 @@ TEST_F(LoadConfigTest, RefusesCombinationsThatCannotBe) {
     EXPECT_EQ(Error(kRandom + combination.yaml), combination.error);
 }
 
+TEST_F(LoadConfigTest, DocumentsNeedTheTokenThatTheyEndWith) {
+  EXPECT_EQ(Error("data: {kind: random, document_mask: true}\n"),
+            "a.yaml:1:22: data.document_mask: needs the token that documents end with, and data.end_of_document_token = -1 (default) "
+            "is none");
+  EXPECT_EQ(Error("data: {kind: random, document_mask: true, end_of_document_token: 256}\n"),
+            "a.yaml:1:43: data.end_of_document_token: 256 is no token of model.vocab_size = 256 (default); at most 255 would fit");
+  EXPECT_EQ(Error("data: {kind: random, document_mask: true, end_of_document_token: 256}\nmodel: {vocab_size: 257}\n"), "");
+  EXPECT_EQ(Error("data: {kind: random, document_mask: true, end_of_document_token: 0}\n"), "");
+}
+
 TEST_F(LoadConfigTest, RefusesWhatTheRouterDoesNotHave) {
   const auto error = [&](const std::string& model) { return Error("data: {kind: random}\nmodel: {" + model + "}\n"); };
   EXPECT_EQ(error("router: switch"),

@@ -130,6 +130,11 @@ Numerics NumericsFor(const Config& config) {
   return config.train().numerics() == "pinned" ? Numerics::kPinned : Numerics::kFast;
 }
 
+std::optional<int32_t> EndOfDocument(const Config& config) {
+  if (!config.data().document_mask()) return std::nullopt;
+  return config.data().end_of_document_token();
+}
+
 kernels::Products ProductsFor(const Config& config) {
   return config.train().matmul() == "fp8" ? kernels::Products::kFp8 : kernels::Products::kSame;
 }

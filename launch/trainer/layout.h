@@ -2,6 +2,7 @@
 // start, and the shape of a step. Pure.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "launch/config/config.pb.h"
@@ -34,6 +35,8 @@ DensePolicy DensePolicyFor(const Config& config);
 ExpertPolicy ExpertPolicyFor(const Config& config);
 Numerics NumericsFor(const Config& config);
 kernels::Products ProductsFor(const Config& config);
+// The token behind which attention does not look back; none: it sees whole sequences.
+std::optional<int32_t> EndOfDocument(const Config& config);
 DispatchRule DispatchRuleFor(const Config& config);
 OwnerPolicy OwnerPolicyFor(const Config& config);
 

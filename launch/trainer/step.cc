@@ -74,7 +74,8 @@ absl::StatusOr<std::unique_ptr<RankModel>> RankModel::Create(const Config& confi
   rank_model->decoder_ = std::make_unique<Decoder>(model,
                                                    Decoder::Options{.seq = config.train().seq_length(),
                                                                     .recompute = config.train().recompute(),
-                                                                    .loss_chunk = config.train().loss_chunk()},
+                                                                    .loss_chunk = config.train().loss_chunk(),
+                                                                    .end_of_document = EndOfDocument(config)},
                                                    *rank_model->store_, rank_model->experts_, *rank_model->stream_);
   SHOAL_RETURN_IF_ERROR(rank_model->SetUpSchedules(shape, options.training));
   if (sparse && options.training) rank_model->SetUpMoves(options);

@@ -27,6 +27,7 @@ absl::StatusOr<Dataset> OpenData(const Config& config) {
                       .order = order,
                       .validation_fraction = config.data().validation_fraction(),
                       .seed = config.run().seed(),
+                      .end_of_document = EndOfDocument(config),
                       .vocab_size = config.model().vocab_size(),
                       .seq = config.train().seq_length(),
                       .global_batch = config.train().global_batch_size()});

@@ -166,6 +166,7 @@ class TrainingRun {
                                                .order = order,
                                                .validation_fraction = config_.data().validation_fraction(),
                                                .seed = config_.run().seed(),
+                                               .end_of_document = EndOfDocument(config_),
                                                .vocab_size = model_config_.vocab_size,
                                                .seq = config_.train().seq_length(),
                                                .global_batch = config_.train().global_batch_size()}),

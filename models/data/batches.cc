@@ -173,7 +173,7 @@ absl::StatusOr<TokenSourcePtr> OpenTokens(const DatasetOptions& options) {
       return tokens;
     }
     case DataKind::kMegatron: {
-      SHOAL_ASSIGN_OR_RETURN(TokenSourcePtr tokens, OpenMegatron(options.path));
+      SHOAL_ASSIGN_OR_RETURN(TokenSourcePtr tokens, OpenMegatron(options.path, options.end_of_document));
       return CheckVocabulary(std::move(tokens), options.vocab_size, options.path + ".bin");
     }
     case DataKind::kRandom:

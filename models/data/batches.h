@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -72,6 +73,8 @@ struct DatasetOptions {
   // Share of the tokens, at the end, that is held out. Of kSafetensors: not used.
   double validation_fraction = 0;
   uint64_t seed = 0;
+  // The token that documents end with; of kMegatron that is checked, as OpenMegatron does.
+  std::optional<int32_t> end_of_document;
   int64_t vocab_size = 0;
   int64_t seq = 0;
   int64_t global_batch = 0;
@@ -90,7 +93,7 @@ struct Dataset {
 
 // Errors name the file. NOT_FOUND: there is none. INVALID_ARGUMENT: it is too short for one window (says how
 // many tokens are needed), an id does not fit vocab_size (says which and where; in Megatron files this is
-// found when the id is read), or the shape of the tensor `batches` does not fit. DATA_LOSS: it is damaged.
+// found when the id is read), documents end with another token, or the shape of the tensor `batches` does not fit. DATA_LOSS: it is damaged.
 absl::StatusOr<Dataset> OpenDataset(const DatasetOptions& options);
 
 }  // namespace shoal

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "models/data/token_source.h"
@@ -175,6 +176,21 @@ TokenSourcePtr MakeTokens(MegatronType type, std::shared_ptr<const MappedFile> b
   SHOAL_CHECK(false) << "ParseHeader lets integer types through alone";
 }
 
+// Of the first document that has tokens.
+absl::Status CheckEnd(const MegatronIndex& index, const TokenSource& tokens, int32_t end_of_document) {
+  int64_t size = 0;
+  for (size_t document = 0; size == 0 && document + 1 < index.document_starts.size(); ++document) {
+    const auto sequence = index.sequence_lengths.begin();
+    size = std::accumulate(sequence + index.document_starts[document], sequence + index.document_starts[document + 1], int64_t{0});
+  }
+  if (size == 0) return absl::OkStatus();
+  int32_t last = 0;
+  SHOAL_RETURN_IF_ERROR(tokens.Read(size - 1, absl::MakeSpan(&last, 1)));
+  if (last == end_of_document) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("its first document, of ", size, " tokens, ends with token ", last, ", not with ", end_of_document));
+}
+
 }  // namespace
 
 int64_t SizeOf(MegatronType type) {
@@ -228,7 +244,7 @@ absl::StatusOr<MegatronIndex> ReadMegatronIndex(const std::string& path) {
   return index;
 }
 
-absl::StatusOr<TokenSourcePtr> OpenMegatron(const std::string& prefix) {
+absl::StatusOr<TokenSourcePtr> OpenMegatron(const std::string& prefix, std::optional<int32_t> end_of_document) {
   SHOAL_ASSIGN_OR_RETURN(const MegatronIndex index, ReadMegatronIndex(prefix + ".idx"));
   SHOAL_ASSIGN_OR_RETURN(std::shared_ptr<const MappedFile> bin, MappedFile::Open(prefix + ".bin"));
   const int64_t wanted = index.tokens * SizeOf(index.type);
@@ -237,7 +253,9 @@ absl::StatusOr<TokenSourcePtr> OpenMegatron(const std::string& prefix) {
                                             " bytes, want ", wanted, " for the ", index.tokens, " tokens of ",
                                             prefix, ".idx"));
   }
-  return MakeTokens(index.type, std::move(bin), index.tokens);
+  TokenSourcePtr tokens = MakeTokens(index.type, std::move(bin), index.tokens);
+  if (end_of_document.has_value()) SHOAL_RETURN_IF_ERROR(CheckEnd(index, *tokens, *end_of_document), prefix);
+  return tokens;
 }
 
 MegatronWriter::MegatronWriter(std::string prefix, int64_t vocab_size, std::unique_ptr<FileWriter> bin)

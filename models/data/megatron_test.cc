@@ -229,6 +229,22 @@ TEST(ReadMegatronIndex, EveryDamagedByteIsSafe) {
   }
 }
 
+TEST(OpenMegatron, LooksWhetherDocumentsEndAsIsSaid) {
+  const testing::TempDir dir;
+  testing::WriteFile(dir / "p.idx", GoldenIndex());
+  testing::WriteFile(dir / "p.bin", GoldenTokens());
+  EXPECT_TRUE(OpenMegatron(dir / "p", 3).ok());
+  EXPECT_EQ(OpenMegatron(dir / "p", 500).status(),
+            absl::InvalidArgumentError((dir / "p") + ": its first document, of 3 tokens, ends with token 3, not with 500"));
+  SHOAL_CHECK_OK(MegatronWriter::Create(dir / "none", 256).value()->Finish());
+  EXPECT_TRUE(OpenMegatron(dir / "none", 3).ok());  // That it has no tokens is said elsewhere.
+  const auto writer = MegatronWriter::Create(dir / "late", 256).value();
+  for (const std::vector<int32_t>& document : {std::vector<int32_t>{}, {}, {5, 9}, {9, 5}}) SHOAL_CHECK_OK(writer->AddDocument(document));
+  SHOAL_CHECK_OK(writer->Finish());
+  EXPECT_TRUE(OpenMegatron(dir / "late", 9).ok());
+  EXPECT_FALSE(OpenMegatron(dir / "late", 5).ok());
+}
+
 TEST(OpenMegatron, NamesAMissingOrWronglySizedBin) {
   const testing::TempDir dir;
   EXPECT_EQ(OpenMegatron(dir / "p").status().code(), absl::StatusCode::kNotFound);

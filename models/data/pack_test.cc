@@ -9,6 +9,7 @@
 #include "models/data/testing.h"
 #include "models/tokenizer/byte_tokenizer.h"
 #include "runtime/files/file.h"
+#include "runtime/kernels/documents.h"
 #include "tests/harness/temp_dir.h"
 
 namespace shoal {
@@ -80,6 +81,35 @@ TEST(PackFiles, JsonlTakesTheKeyOfEveryLine) {
                            &report));
   EXPECT_THAT(Documents(dir / "p"), ElementsAre("caf\xc3\xa9<256>", "line\nend<256>", "packed<256>"));
   EXPECT_EQ(report.empty_documents, 2);
+}
+
+// From files to what attention is told: where a token's document begins in its row.
+TEST(PackFiles, RowsSayWhereDocumentsBegin) {
+  const testing::TempDir dir;
+  testing::WriteFile(dir / "a.txt", "one\ntwo\n\nthree\nx\nseventeen letters\n");
+  PackReport report;
+  SHOAL_CHECK_OK(PackFiles({.inputs = {dir / "a.txt"},
+                            .output_prefix = dir / "p",
+                            .append_eod = 256,
+                            .text_document = DocumentUnit::kLine},
+                           &report));
+  DatasetOptions options = {.kind = DataKind::kMegatron,
+                            .path = dir / "p",
+                            .order = DataOrder::kSequential,
+                            .end_of_document = 256,
+                            .vocab_size = 257,
+                            .seq = 12,
+                            .global_batch = 2};
+  const Dataset dataset = OpenDataset(options).value();
+  const std::vector<int32_t> rows = testing::Rows(*dataset.train, 0, 0, 2);  // "one<>two<>three<>x<>sevent", with a label each.
+  const Tensor tokens = Empty({2, 12}, DType::kI32), first = Empty({24}, DType::kI32);
+  for (int64_t i = 0; i < 24; ++i) tokens.data<int32_t>()[i] = rows[static_cast<size_t>(i / 12 * 13 + i % 12)];
+  Stream stream;
+  kernels::DocumentStarts(tokens, *options.end_of_document, first, stream);
+  EXPECT_THAT(first.span<int32_t>(), ElementsAre(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8,  //
+                                                 0, 0, 2, 2, 4, 4, 4, 4, 4, 4, 4, 4));
+  options.end_of_document = 10;
+  EXPECT_THAT(std::string(OpenDataset(options).status().message()), HasSubstr("ends with token 256, not with 10"));
 }
 
 TEST(PackFiles, AWideEndOfDocumentTokenWidensTheType) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/types/span.h"
@@ -31,7 +32,9 @@ absl::StatusOr<TokenSourcePtr> OpenText(const std::string& path);
 
 // Megatron's <prefix>.bin and <prefix>.idx, mapped; all documents, one after the other. Any integer type of
 // token. The index is checked as a whole first (models/data/megatron.h); ids are checked when read.
-absl::StatusOr<TokenSourcePtr> OpenMegatron(const std::string& prefix);
+// INVALID_ARGUMENT: there is an `end_of_document`, and the first document ends with another token: files do not say how their
+// documents end, and one that is not there would go unnoticed.
+absl::StatusOr<TokenSourcePtr> OpenMegatron(const std::string& prefix, std::optional<int32_t> end_of_document = std::nullopt);
 
 // `size` independent, uniform ids below `vocab_size`: id i is a function of (seed, i) alone. For benchmarks.
 TokenSourcePtr RandomTokens(uint64_t seed, int64_t vocab_size, int64_t size);

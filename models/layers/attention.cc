@@ -39,7 +39,7 @@ kernels::AttentionShape AttentionLayer::ShapeFor(int64_t rows, int64_t tokens) c
   return shape;
 }
 
-Tensor AttentionLayer::Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream) {
+Tensor AttentionLayer::Forward(const Tensor& x, int64_t rows, const Tensor& first, Saved* saved, Stream& stream) {
   const int64_t tokens = x.dim(0);
   const Tensor norm = store_->Weight(norm_, {width_});
   const DType act = store_->compute();
@@ -51,13 +51,13 @@ Tensor AttentionLayer::Forward(const Tensor& x, int64_t rows, Saved* saved, Stre
   kernels::Rope(saved->qkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kForward, stream);
   saved->out = Empty({tokens, shape_.q_width()}, act, stream);
   saved->lse = Empty({tokens, shape_.heads}, DType::kF32, stream);
-  kernels::Attention(ShapeFor(rows, tokens), saved->qkv, saved->out, saved->lse, stream);
+  kernels::Attention(ShapeFor(rows, tokens), saved->qkv, first, saved->out, saved->lse, stream);
   const Tensor delta = Empty(x.shape(), act, stream);
   out_.Forward(saved->out, /*addend=*/Tensor(), delta, stream);
   return delta;
 }
 
-void AttentionLayer::Backward(const Tensor& x, int64_t rows, const Saved& saved, Accumulate accumulate,
+void AttentionLayer::Backward(const Tensor& x, int64_t rows, const Tensor& first, const Saved& saved, Accumulate accumulate,
                               const Tensor& gradient, Stream& stream) {
   const DType act = saved.out.dtype();
   Tensor ddelta = gradient;
@@ -69,7 +69,7 @@ void AttentionLayer::Backward(const Tensor& x, int64_t rows, const Saved& saved,
   out_.BackwardInput(ddelta, /*addend=*/Tensor(), dout, stream);
   out_.BackwardWeight(ddelta, saved.out, accumulate, stream);
   const Tensor dqkv = Empty(saved.qkv.shape(), act, stream);
-  kernels::AttentionBackward(ShapeFor(rows, x.dim(0)), saved.qkv, saved.out, saved.lse, dout, dqkv, stream);
+  kernels::AttentionBackward(ShapeFor(rows, x.dim(0)), saved.qkv, first, saved.out, saved.lse, dout, dqkv, stream);
   kernels::Rope(dqkv, shape_.heads + shape_.kv_heads, shape_.dim, *rope_, kernels::RopeDirection::kBackward, stream);
   const Tensor dnormed = Empty(x.shape(), act, stream);
   qkv_.BackwardInput(dqkv, /*addend=*/Tensor(), dnormed, stream);

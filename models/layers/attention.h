@@ -1,4 +1,5 @@
-// The attention half of a decoder layer: x + W_o attention(rope(W_qkv norm(x))). T tokens, D width.
+// The attention half of a decoder layer: x + W_o attention(rope(W_qkv norm(x))). T tokens, D width. Attention depends on distances of
+// tokens alone (RoPE), so documents that are packed into a sequence keep its positions.
 #pragma once
 
 #include "models/layers/projection.h"
@@ -17,12 +18,13 @@ class AttentionLayer {
   struct Saved {
     Tensor normed, rstd, qkv, out, lse;
   };
-  // x_TD (f32), T = rows * seq. Returns the layer's output before the residual sum, [T, D] of the compute type.
-  Tensor Forward(const Tensor& x, int64_t rows, Saved* saved, Stream& stream);
+  // x_TD (f32), T = rows * seq; first: of kernels::Attention. Returns the layer's output before the residual sum, [T, D] of the compute
+  // type.
+  Tensor Forward(const Tensor& x, int64_t rows, const Tensor& first, Saved* saved, Stream& stream);
 
   // gradient_TD (f32): by the residual sum on entry, by x on return. Weight gradients are overwritten or added to.
-  void Backward(const Tensor& x, int64_t rows, const Saved& saved, kernels::Accumulate accumulate, const Tensor& gradient,
-                Stream& stream);
+  void Backward(const Tensor& x, int64_t rows, const Tensor& first, const Saved& saved, kernels::Accumulate accumulate,
+                const Tensor& gradient, Stream& stream);
 
  private:
   kernels::AttentionShape ShapeFor(int64_t rows, int64_t tokens) const;

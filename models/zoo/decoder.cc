@@ -5,6 +5,7 @@
 
 #include "parallel/placement/placement.h"
 #include "runtime/kernels/cross_entropy.h"
+#include "runtime/kernels/documents.h"
 #include "runtime/kernels/embedding.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/router.h"
@@ -126,7 +127,7 @@ absl::StatusOr<double> Decoder::RunForward(const Task& task, Wave* wave, Stream&
   switch (task.op) {
     case Op::kAttention:
       if (first) state.x = wave->x;
-      state.delta = layer.attention.Forward(state.x, wave->rows, &state.attention, stream);
+      state.delta = layer.attention.Forward(state.x, wave->rows, wave->first, &state.attention, stream);
       return all;
     case Op::kDense: {
       Tensor out = layer.dense->Forward(state.x, state.delta, &state.dense, stream);
@@ -212,7 +213,8 @@ absl::StatusOr<double> Decoder::RunBackward(const Task& task, Wave* wave, Stream
   LayerState& state = wave->layers[index];
   switch (task.op) {
     case Op::kAttention:
-      layer.attention.Backward(state.x, wave->rows, state.attention, AccumulateOf(task.layer, *wave), wave->gradient, stream);
+      layer.attention.Backward(state.x, wave->rows, wave->first, state.attention, AccumulateOf(task.layer, *wave), wave->gradient,
+                               stream);
       state = {};
       return all;
     case Op::kDense:
@@ -243,6 +245,9 @@ absl::StatusOr<double> Decoder::RunBackward(const Task& task, Wave* wave, Stream
 void Decoder::Embed(Wave* wave, Stream& stream) {
   wave->x = Empty({wave->tokens(), config_.hidden_size}, DType::kF32, stream);
   kernels::Embedding(store_->Weight(kEmbeddingName, {config_.vocab_size, config_.hidden_size}), wave->ids, wave->x, stream);
+  if (!options_.end_of_document || pass_.mode == Pass::Mode::kNextLogits) return;
+  wave->first = Empty({wave->tokens()}, DType::kI32, stream);
+  kernels::DocumentStarts(wave->ids.Reshape({wave->rows, seq_}), *options_.end_of_document, wave->first, stream);
 }
 
 void Decoder::EmbedBackward(Wave* wave, Stream& stream) {

@@ -20,6 +20,8 @@ class Decoder {
     int64_t seq = 0;            // Longest sequence.
     bool recompute = false;     // Keep only each layer's input for the backward pass.
     int64_t loss_chunk = 1024;  // Tokens whose logits exist at one time.
+    // Tokens of training and evaluation attend within their own document, which ends with this token. None: within their sequence.
+    std::optional<int32_t> end_of_document;
   };
   // Borrows `store` and `experts` for life.
   Decoder(const ModelConfig& config, const Options& options, ParameterStore& store, const ExpertContext& experts,
@@ -78,6 +80,7 @@ class Decoder {
     int64_t rows = 0;
     std::vector<int64_t> tokens_of_rank;
     Tensor ids, targets, x, gradient, final_rstd, final_gradient;
+    Tensor first;  // Of kernels::Attention.
     std::vector<LayerState> layers;
     int64_t tokens() const { return ids.elements(); }
   };

@@ -219,6 +219,51 @@ TEST(Decoder, Bf16StaysWithinItsRoundingOfF32) {
   }
 }
 
+// Documents of 1, 4, 2 and 5 tokens in one sequence, and one that a sequence begins in the middle of and does not end.
+TEST(Decoder, DocumentsOfASequenceAreAsIfAlone) {
+  constexpr int32_t kEnd = 60;
+  ModelConfig config = SmallConfig();
+  config.num_local_experts = 3;
+  config.num_experts_per_tok = 2;
+  config.dense_layers = {true, false};
+  const Tensor tokens = Tokens(2, 12);
+  for (int32_t& id : tokens.span<int32_t>()) id %= kEnd;
+  const std::vector<int64_t> ends = {1, 5, 7, 12};
+  for (const int64_t end : ends) tokens.data<int32_t>()[end - 1] = kEnd;
+  for (const bool recompute : {false, true}) {
+    Fixture packed(config, DType::kF32, {.seq = 12, .recompute = recompute, .end_of_document = kEnd}), alone(config), whole(config);
+    const double loss = packed.Run(tokens);
+    double sum = 0;
+    int part = 0;
+    for (int64_t row = 0; row < 2; ++row) {
+      for (int64_t begin = 0, document = 0; begin < 12; ++document) {
+        const int64_t end = row == 0 ? ends[static_cast<size_t>(document)] : 12;
+        const Tensor own = tokens.Elements(row * 13 + begin, {1, end - begin + 1});  // With what follows its last token.
+        sum += alone.Run(own, part++);
+        begin = end;
+      }
+    }
+    EXPECT_NEAR(loss, sum, 1e-6 * sum);
+    EXPECT_NEAR(packed.Evaluate(tokens), sum, 1e-6 * sum);
+    EXPECT_GT(std::abs(whole.Run(tokens) - sum), 1e-3 * sum) << "the documents would not matter";
+    for (const ParameterSpec& spec : packed.store->parameters()) {
+      const std::vector<float> got = Copy(packed.Gradient(spec.name)), want = Copy(alone.Gradient(spec.name));
+      double norm = 0;
+      for (float g : want) norm = std::max(norm, std::abs(static_cast<double>(g)));
+      for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(got[i], want[i], 1e-5 * norm) << spec.name;
+    }
+  }
+}
+
+// What is generated follows a prompt as a whole.
+TEST(Decoder, NextLogitsSeeThePromptWhateverIsInIt) {
+  Fixture documents(SmallConfig(), DType::kF32, {.seq = 12, .end_of_document = 7}), whole(SmallConfig());
+  const Tensor tokens = Tokens(1, 12);
+  tokens.data<int32_t>()[5] = 7;
+  const Tensor ids = tokens.Reshape({13}).Elements(0, {12});
+  EXPECT_EQ(Copy(documents.NextLogits(ids)), Copy(whole.NextLogits(ids)));
+}
+
 TEST(Decoder, NextLogitsAgreeWithTheLossOfThatToken) {
   Fixture fixture(SmallConfig());
   const Tensor tokens = Tokens(1, 12);

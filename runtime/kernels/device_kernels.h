@@ -92,10 +92,12 @@ struct DeviceKernels {
   // gated_matmul.h. Lists as above.
   R (*grouped_matmul_swiglu)(T x, T weights, T segments, T gate_up, T h, S);
 
+  // documents.h
+  R (*document_starts)(T tokens, int32_t end_of_document, T first, S);
   // attention.h. Its AttentionShape.
-  R (*attention)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, S);
-  R (*attention_backward)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T out, T lse, T dout,
-                          T dqkv, S);
+  R (*attention)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T first, T out, T lse, S);
+  R (*attention_backward)(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, T qkv, T first, T out, T lse,
+                          T dout, T dqkv, S);
 
   // A reduction of communicator buffers: to (f32 or bf16) = sum of `count` tensors like it (host array), in their order.
   R (*sum_tensors)(const DeviceTensor* from, int32_t count, T to, S);

@@ -42,6 +42,27 @@ inline Tensor RandomIds(Shape shape, int64_t limit, uint64_t seed) {
   return tensor;
 }
 
+// `first` of attention.h for sequences of documents whose lengths follow each other, and begin anew, in this order.
+inline Tensor FirstOfDocuments(int64_t rows, int64_t seq, const std::vector<int64_t>& lengths) {
+  Tensor first = Empty({rows * seq}, DType::kI32);
+  size_t document = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t begin = 0; begin < seq; begin += lengths[document++ % lengths.size()]) {
+      const int64_t end = std::min(seq, begin + lengths[document % lengths.size()]);
+      std::fill(first.data<int32_t>() + row * seq + begin, first.data<int32_t>() + row * seq + end, static_cast<int32_t>(begin));
+    }
+  }
+  return first;
+}
+// Lengths from 1 to twice a block of any kernel, most of them short.
+inline Tensor RandomFirst(int64_t rows, int64_t seq, uint64_t seed) {
+  std::mt19937_64 engine(seed);
+  std::uniform_real_distribution<double> logarithm(0, std::log(256.0));
+  std::vector<int64_t> lengths(64);
+  for (int64_t& length : lengths) length = static_cast<int64_t>(std::exp(logarithm(engine)));
+  return FirstOfDocuments(rows, seq, lengths);
+}
+
 // Pairs of T tokens, `each` of them or, when ragged, 0 to 2 * each; slots in random order, among them rows of no pair.
 struct Pairs {
   Tensor offset, slot, token;  // token: of each row.

@@ -184,18 +184,18 @@ void BenchAttention(Bench& bench, const AttentionShape& shape, DType dtype) {
   const Tensor dqkv = Zeros(qkv.shape(), dtype);
   const Tensor out = Zeros({tokens, shape.q_width()}, dtype), dout = Random(out.shape(), dtype);
   const Tensor lse = Zeros({tokens, shape.heads}, DType::kF32);
-  Attention(shape, qkv, out, lse, stream);
+  Attention(shape, qkv, Tensor(), out, lse, stream);
   AttentionShape one = shape;
   one.rows = 1;
   const Tensor expected = Zeros({shape.seq, shape.q_width()}, dtype);
-  ref::Attention(one, qkv.Rows(0, shape.seq), expected, Zeros({shape.seq, shape.heads}, DType::kF32), stream);
+  ref::Attention(one, qkv.Rows(0, shape.seq), Tensor(), expected, Zeros({shape.seq, shape.heads}, DType::kF32), stream);
   CheckClose(out.Rows(0, shape.seq), expected, dtype == DType::kBF16 ? 0x1p-7 : 0x1p-16);
   // Two products over the keys that the causal mask leaves; backward has five.
   const double forward =
       4.0 * shape.dim * static_cast<double>(shape.seq * (shape.seq + 1) / 2 * shape.heads * shape.rows);
-  bench.Report(name + " fwd", dtype, forward, [&] { Attention(shape, qkv, out, lse, stream); });
+  bench.Report(name + " fwd", dtype, forward, [&] { Attention(shape, qkv, Tensor(), out, lse, stream); });
   bench.Report(name + " bwd", dtype, 2.5 * forward,
-               [&] { AttentionBackward(shape, qkv, out, lse, dout, dqkv, stream); });
+               [&] { AttentionBackward(shape, qkv, Tensor(), out, lse, dout, dqkv, stream); });
 }
 
 void Run(const Options& options) {

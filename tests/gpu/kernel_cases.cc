@@ -339,22 +339,45 @@ Prepared PrepareQuantiseWeights(const Sizes& s, Stream& stream) {
   return prepared;
 }
 
-Prepared PrepareAttention(const Sizes& s, bool backward, Stream& stream) {
+// Of documents that have 1/16, 2/16, 3/16 and 14/16 of a sequence, in turn, and are cut where it ends.
+Tensor FirstOfDocuments(const Sizes& s, Stream& stream) {
+  int64_t begin = 0, left = 0, document = 0;
+  return Integers(s.tokens(), [&](int64_t token) {
+    if (token % s.seq == 0 || left == 0) {
+      begin = token % s.seq;
+      left = std::max<int64_t>(1, s.seq * (document % 4 == 3 ? 14 : 1 + document % 3) / 16);
+      ++document;
+    }
+    --left;
+    return begin;
+  }, stream);
+}
+
+// Pairs of a query and a key that it sees.
+double PairsSeen(const Sizes& s, const Tensor& first) {
+  if (first.empty()) return static_cast<double>(s.rows) * static_cast<double>(s.seq) * static_cast<double>(s.seq + 1) / 2;
+  double pairs = 0;
+  for (int64_t token = 0; token < s.tokens(); ++token) pairs += static_cast<double>(token % s.seq + 1 - first.data<int32_t>()[token]);
+  return pairs;
+}
+
+Prepared PrepareAttention(const Sizes& s, bool documents, bool backward, Stream& stream) {
   const kernels::AttentionShape shape = {s.rows, s.seq, s.heads, s.kv_heads, s.dim};
   const Tensor qkv = Random({s.tokens(), shape.qkv_width()}, kBF16, 1, stream), out = Empty({s.tokens(), shape.q_width()}, kBF16, stream);
   const Tensor lse = Empty({s.tokens(), s.heads}, kF32, stream);
-  // Two products over the keys that the causal mask leaves; the backward pass has five.
-  const double keys = static_cast<double>(s.seq) * static_cast<double>(s.seq + 1) / 2;
-  const double flops = 4.0 * s.dim * keys * static_cast<double>(s.heads * s.rows);
+  Stream cpu;
+  const Tensor first = documents ? FirstOfDocuments(s, stream) : Tensor();
+  // Two products over the keys that the mask leaves; the backward pass has five.
+  const double flops = 4.0 * s.dim * s.heads * PairsSeen(s, documents ? FirstOfDocuments(s, cpu) : Tensor());
   if (!backward) {
-    Prepared prepared = Moves({qkv}, {out, lse}, [=, &stream] { kernels::Attention(shape, qkv, out, lse, stream); });
+    Prepared prepared = Moves({qkv}, {out, lse}, [=, &stream] { kernels::Attention(shape, qkv, first, out, lse, stream); });
     prepared.flops = flops;
     return prepared;
   }
-  kernels::Attention(shape, qkv, out, lse, stream);
+  kernels::Attention(shape, qkv, first, out, lse, stream);
   const Tensor dout = Random(out.shape(), kBF16, 2, stream), dqkv = Empty(qkv.shape(), kBF16, stream);
   Prepared prepared = Moves({qkv, out, lse, dout}, {dqkv}, [=, &stream] {
-    kernels::AttentionBackward(shape, qkv, out, lse, dout, dqkv, stream);
+    kernels::AttentionBackward(shape, qkv, first, out, lse, dout, dqkv, stream);
   });
   prepared.flops = 2.5 * flops;
   return prepared;
@@ -429,8 +452,15 @@ std::vector<Case> ProductCases() {
 }
 
 std::vector<Case> AttentionCases() {
-  return {{"attention", "", [](const Sizes& s, Stream& stream) { return PrepareAttention(s, false, stream); }},
-          {"attention_backward", "", [](const Sizes& s, Stream& stream) { return PrepareAttention(s, true, stream); }}};
+  std::vector<Case> cases;
+  for (const bool documents : {false, true}) {
+    for (const bool backward : {false, true}) {
+      const std::string plain = backward ? "attention_backward" : "attention";
+      cases.push_back({documents ? plain + " of documents" : plain, documents ? plain : "",
+                       [=](const Sizes& s, Stream& stream) { return PrepareAttention(s, documents, backward, stream); }});
+    }
+  }
+  return cases;
 }
 
 }  // namespace shoal::gpu_bench

@@ -23,7 +23,8 @@ void CheckMatrix(const char* name, const Tensor& tensor, int64_t tokens, int64_t
       << "[" << tokens << ", " << width << "]";
 }
 
-AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse) {
+AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor& first, const Tensor& out,
+                    const Tensor& lse) {
   SHOAL_CHECK(shape.rows >= 0 && shape.seq >= 0 && shape.dim >= 1 && shape.kv_heads >= 1 &&
               shape.heads >= shape.kv_heads && shape.heads % shape.kv_heads == 0)
       << shape.rows << " rows of " << shape.seq << " tokens, " << shape.heads << " heads on "
@@ -31,10 +32,13 @@ AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor
   SHOAL_CHECK(qkv.dtype() == DType::kF32 || qkv.dtype() == DType::kBF16) << Name(qkv.dtype());
   const int64_t tokens = shape.rows * shape.seq;
   CheckMatrix("qkv", qkv, tokens, shape.qkv_width(), qkv.dtype());
+  SHOAL_CHECK(first.empty() || (first.dtype() == DType::kI32 && first.rank() == 1 && first.dim(0) == tokens))
+      << "first is " << Name(first.dtype()) << ShapeString(first.shape()) << ", wanted i32[" << tokens << "]";
   CheckMatrix("out", out, tokens, shape.q_width(), qkv.dtype());
   CheckMatrix("lse", lse, tokens, shape.heads, DType::kF32);
   AttentionArgs args = {};
   args.qkv = qkv.raw();
+  args.first = first.empty() ? nullptr : first.data<int32_t>();
   args.out = out.raw();
   args.lse = lse.data<float>();
   args.seq = shape.seq;
@@ -43,6 +47,17 @@ AttentionArgs Check(const AttentionShape& shape, const Tensor& qkv, const Tensor
   args.kv_heads = shape.kv_heads;
   args.dim = shape.dim;
   return args;
+}
+
+// In host memory alone.
+void CheckFirst(const AttentionShape& shape, const int32_t* first) {
+  if (first == nullptr) return;
+  for (int64_t i = 0; i < shape.rows * shape.seq; ++i) {
+    const int64_t token = i % shape.seq, least = token == 0 ? 0 : first[i - 1];
+    SHOAL_CHECK(first[i] >= least && first[i] <= token)
+        << "token " << token << " of sequence " << i / shape.seq << " sees tokens from " << first[i]
+        << " on, wanted " << least << " to " << token;
+  }
 }
 
 // Into how many parts to cut a sequence of `blocks` blocks so that every thread finds work; 1 when there are
@@ -66,10 +81,11 @@ float* AttentionScratch(int64_t floats) {
 
 namespace cpu {
 
-void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out,
-               const Tensor& lse) {
-  const AttentionArgs args = Check(shape, qkv, out, lse);
+void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& first,
+               const Tensor& out, const Tensor& lse) {
+  const AttentionArgs args = Check(shape, qkv, first, out, lse);
   if (shape.rows == 0 || shape.seq == 0) return;
+  CheckFirst(shape, args.first);
   const AttentionInner& inner = InnerOf(isa, qkv.dtype());
   const int64_t pairs = shape.rows * shape.kv_heads;
   const int64_t parts = Parts(shape, (shape.seq + kAttentionQueryBlock - 1) / kAttentionQueryBlock);
@@ -83,12 +99,13 @@ void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Te
   });
 }
 
-void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out,
-                       const Tensor& lse, const Tensor& dout, const Tensor& dqkv) {
-  AttentionArgs args = Check(shape, qkv, out, lse);
+void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& first,
+                       const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv) {
+  AttentionArgs args = Check(shape, qkv, first, out, lse);
   CheckMatrix("dout", dout, out.dim(0), out.dim(1), qkv.dtype());
   CheckMatrix("dqkv", dqkv, qkv.dim(0), qkv.dim(1), qkv.dtype());
   if (shape.rows == 0 || shape.seq == 0) return;
+  CheckFirst(shape, args.first);
   args.dout = dout.raw();
   args.dqkv = dqkv.raw();
   const AttentionInner& inner = InnerOf(isa, qkv.dtype());
@@ -118,25 +135,26 @@ void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, 
 
 }  // namespace cpu
 
-void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-               Stream& stream) {
-  Check(shape, qkv, out, lse);
-  if (Offloaded(stream, &DeviceKernels::attention, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, out, lse)) {
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& first, const Tensor& out,
+               const Tensor& lse, Stream& stream) {
+  Check(shape, qkv, first, out, lse);
+  if (Offloaded(stream, &DeviceKernels::attention, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, first, out, lse)) {
     return;
   }
-  cpu::Attention(ActiveIsa(), shape, qkv, out, lse);
+  cpu::Attention(ActiveIsa(), shape, qkv, first, out, lse);
 }
 
-void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-                       const Tensor& dout, const Tensor& dqkv, Stream& stream) {
-  Check(shape, qkv, out, lse);
+void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& first,
+                       const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv,
+                       Stream& stream) {
+  Check(shape, qkv, first, out, lse);
   CheckMatrix("dout", dout, out.dim(0), out.dim(1), qkv.dtype());
   CheckMatrix("dqkv", dqkv, qkv.dim(0), qkv.dim(1), qkv.dtype());
-  if (Offloaded(stream, &DeviceKernels::attention_backward, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, out,
-                lse, dout, dqkv)) {
+  if (Offloaded(stream, &DeviceKernels::attention_backward, shape.rows, shape.seq, shape.heads, shape.kv_heads, shape.dim, qkv, first,
+                out, lse, dout, dqkv)) {
     return;
   }
-  cpu::AttentionBackward(ActiveIsa(), shape, qkv, out, lse, dout, dqkv);
+  cpu::AttentionBackward(ActiveIsa(), shape, qkv, first, out, lse, dout, dqkv);
 }
 
 }  // namespace shoal::kernels

@@ -7,8 +7,9 @@
 
 namespace shoal::kernels::cpu {
 
-void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse);
-void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& out,
-                       const Tensor& lse, const Tensor& dout, const Tensor& dqkv);
+void Attention(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& first,
+               const Tensor& out, const Tensor& lse);
+void AttentionBackward(Isa isa, const AttentionShape& shape, const Tensor& qkv, const Tensor& first,
+                       const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv);
 
 }  // namespace shoal::kernels::cpu

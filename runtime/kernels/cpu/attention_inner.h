@@ -10,6 +10,7 @@ namespace shoal::kernels {
 // uint16_t.
 struct AttentionArgs {
   const void* qkv;
+  const int32_t* first;  // Null: 0 everywhere.
   void* out;  // Written by forward, read by backward.
   float* lse;
   const void* dout;

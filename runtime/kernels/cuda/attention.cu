@@ -83,9 +83,9 @@ DeviceResult MmaBackward(const Sequences& s, TensorArg qkv, TensorArg lse, const
 
 }  // namespace
 
-DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out,
-                       TensorArg lse, StreamArg stream) {
-  const Sequences s = {rows, seq, heads, kv_heads, dim};
+DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg first,
+                       TensorArg out, TensorArg lse, StreamArg stream) {
+  const Sequences s = {rows, seq, heads, kv_heads, dim, Data<int32_t>(first)};
   if (!HasTensorCores(s, qkv.dtype)) {
     return WithType(qkv, [&](auto type) { return PlainForward<decltype(type)>(s, qkv, out, lse, stream); });
   }
@@ -98,9 +98,9 @@ DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_head
   });
 }
 
-DeviceResult AttentionBackward(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out,
-                               TensorArg lse, TensorArg dout, TensorArg dqkv, StreamArg stream) {
-  const Sequences s = {rows, seq, heads, kv_heads, dim};
+DeviceResult AttentionBackward(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg first,
+                               TensorArg out, TensorArg lse, TensorArg dout, TensorArg dqkv, StreamArg stream) {
+  const Sequences s = {rows, seq, heads, kv_heads, dim, Data<int32_t>(first)};
   const int64_t vectors = rows * seq * heads;
   void* memory = nullptr;
   const DeviceResult scratch = Scratch(stream, vectors * 4, &memory);

@@ -21,7 +21,7 @@ template <int kDim> struct AttentionTiles {
   static constexpr int kParts = kWide ? 2 : 1;                 // Of the columns of dK and dV: registers of one warp hold 128 of both.
   static constexpr int kRowBytes = Padded<kDim>::kStride * 2;  // At most.
   static constexpr int kForwardShared = (kQueries + 4 * kOther) * kRowBytes;
-  static constexpr int kBackwardShared = (2 * kOwn + 4 * kOther) * kRowBytes + 4 * kOther * 4;
+  static constexpr int kBackwardShared = (2 * kOwn + 4 * kOther) * kRowBytes + 6 * kOther * 4;
 };
 
 // Calls body with the products that the chip is best at.
@@ -79,6 +79,39 @@ __device__ __forceinline__ void StoreRows(const float (&sums)[kTiles][4], const 
   }
 }
 
+// Scores of the queries `query` + g and + 8 + g by the keys from `begin` on that are before their first ones.
+template <int kTiles>
+__device__ __forceinline__ void HideKeysBefore(const Sequences& s, const Place& place, int64_t query, int64_t begin,
+                                               float (&scores)[kTiles][4]) {
+  if (s.first == nullptr) return;
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t first = s.first_key(place.first_token, query + g + 8 * half) - static_cast<int32_t>(begin);
+    if (first <= 0) continue;
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (8 * j + 2 * t + i < first) scores[j][2 * half + i] = -INFINITY;
+      }
+    }
+  }
+}
+// The same with keys in rows and queries in columns. `first`: of the queries, less the block's first key, in shared memory; `row`: the
+// warp's first key, counted from there.
+template <int kTiles> __device__ __forceinline__ void HideQueriesBehind(const int32_t* first, int row, float (&scores)[kTiles][4]) {
+  if (first[8 * kTiles - 1] <= row) return;  // The largest.
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row + g + i / 2 * 8 < first[8 * j + 2 * t + i % 2]) scores[j][i] = -INFINITY;
+    }
+  }
+}
+
 // What a warp knows of 16 queries while it walks over keys.
 template <int kDim> struct OnlineSoftmax {
   static constexpr int kTiles = AttentionTiles<kDim>::kOther / 8;
@@ -104,14 +137,15 @@ template <int kDim> struct OnlineSoftmax {
       float most = largest[half];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(scores[j][2 * half], scores[j][2 * half + 1]));
-      most = QuadMax(most);  // Finite: the first key is seen by all queries.
-      const float correction = Exp2((largest[half] - most) * scale_log2);
+      most = QuadMax(most);
+      const float from = fmaxf(most, kLowestScore);
+      const float correction = Exp2((largest[half] - from) * scale_log2);
       largest[half] = most;
       sum[half] *= correction;
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[j][i] = Exp2((scores[j][i] - most) * scale_log2);
+        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += scores[j][i] = Exp2((scores[j][i] - from) * scale_log2);
       }
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) out[n][2 * half] *= correction, out[n][2 * half + 1] *= correction;
@@ -161,13 +195,14 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
     CommitCopies();
   };
   const int queries = RowsOf<Tiles::kQueries>(s.seq - place.begin);
+  const int64_t first_key = s.first_key(place.first_token, place.begin) / kOther * kOther;
   LoadTile<typename Products::template Layout<Tiles::kQueries>, Tiles::kQueries, kDim, 128>(
       shared, first + place.begin * width + place.head * s.dim, width, queries, s.dim, in.aligned);
-  load(0, 0);
+  load(first_key, 0);
   const int row = static_cast<int>(threadIdx.x) / 32 * 16, lane = static_cast<int>(threadIdx.x) % 32;
   OnlineSoftmax<kDim> softmax[kRowTiles];
   int stage = 0;
-  for (int64_t begin = 0; begin < place.begin + queries; begin += kOther, stage ^= 1) {
+  for (int64_t begin = first_key; begin < place.begin + queries; begin += kOther, stage ^= 1) {
     WaitCopies<0>();
     Products::Publish();
     __syncthreads();
@@ -181,6 +216,7 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
       Products::template Wait<kRowTiles - 1>(scores[r]);
+      HideKeysBefore(s, place, place.begin + 64 * r + row, begin, scores[r]);
       softmax[r].Take(scores[r], place.begin + 64 * r + row - begin, in.scale * kLog2E, p[r]);
       Products::MultiplyBy(p[r], now + kOtherElements, 0, s.dim, softmax[r].out);
     }
@@ -229,8 +265,8 @@ __device__ __forceinline__ void ScoreGradient(float (&scores)[kTiles][4], const 
   }
 }
 
-// dK and dV of a block of keys: over the query heads that read it, in their order, and the queries from the keys on. Works on the
-// transpose: scores of 16 keys per warp.
+// dK and dV of a block of keys: over the query heads that read it, in their order, and the queries from the keys on up to the first
+// document behind them. Works on the transpose: scores of 16 keys per warp.
 template <typename Products, int kDim> __device__ __forceinline__ void AttentionKeys(const BackwardArguments& in, Bf16* shared) {
   const Sequences& s = in.s;
   using Tiles = AttentionTiles<kDim>;
@@ -241,12 +277,13 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
   Bf16* const shared_v = shared + Tiles::kOwn * Products::kRowElements;
   Bf16* const stages = shared_v + Tiles::kOwn * Products::kRowElements;
   float* const statistics = reinterpret_cast<float*>(stages + 4 * kOtherElements);  // Per stage: lse log2 e, delta.
+  int32_t* const firsts = reinterpret_cast<int32_t*>(statistics + 4 * kOther);      // Per stage: first keys, from place.begin on.
   const Place place = ShortestLast(s, s.kv_heads, Tiles::kOwn);
   const int64_t width = s.qkv_width();
   const int64_t column = s.key_column(place.head), first_row = place.first_token + place.begin;
   const int keys = RowsOf<Tiles::kOwn>(s.seq - place.begin);
   const int group = s.heads / s.kv_heads;
-  const int64_t per_head = Blocks(s.seq - place.begin, kOther), steps = per_head * group;
+  const int64_t per_head = TilesSeeing(s, place, place.begin + keys, kOther), steps = per_head * group;
   const auto load = [&](int64_t step, int stage) {
     const int head = place.head * group + static_cast<int>(step / per_head);
     const int64_t begin = place.begin + step % per_head * kOther, token = place.first_token + begin;
@@ -261,6 +298,10 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
       const int64_t at = (token + own) * s.heads + head;
       statistics[stage * 2 * kOther + own] = own < rows ? in.lse[at] * kLog2E : 0.0f;
       statistics[(stage * 2 + 1) * kOther + own] = own < rows ? in.delta[at] : 0.0f;
+      if (s.first != nullptr) {
+        const int64_t first = own < rows ? s.first_key(place.first_token, begin + own) : s.seq;
+        firsts[stage * kOther + own] = static_cast<int32_t>(first - place.begin);
+      }
     }
   };
   LoadTile<OwnLayout, Tiles::kOwn, kDim, kThreads>(shared, in.qkv + first_row * width + column, width, keys, s.dim, in.aligned);
@@ -284,6 +325,7 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
     Products::template MultiplyRows<Tiles::kOwn>(shared, 0, q, s.dim, scores);
     Products::template MultiplyRows<Tiles::kOwn>(shared_v, 0, o, s.dim, dp);
     Products::template Wait<0>(scores, dp);
+    if (s.first != nullptr) HideQueriesBehind(firsts + stage * kOther, row, scores);
     // Queries behind the end have rows of zeros in q and dout, so that their scores add nothing.
     const int key = g - static_cast<int>(ahead < 16 ? ahead : 16);
     uint32_t p[kTiles / 2][4], ds[kTiles / 2][4];
@@ -308,7 +350,7 @@ __global__ void __launch_bounds__(128 * AttentionTiles<kDim>::kParts, AttentionT
   WithProducts<kDim>([&](auto products) { AttentionKeys<decltype(products), kDim>(in, shared); });
 }
 
-// dQ of a block of queries of one head, over the keys up to them.
+// dQ of a block of queries of one head, over the keys from the first that any of them sees up to them.
 template <typename Products, int kDim> __device__ __forceinline__ void AttentionQueries(const BackwardArguments& in, Bf16* shared) {
   const Sequences& s = in.s;
   using Tiles = AttentionTiles<kDim>;
@@ -332,7 +374,8 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
   LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared, in.qkv + first_row * width + place.head * s.dim, width, queries, s.dim, in.aligned);
   LoadTile<OwnLayout, Tiles::kOwn, kDim, 128>(shared_dout, in.dout + first_row * s.q_width() + place.head * s.dim, s.q_width(), queries,
                                               s.dim, in.aligned);
-  load(0, 0);
+  const int64_t first_key = s.first_key(place.first_token, place.begin) / kOther * kOther;
+  load(first_key, 0);
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4, row = static_cast<int>(threadIdx.x) / 32 * 16;
   float own_lse[2] = {}, own_delta[2] = {};
 #pragma unroll
@@ -345,7 +388,7 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
   }
   float dq[kDim / 8][4] = {};
   int stage = 0;
-  for (int64_t begin = 0; begin < place.begin + queries; begin += kOther, stage ^= 1) {
+  for (int64_t begin = first_key; begin < place.begin + queries; begin += kOther, stage ^= 1) {
     WaitCopies<0>();
     Products::Publish();
     __syncthreads();
@@ -356,6 +399,7 @@ template <typename Products, int kDim> __device__ __forceinline__ void Attention
     Products::template MultiplyRows<Tiles::kOwn>(shared, 0, keys, s.dim, scores);
     Products::template MultiplyRows<Tiles::kOwn>(shared_dout, 0, keys + kOtherElements, s.dim, dp);
     Products::template Wait<0>(scores, dp);
+    HideKeysBefore(s, place, place.begin + row, begin, scores);
     const int query = static_cast<int>(ahead < kOther ? ahead : kOther) + g;
     ScoreGradient(
         scores, dp, in.scale * kLog2E, [&](int j, int i) { return 8 * j + 2 * t + i % 2 <= query + i / 2 * 8; },

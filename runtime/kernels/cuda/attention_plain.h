@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   LoadPlain(q, qkv + first_row * width + place.head * s.dim, width, tile, queries, s.dim);
   ZeroPlain(sums, vectors);
   for (int i = static_cast<int>(threadIdx.x); i < tile; i += kPlainThreads) largest[i] = -INFINITY, denominator[i] = 0;
-  for (int64_t begin = 0; begin <= place.begin; begin += tile) {
+  for (int64_t begin = s.first_key(place.first_token, place.begin) / tile * tile; begin <= place.begin; begin += tile) {
     __syncthreads();
     const int rows = static_cast<int>(s.seq - begin < tile ? s.seq - begin : tile);
     LoadPlain(k, keys + begin * width, width, tile, rows, s.dim);
@@ -77,17 +77,18 @@ __global__ void __launch_bounds__(kPlainThreads)
     __syncthreads();
     for (int item = static_cast<int>(threadIdx.x); item < tile * tile; item += kPlainThreads) {
       const int i = item / tile, j = item % tile;
-      const bool seen = begin + j <= place.begin + i;
+      const int64_t key = begin + j, query = place.begin + i;
+      const bool seen = key <= query && key >= s.first_key(place.first_token, query);
       scores[i * pitch + j] = seen ? DotPlain(q + i * (s.dim + 1), k + j * (s.dim + 1), s.dim) * scale : -INFINITY;
     }
     __syncthreads();
     for (int i = warp; i < tile; i += kPlainThreads / 32) {
       const float score = lane < tile ? scores[i * pitch + lane] : -INFINITY;
       const float before = largest[i], most = fmaxf(before, WarpMax(score));
-      const float p = expf(score - most), sum = WarpSum(p);
+      const float from = fmaxf(most, kLowestScore), p = expf(score - from), sum = WarpSum(p);
       if (lane < tile) scores[i * pitch + lane] = p;
       if (lane == 0) {
-        correction[i] = expf(before - most);
+        correction[i] = expf(before - from);
         denominator[i] = denominator[i] * correction[i] + sum;
         largest[i] = most;
       }
@@ -108,8 +109,10 @@ __global__ void __launch_bounds__(kPlainThreads)
   StorePlain(sums, out + first_row * s.q_width() + place.head * s.dim, s.q_width(), queries, s.dim, 1.0f);
 }
 
-// p and ds of a tile of queries by a tile of keys: [query][key]. `begin` of both in the sequence; statistics of the first query's row.
+// p and ds of a tile of queries by a tile of keys: [query][key]. `begin` of both in the sequence that begins at first_token; statistics of
+// the first query's row.
 struct PlainTileOfScores {
+  int64_t first_token;
   const float *q, *dout, *k, *v;
   float *p, *ds;
 };
@@ -118,7 +121,8 @@ __device__ __forceinline__ void PlainScores(const Sequences& s, const PlainTileO
   for (int item = static_cast<int>(threadIdx.x); item < tile * tile; item += kPlainThreads) {
     const int i = item / tile, j = item % tile;
     float p = 0, ds = 0;
-    if (i < queries && key_begin + j <= query_begin + i) {
+    const int64_t key = key_begin + j, query = query_begin + i;
+    if (i < queries && key <= query && key >= s.first_key(at.first_token, query)) {
       const int64_t row = static_cast<int64_t>(i) * s.heads;
       p = expf(DotPlain(at.q + i * (s.dim + 1), at.k + j * (s.dim + 1), s.dim) * scale - lse[row]);
       ds = p * (DotPlain(at.dout + i * (s.dim + 1), at.v + j * (s.dim + 1), s.dim) - delta[row]);
@@ -143,14 +147,14 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttentionKeysKernel(Sequen
   LoadPlain(v, qkv + first_row * width + column + s.kv_width(), width, tile, keys, s.dim);
   ZeroPlain(dk, 2 * vectors);
   for (int head = place.head * group; head < (place.head + 1) * group; ++head) {
-    for (int64_t begin = place.begin; begin < s.seq; begin += tile) {
+    for (int64_t begin = place.begin; begin < s.seq && s.first_key(place.first_token, begin) < place.begin + keys; begin += tile) {
       const int64_t token = place.first_token + begin;
       const int rows = static_cast<int>(s.seq - begin < tile ? s.seq - begin : tile);
       __syncthreads();
       LoadPlain(q, qkv + token * width + head * s.dim, width, tile, rows, s.dim);
       LoadPlain(o, dout + token * s.q_width() + head * s.dim, s.q_width(), tile, rows, s.dim);
       __syncthreads();
-      PlainScores(s, {q, o, k, v, p, ds}, tile, begin, place.begin, rows, lse + token * s.heads + head, delta + token * s.heads + head,
+      PlainScores(s, {place.first_token, q, o, k, v, p, ds}, tile, begin, place.begin, rows, lse + token * s.heads + head, delta + token * s.heads + head,
                   scale);
       __syncthreads();
       AddPlain(dv, p, 1, pitch, o, tile, tile, s.dim);
@@ -176,13 +180,13 @@ __global__ void __launch_bounds__(kPlainThreads) PlainAttentionQueriesKernel(Seq
   LoadPlain(q, qkv + first_row * width + place.head * s.dim, width, tile, queries, s.dim);
   LoadPlain(o, dout + first_row * s.q_width() + place.head * s.dim, s.q_width(), tile, queries, s.dim);
   ZeroPlain(dq, vectors);
-  for (int64_t begin = 0; begin <= place.begin; begin += tile) {
+  for (int64_t begin = s.first_key(place.first_token, place.begin) / tile * tile; begin <= place.begin; begin += tile) {
     const int rows = static_cast<int>(s.seq - begin < tile ? s.seq - begin : tile);
     __syncthreads();
     LoadPlain(k, keys + begin * width, width, tile, rows, s.dim);
     LoadPlain(v, keys + s.kv_width() + begin * width, width, tile, rows, s.dim);
     __syncthreads();
-    PlainScores(s, {q, o, k, v, p, ds}, tile, place.begin, begin, queries, lse + first_row * s.heads + place.head,
+    PlainScores(s, {place.first_token, q, o, k, v, p, ds}, tile, place.begin, begin, queries, lse + first_row * s.heads + place.head,
                 delta + first_row * s.heads + place.head, scale);
     __syncthreads();
     AddPlain(dq, ds, pitch, 1, k, tile, tile, s.dim);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "runtime/kernels/cuda/device_testing.h"
+#include "runtime/kernels/documents.h"
 
 namespace shoal::kernels {
 namespace {
@@ -21,7 +22,7 @@ using testing::ToDevice;
 using testing::ToHost;
 
 struct Tensors {
-  Tensor qkv, out, lse, dout, dqkv;  // Outputs are NaN: nothing may be left unwritten.
+  Tensor qkv, first, out, lse, dout, dqkv;  // Outputs are NaN: nothing may be left unwritten.
   Tensors(const AttentionShape& s, DType dtype, uint64_t seed)
       : qkv(Random({s.rows * s.seq, s.qkv_width()}, dtype, seed)),
         out(Empty({s.rows * s.seq, s.q_width()}, dtype)),
@@ -38,9 +39,10 @@ struct Tensors {
 template <typename Upload> void RunOnDevice(const AttentionShape& shape, Tensors& t, const Upload& upload) {
   const std::unique_ptr<Stream> stream = TestStream();
   const Tensor qkv = upload(t.qkv, *stream), out = upload(t.out, *stream), lse = upload(t.lse, *stream);
+  const Tensor first = t.first.empty() ? Tensor() : ToDevice(t.first, *stream);
   const Tensor dout = upload(t.dout, *stream), dqkv = upload(t.dqkv, *stream);
-  Attention(shape, qkv, out, lse, *stream);
-  AttentionBackward(shape, qkv, out, lse, dout, dqkv, *stream);
+  Attention(shape, qkv, first, out, lse, *stream);
+  AttentionBackward(shape, qkv, first, out, lse, dout, dqkv, *stream);
   t.out = ToHost(out, *stream);
   t.lse = ToHost(lse, *stream);
   t.dqkv = ToHost(dqkv, *stream);
@@ -74,8 +76,8 @@ void ExpectLikeReference(const AttentionShape& shape, DType dtype, Tensors& got,
   want.out = Empty(got.out.shape(), DType::kF32);
   want.lse = Empty(got.lse.shape(), DType::kF32);
   want.dqkv = Empty(got.dqkv.shape(), DType::kF32);
-  ref::Attention(shape, want.qkv, want.out, want.lse, host);
-  ref::AttentionBackward(shape, want.qkv, want.out, want.lse, want.dout, want.dqkv, host);
+  ref::Attention(shape, want.qkv, want.first, want.out, want.lse, host);
+  ref::AttentionBackward(shape, want.qkv, want.first, want.out, want.lse, want.dout, want.dqkv, host);
   RunOnDevice(shape, got);
   ExpectClose("out", got.out, want.out, widen * Tolerance(shape, dtype, 2));
   ExpectClose("lse", got.lse, want.lse, widen * Tolerance(shape, DType::kF32, 0));
@@ -100,6 +102,104 @@ TEST(Attention, F32ForwardAndBackwardMatchTheReference) {
   for (const AttentionShape& shape : kShapes) {
     Tensors t(shape, DType::kF32, 7);
     ExpectLikeReference(shape, DType::kF32, t);
+  }
+}
+
+// Documents that begin and end at borders of tiles (32 and 64 keys, 32, 64 and 128 queries) and beside them, in heads that fill an
+// instance, are narrower, and wider than the tensor cores' kernels take; sequences differ.
+struct DocumentCase {
+  AttentionShape shape;
+  std::vector<int64_t> lengths;
+};
+const DocumentCase kDocumentCases[] = {
+    {{1, 17, 1, 1, 16}, {1}},          {{2, 130, 2, 1, 64}, {64, 1, 70}},          {{1, 200, 2, 2, 64}, {128, 72}},
+    {{2, 100, 4, 2, 20}, {40, 3, 33}}, {{1, 193, 2, 1, 128}, {63, 66, 1, 63}},     {{1, 70, 1, 1, 256}, {32, 31, 7}},
+    {{1, 40, 2, 1, 144}, {5, 35}},     {{1, 40, 1, 1, 300}, {9, 1}},               {{1, 300, 1, 1, 16}, {190, 2, 108}},
+};
+
+TEST(AttentionOfDocuments, Bf16MatchesTheReference) {
+  for (const auto& [shape, lengths] : kDocumentCases) {
+    Tensors t(shape, DType::kBF16, 7);
+    t.first = testing::FirstOfDocuments(shape.rows, shape.seq, lengths);
+    ExpectLikeReference(shape, DType::kBF16, t);
+  }
+}
+
+TEST(AttentionOfDocuments, F32MatchesTheReference) {
+  for (const auto& [shape, lengths] : kDocumentCases) {
+    Tensors t(shape, DType::kF32, 7);
+    t.first = testing::FirstOfDocuments(shape.rows, shape.seq, lengths);
+    ExpectLikeReference(shape, DType::kF32, t);
+  }
+}
+
+TEST(AttentionOfDocuments, OfRandomLengthsMatchTheReference) {
+  for (const uint64_t seed : {1, 2}) {
+    SCOPED_TRACE(::testing::Message() << "seed " << seed);
+    const AttentionShape shape = {2, 150, 2, 1, 16};
+    for (const DType dtype : {DType::kF32, DType::kBF16}) {
+      Tensors t(shape, dtype, seed);
+      t.first = testing::RandomFirst(shape.rows, shape.seq, seed);
+      ExpectLikeReference(shape, dtype, t);
+    }
+  }
+}
+
+// The first document is as long as several tiles of all kinds, and full of NaN.
+TEST(AttentionOfDocuments, BlocksOfOthersAreNotRead) {
+  constexpr int64_t kNan = 256, kOwn = 70;
+  const AttentionShape shape = {1, kNan + kOwn, 2, 1, 32}, alone = {1, kOwn, 2, 1, 32};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Tensors packed(shape, dtype, 7), want(alone, dtype, 7);
+    packed.first = testing::FirstOfDocuments(1, shape.seq, {kNan, kOwn});
+    for (const auto& [all, own] : {std::pair(packed.qkv, want.qkv), {packed.dout, want.dout}}) {
+      std::memset(all.raw(), 0xff, static_cast<size_t>(kNan * all.dim(1) * SizeOf(dtype)));
+      std::memcpy(all.Rows(kNan, kOwn).raw(), own.raw(), static_cast<size_t>(own.bytes()));
+    }
+    RunOnDevice(shape, packed);
+    RunOnDevice(alone, want);
+    ExpectClose("out", packed.out.Rows(kNan, kOwn), want.out, Tolerance(alone, dtype, 1));
+    ExpectClose("lse", packed.lse.Rows(kNan, kOwn), want.lse, Tolerance(alone, DType::kF32, 0));
+    ExpectClose("dqkv", packed.dqkv.Rows(kNan, kOwn), want.dqkv, Tolerance(alone, dtype, 2));
+  }
+}
+
+TEST(AttentionOfDocuments, OneIsPlainCausalAttention) {
+  const AttentionShape shape = {2, 70, 4, 2, 32};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Tensors plain(shape, dtype, 3), one(shape, dtype, 3);
+    one.first = Zeros({shape.rows * shape.seq}, DType::kI32);
+    RunOnDevice(shape, plain);
+    RunOnDevice(shape, one);
+    testing::ExpectSameBits(one.out, plain.out, "out");
+    testing::ExpectSameBits(one.lse, plain.lse, "lse");
+    testing::ExpectSameBits(one.dqkv, plain.dqkv, "dqkv");
+  }
+}
+
+// Against the contract: the emulated device's memory is guarded, and every token still sees itself.
+TEST(AttentionOfDocuments, WrongOnesReadNothingElse) {
+  const AttentionShape shape = {2, 150, 2, 1, 16};
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    Tensors t(shape, dtype, 3);
+    t.first = testing::RandomIds({shape.rows * shape.seq}, int64_t{1} << 32, 5);  // Of all bits.
+    RunOnDevice(shape, t);
+    for (const Tensor& result : {t.out, t.lse, t.dqkv}) {
+      for (int64_t i = 0; i < result.elements(); ++i) ASSERT_TRUE(std::isfinite(Get(result, i))) << i;
+    }
+  }
+}
+
+TEST(DocumentStarts, OnTheDeviceAreThoseOfTheReference) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Stream host;
+  // Ends are rare, so that documents pass the borders of warps and of a block's turns, or frequent.
+  for (const auto& [rows, seq, ids] : {std::tuple(int64_t{0}, int64_t{3}, 4), {1, 1, 1}, {3, 257, 2}, {2, 1000, 4}, {3, 1000, 400}}) {
+    const Tensor tokens = testing::RandomIds({rows, seq}, ids, 5), want = Empty({rows * seq}, DType::kI32);
+    ref::DocumentStarts(tokens, 0, want, host);
+    const Tensor first = Empty({rows * seq}, DType::kI32, *stream);
+    DocumentStarts(ToDevice(tokens, *stream), 0, first, *stream);
+    testing::ExpectSameBits(ToHost(first, *stream), want, "first");
   }
 }
 

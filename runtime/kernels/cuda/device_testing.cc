@@ -64,7 +64,7 @@ const DeviceKernels* EmulatedKernels() {
                &K::normalize_rows_backward, &K::sum_over_tokens, &K::sum_tally, &K::order_by_expert, &K::gradient_of_counts,
                &K::sequence_loads, &K::add_sequence_loss, &K::divide_by, &K::divide_by_backward, &K::matmul, &K::grouped_matmul,
                &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::quantise_rows, &K::fp8_matmul, &K::grouped_matmul_swiglu,
-               &K::attention, &K::attention_backward>();
+               &K::document_starts, &K::attention, &K::attention_backward>();
   g_queued.quantise_weights = QueueQuantiseWeights;
   g_queued.sum_tensors = QueueSumTensors;
   return &g_queued;

@@ -67,10 +67,11 @@ DeviceResult QuantiseWeights(const DeviceTensor* weights, int32_t count, TensorA
 DeviceResult Fp8MatMul(TensorArg x, TensorArg x_scales, TensorArg weights, TensorArg weight_scales, bool transposed, TensorArg segments,
                        TensorArg addend, TensorArg y, TensorArg h, StreamArg stream);
 DeviceResult GroupedMatMulSwiGlu(TensorArg x, TensorArg weights, TensorArg segments, TensorArg gate_up, TensorArg h, StreamArg stream);
-DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg out,
-                       TensorArg lse, StreamArg stream);
+DeviceResult DocumentStarts(TensorArg tokens, int32_t end_of_document, TensorArg first, StreamArg stream);
+DeviceResult Attention(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv, TensorArg first,
+                       TensorArg out, TensorArg lse, StreamArg stream);
 DeviceResult AttentionBackward(int64_t rows, int64_t seq, int32_t heads, int32_t kv_heads, int32_t dim, TensorArg qkv,
-                               TensorArg out, TensorArg lse, TensorArg dout, TensorArg dqkv, StreamArg stream);
+                               TensorArg first, TensorArg out, TensorArg lse, TensorArg dout, TensorArg dqkv, StreamArg stream);
 DeviceResult SumTensors(const DeviceTensor* from, int32_t count, TensorArg to, StreamArg stream);
 
 // All of them; products of dense matrices (DeviceKernels::matmul) are added by who has a library for them.
@@ -119,6 +120,7 @@ inline DeviceKernels OwnKernels() {
   kernels.quantise_weights = QuantiseWeights;
   kernels.fp8_matmul = Fp8MatMul;
   kernels.grouped_matmul_swiglu = GroupedMatMulSwiGlu;
+  kernels.document_starts = DocumentStarts;
   kernels.attention = Attention;
   kernels.attention_backward = AttentionBackward;
   kernels.sum_tensors = SumTensors;

@@ -46,6 +46,15 @@ struct Head {
   }
 };
 
+// The first token that `token` sees, both counted over all sequences.
+int64_t FirstToken(const AttentionShape& shape, absl::Span<const int32_t> first, int64_t token) {
+  return token / shape.seq * shape.seq + (first.empty() ? 0 : first[static_cast<size_t>(token)]);
+}
+
+absl::Span<const int32_t> ValuesOf(const Tensor& first) {
+  return first.empty() ? absl::Span<const int32_t>() : first.span<int32_t>();
+}
+
 // The probabilities of the keys first_token .. token for one query; returns the log of the denominator.
 double Probabilities(const AttentionShape& shape, const std::vector<double>& qkv, const Head& head,
                      int64_t first_token, int64_t token, std::vector<double>& probs) {
@@ -64,14 +73,15 @@ double Probabilities(const AttentionShape& shape, const std::vector<double>& qkv
 
 }  // namespace
 
-AttentionF64 AttentionForwardF64(const AttentionShape& shape, const std::vector<double>& qkv) {
+AttentionF64 AttentionForwardF64(const AttentionShape& shape, const std::vector<double>& qkv,
+                                 absl::Span<const int32_t> first_key) {
   const int64_t tokens = shape.rows * shape.seq;
   AttentionF64 result;
   result.out.assign(static_cast<size_t>(tokens * shape.q_width()), 0.0);
   result.lse.assign(static_cast<size_t>(tokens * shape.heads), 0.0);
   std::vector<double> probs;
   for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t first = token / shape.seq * shape.seq;
+    const int64_t first = FirstToken(shape, first_key, token);
     for (int h = 0; h < shape.heads; ++h) {
       const Head head(shape, h);
       result.lse[token * shape.heads + h] = Probabilities(shape, qkv, head, first, token, probs);
@@ -87,6 +97,7 @@ AttentionF64 AttentionForwardF64(const AttentionShape& shape, const std::vector<
 }
 
 std::vector<double> AttentionBackwardF64(const AttentionShape& shape, const std::vector<double>& qkv,
+                                         absl::Span<const int32_t> first_key,
                                          const std::vector<double>& dout) {
   const int64_t tokens = shape.rows * shape.seq;
   const int64_t width = shape.qkv_width();
@@ -94,7 +105,7 @@ std::vector<double> AttentionBackwardF64(const AttentionShape& shape, const std:
   std::vector<double> dqkv(qkv.size(), 0.0);
   std::vector<double> probs, dprobs;
   for (int64_t token = 0; token < tokens; ++token) {
-    const int64_t first = token / shape.seq * shape.seq;
+    const int64_t first = FirstToken(shape, first_key, token);
     for (int h = 0; h < shape.heads; ++h) {
       const Head head(shape, h);
       Probabilities(shape, qkv, head, first, token, probs);
@@ -119,16 +130,16 @@ std::vector<double> AttentionBackwardF64(const AttentionShape& shape, const std:
   return dqkv;
 }
 
-void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& out, const Tensor& lse,
-               Stream&) {
-  const AttentionF64 result = AttentionForwardF64(shape, ToF64(qkv));
+void Attention(const AttentionShape& shape, const Tensor& qkv, const Tensor& first, const Tensor& out,
+               const Tensor& lse, Stream&) {
+  const AttentionF64 result = AttentionForwardF64(shape, ToF64(qkv), ValuesOf(first));
   FromF64(result.out, out);
   FromF64(result.lse, lse);
 }
 
-void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor&, const Tensor&,
-                       const Tensor& dout, const Tensor& dqkv, Stream&) {
-  FromF64(AttentionBackwardF64(shape, ToF64(qkv), ToF64(dout)), dqkv);
+void AttentionBackward(const AttentionShape& shape, const Tensor& qkv, const Tensor& first, const Tensor&,
+                       const Tensor&, const Tensor& dout, const Tensor& dqkv, Stream&) {
+  FromF64(AttentionBackwardF64(shape, ToF64(qkv), ValuesOf(first), ToF64(dout)), dqkv);
 }
 
 }  // namespace shoal::kernels::ref

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "absl/types/span.h"
 #include "runtime/kernels/attention.h"
 
 namespace shoal::kernels::ref {
@@ -12,10 +13,11 @@ struct AttentionF64 {
   std::vector<double> out;  // [T, heads * dim]
   std::vector<double> lse;  // [T, heads]
 };
-AttentionF64 AttentionForwardF64(const AttentionShape& shape, const std::vector<double>& qkv);
+AttentionF64 AttentionForwardF64(const AttentionShape& shape, const std::vector<double>& qkv,
+                                 absl::Span<const int32_t> first);
 
 // The gradient of sum(out * dout) by qkv.
 std::vector<double> AttentionBackwardF64(const AttentionShape& shape, const std::vector<double>& qkv,
-                                         const std::vector<double>& dout);
+                                         absl::Span<const int32_t> first, const std::vector<double>& dout);
 
 }  // namespace shoal::kernels::ref
