@@ -21,7 +21,7 @@ struct StepFacts {
   bool wanted = false;             // schedule.device_graphs, and recording has not failed.
   bool on_device = false;
   int ranks = 1;                   // Between several the host drives what they tell each other.
-  bool routes_on_stream = false;   // Else the host orders rows by what routers chose.
+  bool routes_on_stream = false;   // Else the host plans rows by what routers counted.
   bool observed = false;           // Somebody looks at gradients before the update.
   bool ran = false;                // A step of this schedule, with tokens of this shape, was run: memory and libraries are set up.
   bool recorded = false;           // One was recorded.

@@ -1,5 +1,5 @@
 // The rows of one pass of a layer of experts: how many there are, which of them a chunk has, and products of them with matrices of
-// experts. Hides who ordered them: the host, by a plan of what all ranks chose; or the stream, from this rank's choices alone
+// experts. Hides who planned them: the host, from the counts of all ranks; or the stream, from this rank's choices alone
 // (RoutedTokens::segments). The host never learns the counts of the latter, so all of them are one chunk, and stay.
 #pragma once
 

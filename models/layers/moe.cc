@@ -6,6 +6,7 @@
 #include "runtime/kernels/elementwise.h"
 #include "runtime/kernels/norm.h"
 #include "runtime/kernels/permute.h"
+#include "runtime/kernels/router.h"
 #include "runtime/kernels/swiglu.h"
 
 namespace shoal {
@@ -22,20 +23,27 @@ struct PairsOfChunk {
 };
 
 PairsOfChunk PairsOf(const MoeLayer::Saved& saved, Direction direction, int chunk, const Tensor& dweight, Stream& stream) {
-  const int64_t tokens = saved.routed.offset.elements() - 1;
+  const int64_t tokens = saved.offset.elements() - 1;
   const int chunks = saved.rows->chunks(direction);
   if (chunks == 1) return {{0, tokens}, saved.offset, saved.slot, saved.routed.weight, dweight};
   const int pieces = saved.rows->plan().pieces(), each = pieces / chunks;
   const Range first = EvenPart(tokens, pieces, chunk * each), last = EvenPart(tokens, pieces, (chunk + 1) * each - 1);
   PairsOfChunk pairs{{first.begin, last.begin + last.count - first.begin}, {}, {}, {}, {}};
-  const int32_t* offset = saved.routed.offset.data<int32_t>() + pairs.tokens.begin;
-  const Tensor own = Empty({pairs.tokens.count + 1}, DType::kI32);
-  for (int64_t t = 0; t <= pairs.tokens.count; ++t) own.data<int32_t>()[t] = offset[t] - offset[0];
-  pairs.offset = ToDevice(own, stream);
-  const int64_t count = offset[pairs.tokens.count] - offset[0];
-  pairs.slot = saved.slot.Rows(offset[0], count);
-  pairs.weight = saved.routed.weight.Rows(offset[0], count);
-  if (dweight.elements() > 0) pairs.dweight = dweight.Rows(offset[0], count);
+  int64_t begin = 0, count = 0;
+  if (saved.routed.offset.empty()) {  // Every token has as many pairs: those of the first ones begin where those of any others would.
+    const int64_t each = tokens == 0 ? 0 : saved.slot.elements() / tokens;
+    begin = pairs.tokens.begin * each, count = pairs.tokens.count * each;
+    pairs.offset = saved.offset.Rows(0, pairs.tokens.count + 1);
+  } else {
+    const int32_t* offset = saved.routed.offset.data<int32_t>() + pairs.tokens.begin;
+    const Tensor own = Empty({pairs.tokens.count + 1}, DType::kI32);
+    for (int64_t t = 0; t <= pairs.tokens.count; ++t) own.data<int32_t>()[t] = offset[t] - offset[0];
+    pairs.offset = ToDevice(own, stream);
+    begin = offset[0], count = offset[pairs.tokens.count] - offset[0];
+  }
+  pairs.slot = saved.slot.Rows(begin, count);
+  pairs.weight = saved.routed.weight.Rows(begin, count);
+  if (dweight.elements() > 0) pairs.dweight = dweight.Rows(begin, count);
   return pairs;
 }
 
@@ -147,6 +155,18 @@ void MoeLayer::PlanRows(Saved* saved, Stream& stream) const {
        .backward_chunks = saved->chunks.backward,
        .rule = context_->rule}));
   const DispatchPlan& plan = saved->rows->plan();
+  if (saved->routed.offset.empty()) {
+    const int64_t tokens = saved->x.dim(0);
+    SHOAL_CHECK_EQ(saved->routed.expert.elements(), plan.sent()) << "every choice stays";
+    saved->slot = Empty({plan.sent()}, DType::kI32, stream);
+    saved->token = Empty({plan.sent()}, DType::kI32, stream);
+    saved->offset = Empty({tokens + 1}, DType::kI32, stream);
+    kernels::OrderByShares(saved->routed.expert.Reshape({tokens, config_.num_experts_per_tok}), saved->routed.tally,
+                           ToDevice(plan.Shares(), stream), saved->offset, saved->slot, saved->token, stream);
+    for (const Tensor* used : {&saved->routed.expert, &saved->routed.tally.counts}) UsedOn(*used, stream);
+    saved->routed.tally = {};
+    return;
+  }
   const Tensor slot = Empty({plan.sent()}, DType::kI32), token = Empty({plan.sent()}, DType::kI32);
   plan.OrderRows(saved->routed.offset, saved->routed.expert, slot, token);
   saved->slot = ToDevice(slot, stream);

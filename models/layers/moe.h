@@ -31,7 +31,7 @@ struct ExpertContext {
 };
 
 // Whether such layers leave their choices on the stream of a device, so that nothing of a pass waits for it: where there is one rank,
-// a router without capacity and no pinned order. On others, and on the CPU, the host orders rows.
+// a router without capacity and no pinned order. On others, and on the CPU, the host plans rows by counts that it waits for.
 bool RoutesOnStream(const ModelConfig& config, const ExpertContext& context, const Stream& stream);
 // Sums [layers, RoutingSums::Width] of nothing yet, where the routers of such layers add to them.
 Tensor NewRoutingSums(const ModelConfig& config, const ExpertContext& context, int64_t layers, Stream& stream);
@@ -92,7 +92,7 @@ class MoeLayer {
   int64_t Stay(const Task& task, Saved* saved, Stream& stream);
 
  private:
-  // The plan of the rows of `saved->routed`, which the host knows, and their order.
+  // The plan of the rows of `saved->routed`, whose counts the host knows, and their order.
   void PlanRows(Saved* saved, Stream& stream) const;
   // Adds the holders that the rows of a step's first wave justify.
   void Calibrate(const Saved& saved);

@@ -67,16 +67,15 @@ void AddTotals(const Tensor& totals, int pieces, const RoutingSums& sums) {
   AddSums(totals.Rows(counts + experts, 1), sums.z());
 }
 
-RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries) {
-  const int64_t T = chosen.dim(0), K = chosen.dim(1);
-  RoutedTokens routed{.offset = Empty({T + 1}, DType::kI32),
-                      .expert = chosen.Reshape({T * K}),
-                      .weight = weights.Reshape({T * K}),
-                      .rows = {}};
-  for (int64_t t = 0; t <= T; ++t) routed.offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
+RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, kernels::Tally tally, const Tensor& summaries) {
+  const int64_t pairs = chosen.elements();
   const absl::Span<const int32_t> counts = summaries.span<int32_t>();
-  routed.rows.assign(counts.begin(), counts.end());
-  return routed;
+  tally.sums = Tensor();
+  return {.offset = {},
+          .expert = chosen.Reshape({pairs}),
+          .weight = weights.Reshape({pairs}),
+          .rows = {counts.begin(), counts.end()},
+          .tally = std::move(tally)};
 }
 
 RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, const kernels::Tally& tally, const RoutingSums* sums,

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "models/routers/router.h"
-#include "runtime/kernels/router.h"
 
 namespace shoal {
 
@@ -31,11 +30,11 @@ Tensor TotalsOf(const kernels::Tally& tally, Stream& stream);
 void CountsOf(const Tensor& totals, const Tensor& summary);
 void AddTotals(const Tensor& totals, int pieces, const RoutingSums& sums);
 
-// The list in which every choice stays. `summaries`: counts by piece; `weights` may be anywhere.
-RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, const Tensor& summaries);
+// The list in which every choice of chosen_TK and weights_TK, where the stream computes, stays, with `tally` of them. `summaries`: counts
+// by piece of all ranks.
+RoutedTokens KeepEveryChoice(const Tensor& chosen, const Tensor& weights, kernels::Tally tally, const Tensor& summaries);
 
-// The same where the host does not know the choices: the list of chosen_TK and weights_TK, with the order of its rows. Adds to `sums`,
-// unless null, what `tally` has of these choices.
+// The same where the host does not know the counts: with the order of its rows. Adds to `sums`, unless null, what `tally` has.
 RoutedTokens KeepEveryChoiceOnStream(const Tensor& chosen, const Tensor& weights, const kernels::Tally& tally, const RoutingSums* sums,
                                      Stream& stream);
 

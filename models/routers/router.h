@@ -21,6 +21,7 @@
 #include "models/optimizer/parameter_store.h"
 #include "runtime/device/stream.h"
 #include "runtime/kernels/matmul.h"
+#include "runtime/kernels/router.h"
 
 namespace shoal {
 
@@ -60,9 +61,11 @@ struct RoutingGradient {
   float seq_aux_scale = 0;  // Coefficient of a sequence's balance loss.
 };
 
-// The ragged list, by token, and within a token by the order of its choices. The host knows it: lists are in host memory, weights
-// where the stream computes. Or it does not: then all is where the stream computes, every choice stays, and the order of rows by expert
-// is there too (kernels::OrderByExpert).
+// The ragged list, by token, and within a token by the order of its choices.
+//   * Where choices may be refused the host knows it: `offset` and `expert` are in host memory, weights where the stream computes.
+//   * Where every choice stays all is where the stream computes, and the host knows counts: `rows`, and there is the `tally` by which
+//     rows get their order (kernels::OrderByShares). There is no offset, because every token has as many pairs.
+//   * Or not even those: the order of rows by expert is there too (kernels::OrderByExpert).
 struct RoutedTokens {
   Tensor offset;  // [T + 1] i32: the pairs of token t are [offset[t], offset[t + 1]).
   Tensor expert;  // [S] i32
@@ -70,7 +73,8 @@ struct RoutedTokens {
   // Pairs that stay, of every rank, piece and expert: [ranks, pieces, E] row-major. The same on every rank. Empty where the host does
   // not know.
   std::vector<int64_t> rows;
-  Tensor segments, slot, token;  // [E, 3], [S], [S] i32. Empty where the host knows.
+  kernels::Tally tally;
+  Tensor segments, slot, token;  // [E, 3], [S], [S] i32.
 };
 
 class Router {

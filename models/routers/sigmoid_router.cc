@@ -12,7 +12,6 @@ namespace {
 struct SigmoidSaved : Router::Saved {
   Tensor normed, scores, chosen, weights;
   kernels::Tally tally;  // Until Choose.
-  Tensor choices;  // `chosen` in host memory.
   int64_t seq = 0;
   std::unique_ptr<RouterLogits::Saved> logits;
 };
@@ -44,19 +43,17 @@ class SigmoidRouter : public Router {
     if (summary.empty()) return kept;
     const Tensor loss = Zeros({1}, DType::kF64, stream);
     if (sums != nullptr) AddSequenceLoss(*kept, loss, stream);
-    const std::vector<Tensor> host = AllToHost({kept->chosen, TotalsOf(kept->tally, stream), loss}, stream);
-    kept->tally = {};
-    kept->choices = host[0];
-    CountsOf(host[1], summary);
+    const std::vector<Tensor> host = AllToHost({TotalsOf(kept->tally, stream), loss}, stream);
+    CountsOf(host[0], summary);
     if (sums == nullptr) return kept;
-    AddTotals(host[1], batch.pieces, *sums);
-    AddSums(host[2], sums->seq_aux());
+    AddTotals(host[0], batch.pieces, *sums);
+    AddSums(host[1], sums->seq_aux());
     return kept;
   }
 
   RoutedTokens Choose(const Tensor& summaries, const Batch&, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     SigmoidSaved& kept = static_cast<SigmoidSaved&>(saved);
-    if (!summaries.empty()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
+    if (!summaries.empty()) return KeepEveryChoice(kept.chosen, kept.weights, std::move(kept.tally), summaries);
     RoutedTokens routed = KeepEveryChoiceOnStream(kept.chosen, kept.weights, kept.tally, sums, stream);
     kept.tally = {};
     if (sums != nullptr) AddSequenceLoss(kept, sums->seq_aux(), stream);

@@ -14,9 +14,9 @@ using kernels::Renormalize;
 struct SoftmaxSaved : Router::Saved {
   Tensor normed, probs, chosen, weights, logz;
   kernels::Tally tally;  // Until Choose.
-  // In host memory:
+  // In host memory, where there are capacities:
   Tensor choices;       // `chosen`.
-  Tensor host_weights;  // `weights`, where there are capacities.
+  Tensor host_weights;  // `weights`.
   Tensor pair;          // [T, K] i32: where a choice stands in the list; refused ones behind its end. Empty: at its own place.
   std::unique_ptr<RouterLogits::Saved> logits;
 };
@@ -48,13 +48,12 @@ class SoftmaxRouter : public Router {
     }
     kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream, kept->tally);
     if (on_stream) return kept;
-    const std::vector<Tensor> host = AllToHost({kept->tally.counts.empty() ? Tensor() : TotalsOf(kept->tally, stream), kept->chosen,
-                                                capacity ? kept->weights : Tensor()},
+    const std::vector<Tensor> host = AllToHost({kept->tally.counts.empty() ? Tensor() : TotalsOf(kept->tally, stream),
+                                                capacity ? kept->chosen : Tensor(), capacity ? kept->weights : Tensor()},
                                                stream);
-    kept->tally = {};
-    kept->choices = host[1];
-    kept->host_weights = host[2];
     if (capacity) {
+      kept->choices = host[1];
+      kept->host_weights = host[2];
       CountByPieceAndChoice(kept->choices, batch.pieces, experts(), summary);
     } else {
       CountsOf(host[0], summary);
@@ -66,7 +65,7 @@ class SoftmaxRouter : public Router {
   RoutedTokens Choose(const Tensor& summaries, const Batch& batch, Saved& saved, const RoutingSums* sums, Stream& stream) override {
     SoftmaxSaved& kept = static_cast<SoftmaxSaved&>(saved);
     if (summaries.empty()) return ChooseOnStream(kept, sums, stream);
-    if (!config_.has_capacity()) return KeepEveryChoice(kept.choices, kept.weights, summaries);
+    if (!config_.has_capacity()) return KeepEveryChoice(kept.chosen, kept.weights, std::move(kept.tally), summaries);
     int64_t tokens = 0;
     for (int64_t count : batch.tokens_of_rank) tokens += count;
     const int64_t capacity = ExpertCapacity(config_.capacity_factor, tokens, experts());

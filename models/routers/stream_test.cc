@@ -1,4 +1,5 @@
-// Routers whose choices stay on a stream (no summary), on the device of tests and on the CPU, against the same with the host.
+// Routers whose choices stay on a stream, all of them (no summary) or all but their counts, on the device of tests and on the CPU, against
+// the CPU with a summary.
 #include <tuple>
 
 #include "models/routers/testing.h"
@@ -90,6 +91,42 @@ TEST_P(StreamRouterTest, NothingWaitsAndAllIsAsWithTheHost) {
   for (const auto& [name, gradient] : parameters.gradients) {
     ExpectNear(kHost(gradient, stream()), host_parameters.gradients.at(name), 1e-4, 1e-4, name);
   }
+}
+
+// As one of several ranks would: the host waits once, for counts and sums, and what is as long as tokens stays where it is.
+TEST_P(StreamRouterTest, TheHostLearnsCountsAlone) {
+  const int64_t tokens = 4 * kSeq, experts = config().num_local_experts;
+  constexpr int kPieces = 3;
+  const Tensor normed = Random({tokens, config().hidden_size}, DType::kF32, 1), bias = BiasFor(config());
+  Parameters host_parameters(config(), DType::kF32), parameters = Copied(host_parameters);
+  const Outcome want = RouteOn(config(), normed, {tokens}, kPieces, host_parameters, bias);
+  const std::unique_ptr<Router> router = MakeRouter(config(), 0, parameters.View());
+  if (!bias.empty()) std::copy_n(bias.data<float>(), bias.elements(), router->state().data<float>());
+  const Router::Batch batch{.seq = kSeq, .tokens_of_rank = {tokens}, .pieces = kPieces};
+  const Tensor summary = Empty({router->SummaryElements(tokens, kPieces)}, router->SummaryType());
+  const Tensor rows = Zeros({1, RoutingSums::Width(config().num_local_experts)}, DType::kF64), x = Upload(normed, stream());
+  const RoutingSums sums = RoutingSums::Row(rows, 0);
+  const int64_t waits = TestDevice().waits().waits;
+  const auto saved = router->Score(x, batch, summary, &sums, stream());
+  const RoutedTokens routed = router->Choose(summary, batch, *saved, &sums, stream());
+  EXPECT_EQ(TestDevice().waits().waits - waits, stream().device() == nullptr ? 0 : 1);
+  EXPECT_EQ(routed.rows, want.rows);
+  EXPECT_TRUE(routed.offset.empty() && routed.slot.empty());
+  const Tensor expert = kHost(routed.expert, stream()), weight = kHost(routed.weight, stream()), counts = kHost(routed.tally.counts, stream());
+  ASSERT_EQ(expert.elements(), static_cast<int64_t>(want.pairs.size()));
+  for (size_t i = 0; i < want.pairs.size(); ++i) {
+    EXPECT_EQ(expert.data<int32_t>()[i], want.pairs[i].expert) << i;
+    EXPECT_NEAR(weight.data<float>()[i], want.pairs[i].weight, 1e-6) << i;
+  }
+  for (int64_t e = 0; e < experts; ++e) {
+    int64_t counted = 0;
+    for (int64_t block = 0; block < counts.dim(0); ++block) counted += counts.data<int32_t>()[block * experts + e];
+    EXPECT_EQ(counted, want.counts[static_cast<size_t>(e)]);
+    EXPECT_EQ(sums.counts().data<double>()[e], static_cast<double>(counted));
+    EXPECT_NEAR(sums.probs().data<double>()[e], want.prob_sums[static_cast<size_t>(e)], 1e-5);
+  }
+  EXPECT_NEAR(*sums.z().data<double>(), want.z_sum, 1e-5 * want.z_sum);
+  EXPECT_NEAR(*sums.seq_aux().data<double>(), want.seq_aux_sum, 1e-5 * want.seq_aux_sum);
 }
 
 INSTANTIATE_TEST_SUITE_P(Kinds, StreamRouterTest, testing::Combine(testing::ValuesIn(ConfigsWithoutCapacity()), testing::Bool()),

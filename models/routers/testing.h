@@ -154,8 +154,11 @@ inline Outcome RouteOn(const ModelConfig& config, const Tensor& normed, const st
     EXPECT_TRUE(outcome.rows.empty() || outcome.rows == routed.rows) << "ranks disagree";
     outcome.rows = routed.rows;
     const Tensor dweight = Empty(routed.weight.shape(), DType::kF32);
+    const auto first_of = [&](int64_t t) {
+      return routed.offset.empty() ? t * config.num_experts_per_tok : routed.offset.data<int32_t>()[t];
+    };
     for (int64_t t = 0; t < tokens_of_rank[r]; ++t) {
-      for (int32_t i = routed.offset.data<int32_t>()[t]; i < routed.offset.data<int32_t>()[t + 1]; ++i) {
+      for (int64_t i = first_of(t); i < first_of(t + 1); ++i) {
         const Pair pair = {first[r] + t, routed.expert.data<int32_t>()[i], Get(routed.weight, i)};
         outcome.pairs.push_back(pair);
         dweight.data<float>()[i] = static_cast<float>(CoefficientOf(pair.token, pair.expert));

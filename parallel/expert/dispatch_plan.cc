@@ -32,6 +32,7 @@ DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement&
   plan.topology_ = topology;
   plan.options_ = options;
   plan.pieces_ = PiecesFor(options.forward_chunks, options.backward_chunks);
+  plan.experts_ = static_cast<int64_t>(placement.size());
   const size_t ranks = static_cast<size_t>(topology.ranks()), experts = placement.size();
   const size_t pieces = static_cast<size_t>(plan.pieces_);
   SHOAL_CHECK_EQ(rows.size(), ranks * pieces * experts);
@@ -87,35 +88,55 @@ DispatchPlan DispatchPlan::Make(const Topology& topology, const ExpertPlacement&
   return plan;
 }
 
-void DispatchPlan::OrderRows(const Tensor& offset, const Tensor& expert, const Tensor& slot, const Tensor& token) const {
-  SHOAL_CHECK(expert.elements() == sent_ && slot.elements() == sent_ && token.elements() == sent_);
-  struct Place {
-    int64_t next = 0, end = 0;
+Tensor DispatchPlan::Shares() const {
+  struct Share {
+    int64_t end, shift;
   };
-  const int64_t tokens = offset.elements() - 1;
-  const int32_t* first = offset.data<int32_t>();
-  const int32_t* experts = expert.data<int32_t>();
-  const size_t experts_count = expert.empty() ? 0 : static_cast<size_t>(*std::max_element(experts, experts + sent_)) + 1;
-  std::vector<std::vector<Place>> places(experts_count);
-  std::vector<size_t> current(experts_count);
+  std::vector<std::vector<Share>> shares(static_cast<size_t>(pieces_ * experts_));  // By piece and expert.
+  int64_t count = 0;
   for (int piece = 0; piece < pieces_; ++piece) {
-    for (std::vector<Place>& of_expert : places) of_expert.clear();
     for (int place = 0; place < topology_.ranks(); ++place) {
       const Piece& to = sends_[IndexOf(place, piece)];
       int64_t at = to.begin;
       for (const DispatchShare& share : to.shares) {
-        places[static_cast<size_t>(share.expert)].push_back({at, at + share.rows});
+        std::vector<Share>& of_expert = shares[static_cast<size_t>(piece * experts_ + share.expert)];
+        const int64_t before = of_expert.empty() ? 0 : of_expert.back().end;
+        of_expert.push_back({before + share.rows, at - before});
         at += share.rows;
+        ++count;
       }
     }
-    std::fill(current.begin(), current.end(), size_t{0});
+  }
+  const Tensor list = Empty({pieces_ * experts_ + 1 + 2 * count}, DType::kI32);
+  int32_t *first = list.data<int32_t>(), *next = first + pieces_ * experts_ + 1;
+  *first = 0;
+  for (const std::vector<Share>& of_expert : shares) {
+    for (const Share& share : of_expert) {
+      *next++ = static_cast<int32_t>(share.end);
+      *next++ = static_cast<int32_t>(share.shift);
+    }
+    first[1] = *first + static_cast<int32_t>(of_expert.size());
+    ++first;
+  }
+  return list;
+}
+
+void DispatchPlan::OrderRows(const Tensor& offset, const Tensor& expert, const Tensor& slot, const Tensor& token) const {
+  SHOAL_CHECK(expert.elements() == sent_ && slot.elements() == sent_ && token.elements() == sent_);
+  const Tensor shares = Shares();
+  const int32_t *first = shares.data<int32_t>(), *share = first + pieces_ * experts_ + 1;
+  const int64_t tokens = offset.elements() - 1;
+  std::vector<int32_t> next(static_cast<size_t>(experts_));
+  for (int piece = 0; piece < pieces_; ++piece, first += experts_) {
+    std::fill(next.begin(), next.end(), 0);
     const Range range = EvenPart(tokens, pieces_, piece);
     for (int64_t t = range.begin; t < range.begin + range.count; ++t) {
-      for (int32_t pair = first[t]; pair < first[t + 1]; ++pair) {
-        const size_t e = static_cast<size_t>(experts[pair]);
-        while (places[e][current[e]].next == places[e][current[e]].end) ++current[e];
-        const int64_t row = places[e][current[e]].next++;
-        slot.data<int32_t>()[pair] = static_cast<int32_t>(row);
+      for (int32_t pair = offset.data<int32_t>()[t]; pair < offset.data<int32_t>()[t + 1]; ++pair) {
+        const int32_t e = expert.data<int32_t>()[pair], number = next[static_cast<size_t>(e)]++;
+        int64_t of = first[e];
+        while (number >= share[2 * of]) ++of;
+        const int32_t row = number + share[2 * of + 1];
+        slot.data<int32_t>()[pair] = row;
         token.data<int32_t>()[row] = static_cast<int32_t>(t);
       }
     }

@@ -45,8 +45,10 @@ class DispatchPlan {
   // No row of any rank leaves it: what arrives is what was sent.
   bool all_stay() const { return all_stay_; }
 
-  // The order of this rank's rows: slot_S (i32), the row of each pair, and token_S (i32), the token of each row, from the list of
-  // pairs by token (offset_T1, expert_S: i32).
+  // The order of this rank's rows, of pairs that the host need not know: the shares of kernels::OrderByShares, in host memory.
+  Tensor Shares() const;
+  // The same order of a list of pairs by token, some of which may have less than others (offset_T1, expert_S: i32): slot_S (i32), the row
+  // of each pair, and token_S (i32), the token of each row.
   void OrderRows(const Tensor& offset, const Tensor& expert, const Tensor& slot, const Tensor& token) const;
 
   enum class Direction : uint8_t { kForward, kBackward };
@@ -77,6 +79,7 @@ class DispatchPlan {
   Topology topology_;
   DispatchOptions options_;
   int pieces_ = 1;
+  int64_t experts_ = 0;
   int64_t sent_ = 0, arrived_ = 0;
   bool all_stay_ = true;
   std::vector<Piece> sends_, receives_;  // In the order of rows.

@@ -64,6 +64,7 @@ struct DeviceKernels {
   R (*sum_over_tokens)(T values, T sums, S);
   R (*sum_tally)(int32_t pieces, T counts, T sums, T totals, S);
   R (*order_by_expert)(T chosen, T counts, T sums, T offset, T segments, T slot, T token, T all_counts, T all_probs, T all_z, S);
+  R (*order_by_shares)(T chosen, int32_t pieces, T counts, T shares, T offset, T slot, T token, S);
   R (*gradient_of_counts)(T sums, int64_t first, bool all_layers, double scale, T dprob, S);
   R (*sequence_loads)(T chosen, float scale, T load, S);
   R (*add_sequence_loss)(T load, T shares, double scale, T loss, S);

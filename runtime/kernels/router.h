@@ -83,6 +83,13 @@ struct TallyTotals {
 // cache.
 void OrderByExpert(const Tensor& chosen, const Tally& tally, const Tensor& offset, const Tensor& segments, const Tensor& slot,
                    const Tensor& token, const TallyTotals& totals, Stream& stream);
+// The same pairs where rows do not lie by expert alone, because they travel: offset_T1, slot and token as above. The pairs of a piece of the
+// tally and an expert are numbered by token; their rows are runs, the *shares*: i32 [pieces * E + 1 + 2 N], first for each piece and expert,
+// and at the end, the number of its first share, then for each of N shares how many of the numbers are below its end, and what is added
+// to a number for its row. Of a device one launch, for which the host makes shares from the totals of the tally.
+void OrderByShares(const Tensor& chosen, const Tally& tally, const Tensor& shares, const Tensor& offset, const Tensor& slot,
+                   const Tensor& token, Stream& stream);
+
 // dprob_LE (f32) = scale * counts_LE, which are the columns from `first` of sums_LN (f64); kAllLayers: their sums over L.
 enum class CountsOf : uint8_t { kEachLayer, kAllLayers };
 void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream);

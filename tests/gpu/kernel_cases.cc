@@ -209,6 +209,33 @@ Prepared PrepareOrderByExpert(const Sizes& s, Stream& stream) {
   prepared.outputs.pop_back();  // Each call adds to the sums.
   return prepared;
 }
+// Of one of several ranks that sends its rows in four chunks.
+Prepared PrepareOrderByShares(const Sizes& s, Stream& stream) {
+  constexpr int kPieces = 4;
+  const int64_t T = s.tokens(), E = s.experts;
+  const Tensor logits = Random({T, E}, kF32, 1, stream), probs = Empty({T, E}, kF32, stream), logz = Empty({T}, kF32, stream);
+  const Tensor chosen = Empty({T, s.top_k}, DType::kI32, stream), weights = Empty({T, s.top_k}, kF32, stream);
+  const kernels::Tally tally = kernels::MakeTally(T, E, kPieces, kernels::TallySums::kNo, stream);
+  const Tensor totals = Empty({kPieces * E}, DType::kF64, stream);
+  kernels::TopKSoftmax(logits, kernels::Renormalize::kYes, probs, chosen, weights, logz, stream, tally);
+  kernels::SumTally(tally, totals, stream);
+  // The rows of each piece and expert are one run, those of a piece behind each other.
+  const Tensor counts = ToHost(totals, stream), shares = Empty({3 * kPieces * E + 1}, DType::kI32);
+  double row = 0;
+  for (int64_t i = 0; i < kPieces * E; ++i) {
+    const double rows = counts.data<double>()[i];
+    shares.data<int32_t>()[i] = static_cast<int32_t>(i);
+    shares.data<int32_t>()[kPieces * E + 1 + 2 * i] = static_cast<int32_t>(rows);
+    shares.data<int32_t>()[kPieces * E + 2 + 2 * i] = static_cast<int32_t>(row);
+    row += rows;
+  }
+  shares.data<int32_t>()[kPieces * E] = static_cast<int32_t>(kPieces * E);
+  const Tensor list = ToDevice(shares, stream), offset = Empty({T + 1}, DType::kI32, stream);
+  const Tensor slot = Empty({s.pairs()}, DType::kI32, stream), token = Empty({s.pairs()}, DType::kI32, stream);
+  return Moves({chosen, tally.counts, list}, {offset, slot, token}, [=, &stream] {
+    kernels::OrderByShares(chosen, tally, list, offset, slot, token, stream);
+  });
+}
 Prepared PrepareGatherRows(const Sizes& s, Stream& stream) {
   const Pairs pairs = MakePairs(s, stream);
   const Tensor x = Random({s.tokens(), s.width}, kBF16, 1, stream), rows = Empty({s.pairs(), s.width}, kBF16, stream);
@@ -410,6 +437,7 @@ std::vector<Case> MemoryCases() {
           {"topk_softmax", "copy", PrepareTopKSoftmax},
           {"topk_softmax_backward", "copy", PrepareTopKSoftmaxBackward},
           {"order_by_expert", "copy", PrepareOrderByExpert},
+          {"order_by_shares", "copy", PrepareOrderByShares},
           {"gather_rows", "copy", PrepareGatherRows},
           {"sum_slots", "copy", PrepareSumSlots},
           {"combine_slots", "copy", PrepareCombineSlots},

@@ -447,6 +447,34 @@ void OrderByExpert(const Tensor& chosen, const Tally& tally, const Tensor& offse
   }
 }
 
+void OrderByShares(const Tensor& chosen, const Tally& tally, const Tensor& shares, const Tensor& offset, const Tensor& slot,
+                   const Tensor& token, Stream& stream) {
+  const int64_t T = chosen.dim(0), K = chosen.dim(1), E = tally.counts.dim(1), P = tally.pieces;
+  SHOAL_CHECK(T * K < INT32_MAX) << T << " tokens with " << K << " choices";
+  CheckTally(tally, E);
+  SHOAL_CHECK(shares.elements() > P * E && (shares.elements() - P * E - 1) % 2 == 0) << shares.elements() << " numbers of shares";
+  CheckTensor(shares, DType::kI32, {shares.elements()}, "shares");
+  CheckTensor(chosen, DType::kI32, {T, K}, "chosen");
+  CheckTensor(offset, DType::kI32, {T + 1}, "offset");
+  CheckTensor(slot, DType::kI32, {T * K}, "slot");
+  CheckTensor(token, DType::kI32, {T * K}, "token");
+  if (Offloaded(stream, &DeviceKernels::order_by_shares, chosen, tally.pieces, tally.counts, shares, offset, slot, token)) return;
+  for (int64_t t = 0; t <= T; ++t) offset.data<int32_t>()[t] = static_cast<int32_t>(t * K);
+  const int32_t *first = shares.data<int32_t>(), *share = first + P * E + 1;
+  std::vector<int32_t> next(static_cast<size_t>(E));
+  for (int64_t piece = 0; piece < P; ++piece, first += E) {
+    std::fill(next.begin(), next.end(), 0);
+    for (int64_t pair = EvenBegin(T, P, piece) * K; pair < EvenBegin(T, P, piece + 1) * K; ++pair) {
+      const int32_t expert = chosen.data<int32_t>()[pair], number = next[static_cast<size_t>(expert)]++;
+      int64_t of = first[expert];
+      while (number >= share[2 * of]) ++of;
+      const int32_t row = number + share[2 * of + 1];
+      slot.data<int32_t>()[pair] = row;
+      token.data<int32_t>()[row] = static_cast<int32_t>(pair / K);
+    }
+  }
+}
+
 void GradientOfCounts(const Tensor& sums, int64_t first, CountsOf counts, double scale, const Tensor& dprob, Stream& stream) {
   const int64_t L = sums.dim(0), N = sums.dim(1), E = dprob.dim(1);
   SHOAL_CHECK(first >= 0 && first + E <= N) << first << "+" << E << " of " << N << " columns";

@@ -164,6 +164,7 @@ struct Ordering {
   int blocks, pieces;  // Of the tally.
   const int32_t* counts;
   const double* sums;  // Null: none.
+  const int32_t* shares;  // Of OrderByShares.
   int32_t *offset, *segments, *slot, *token;
 
   // Totals, and whether they are added to what is there. Null: not wanted.
@@ -173,7 +174,7 @@ struct Ordering {
 
 constexpr int kBlocksAtOnce = 2;  // Of the tally, whose pairs one block orders.
 
-__host__ __device__ inline int OrderingBlocks(int blocks, int pieces) { return pieces * ((blocks / pieces + kBlocksAtOnce - 1) / kBlocksAtOnce); }
+__host__ __device__ inline int OrderingBlocksOfPiece(int blocks, int pieces) { return (blocks / pieces + kBlocksAtOnce - 1) / kBlocksAtOnce; }
 
 // before [experts] += counts of the lines [first, own), all [experts] those of [first, end).
 __device__ __forceinline__ void AddLines(const Ordering& a, int first, int own, int end, int32_t* before, int32_t* all) {
@@ -191,20 +192,13 @@ __device__ __forceinline__ void AddLines(const Ordering& a, int first, int own, 
   }
 }
 
-// Gives slots to the pairs of kBlocksAtOnce blocks of the tally. next [experts], cells [warps, experts].
-__device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int32_t* cells) {
+// next [experts], numbers of pairs among those of their expert, become slots by expert. all [experts]: how many there are.
+__device__ __forceinline__ void StartAtSegments(const Ordering& a, int32_t* next, const int32_t* all) {
   SHOAL_SHARED(int32_t, warp_sums, [32]);
-  const int own = static_cast<int>(blockIdx.x) * kBlocksAtOnce, own_end = own + kBlocksAtOnce < a.blocks ? own + kBlocksAtOnce : a.blocks;
-  for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
-    next[expert] = cells[expert] = 0;
-  }
-  __syncthreads();
-  AddLines(a, 0, own, a.blocks, next, cells);
-  __syncthreads();
   int32_t base = 0;
   for (int start = 0; start < a.experts; start += static_cast<int>(blockDim.x)) {
     const int expert = start + static_cast<int>(threadIdx.x);
-    const int32_t count = expert < a.experts ? cells[expert] : 0;
+    const int32_t count = expert < a.experts ? all[expert] : 0;
     int32_t sum = 0;
     const int32_t first = base + BlockExclusiveSum(count, warp_sums, &sum);
     base += sum;
@@ -212,13 +206,34 @@ __device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int
     next[expert] += first;
     if (blockIdx.x == 0) a.segments[3 * expert] = expert, a.segments[3 * expert + 1] = first, a.segments[3 * expert + 2] = count;
   }
-  const int64_t begin = TokensOfBlock(a.tokens, a.pieces, a.blocks, own).begin;
-  const int64_t end = TokensOfBlock(a.tokens, a.pieces, a.blocks, own_end - 1).end;
-  for (int64_t token = begin + threadIdx.x; token < end + (own_end == a.blocks ? 1 : 0); token += blockDim.x) {
+}
+
+// The row of a number among the pairs of a piece and an expert.
+__device__ __forceinline__ int32_t RowOf(const Ordering& a, int bucket, int32_t number) {
+  const int32_t* share = a.shares + static_cast<int64_t>(a.pieces) * a.experts + 1 + 2 * a.shares[bucket];
+  while (number >= share[0]) share += 2;
+  return number + share[1];
+}
+
+// Gives slots to the pairs of kBlocksAtOnce blocks of the tally, by expert or by shares. next [experts], cells [warps, experts].
+template <bool kByShares> __device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int32_t* cells) {
+  const int each = a.blocks / a.pieces, of_piece = OrderingBlocksOfPiece(a.blocks, a.pieces);
+  const int piece = static_cast<int>(blockIdx.x) / of_piece, first = piece * each, end = first + each;
+  const int own = first + static_cast<int>(blockIdx.x) % of_piece * kBlocksAtOnce, own_end = own + kBlocksAtOnce < end ? own + kBlocksAtOnce : end;
+  for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
+    next[expert] = cells[expert] = 0;
+  }
+  __syncthreads();
+  AddLines(a, first, own, kByShares ? own : end, next, cells);
+  __syncthreads();
+  if constexpr (!kByShares) StartAtSegments(a, next, cells);
+  const int64_t token_begin = TokensOfBlock(a.tokens, a.pieces, a.blocks, own).begin;
+  const int64_t token_end = TokensOfBlock(a.tokens, a.pieces, a.blocks, own_end - 1).end;
+  for (int64_t token = token_begin + threadIdx.x; token < token_end + (own_end == a.blocks ? 1 : 0); token += blockDim.x) {
     a.offset[token] = static_cast<int32_t>(token * a.k);
   }
-  for (int64_t pair = begin * a.k; pair < end * a.k; pair += static_cast<int64_t>(blockDim.x) * kRounds) {
-    const Tile tile = LoadTile(a.chosen, pair, end * a.k);
+  for (int64_t pair = token_begin * a.k; pair < token_end * a.k; pair += static_cast<int64_t>(blockDim.x) * kRounds) {
+    const Tile tile = LoadTile(a.chosen, pair, token_end * a.k);
     int32_t rank[kRounds];
     __syncthreads();  // The cells of what was before are read.
     CountTile(tile, cells, a.experts, rank);
@@ -229,7 +244,8 @@ __device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       if (tile.item[round] < 0) continue;
-      const int32_t place = cells[CellOf(threadIdx.x / 32, a.experts, tile.bucket[round])] + rank[round];
+      int32_t place = cells[CellOf(threadIdx.x / 32, a.experts, tile.bucket[round])] + rank[round];
+      if constexpr (kByShares) place = RowOf(a, piece * a.experts + tile.bucket[round], place);
       a.slot[tile.item[round]] = place;
       a.token[place] = tile.item[round] / a.k;
     }
@@ -270,13 +286,34 @@ __global__ void OrderAndAddUp(Ordering a, int ordering_blocks) {
   SHOAL_DYNAMIC_SHARED(int32_t, counts);
   const int block = static_cast<int>(blockIdx.x);
   if (block < ordering_blocks) {
-    OrderPairs(a, counts, counts + a.experts);
+    OrderPairs<false>(a, counts, counts + a.experts);
   } else {
     AddUp(a, block - ordering_blocks);
   }
 }
 
+__global__ void OrderAlone(Ordering a) {
+  SHOAL_DYNAMIC_SHARED(int32_t, counts);
+  OrderPairs<true>(a, counts, counts + a.experts);
+}
+
 __global__ void AddUpTally(Ordering a) { AddUp(a, static_cast<int>(blockIdx.x)); }
+
+Ordering OrderingOf(TensorArg chosen, int pieces, TensorArg counts, TensorArg offset, TensorArg slot, TensorArg token) {
+  Ordering a = {};
+  a.chosen = Data<int32_t>(chosen), a.tokens = chosen.shape[0], a.k = static_cast<int>(chosen.shape[1]);
+  a.blocks = static_cast<int>(counts.shape[0]), a.experts = static_cast<int>(counts.shape[1]), a.pieces = pieces;
+  a.counts = Data<int32_t>(counts);
+  a.offset = Data<int32_t>(offset), a.slot = Data<int32_t>(slot), a.token = Data<int32_t>(token);
+  return a;
+}
+
+// Of the blocks that order.
+LaunchShape OrderingShape(const Ordering& a) {
+  const int warps = WarpsOf(a.experts);
+  return {.blocks = a.pieces * OrderingBlocksOfPiece(a.blocks, a.pieces), .threads = warps * 32,
+          .shared_bytes = int64_t{4} * (warps + 1) * a.experts};
+}
 
 // At least one, which writes the sums of no items.
 int64_t BlocksOf(int64_t n, int buckets) { return std::max<int64_t>(1, Blocks(n, WarpsOf(buckets) * kTileOfWarp)); }
@@ -303,15 +340,20 @@ DeviceResult Sort(const CountingSort& sort, void* scratch, DeviceStream* stream)
 
 DeviceResult OrderByExpert(TensorArg chosen, TensorArg counts, TensorArg sums, TensorArg offset, TensorArg segments, TensorArg slot,
                            TensorArg token, TensorArg all_counts, TensorArg all_probs, TensorArg all_z, StreamArg stream) {
-  const int experts = static_cast<int>(segments.shape[0]), warps = WarpsOf(experts);
-  const Ordering a = {.chosen = Data<int32_t>(chosen), .tokens = chosen.shape[0], .k = static_cast<int>(chosen.shape[1]), .experts = experts,
-                      .blocks = static_cast<int>(counts.shape[0]), .pieces = 1, .counts = Data<int32_t>(counts), .sums = Data<double>(sums),
-                      .offset = Data<int32_t>(offset), .segments = Data<int32_t>(segments), .slot = Data<int32_t>(slot),
-                      .token = Data<int32_t>(token), .count_totals = Data<double>(all_counts), .prob_totals = Data<double>(all_probs),
-                      .z_total = Data<double>(all_z), .add = true};
-  const int ordering = OrderingBlocks(a.blocks, a.pieces);
-  return Launch({.blocks = ordering + TotalsTiles(a), .threads = warps * 32, .shared_bytes = int64_t{4} * (warps + 1) * experts}, stream,
-                OrderAndAddUp, a, ordering);
+  Ordering a = OrderingOf(chosen, /*pieces=*/1, counts, offset, slot, token);
+  a.sums = Data<double>(sums), a.segments = Data<int32_t>(segments);
+  a.count_totals = Data<double>(all_counts), a.prob_totals = Data<double>(all_probs), a.z_total = Data<double>(all_z), a.add = true;
+  LaunchShape shape = OrderingShape(a);
+  const int ordering = static_cast<int>(shape.blocks);
+  shape.blocks += TotalsTiles(a);
+  return Launch(shape, stream, OrderAndAddUp, a, ordering);
+}
+
+DeviceResult OrderByShares(TensorArg chosen, int32_t pieces, TensorArg counts, TensorArg shares, TensorArg offset, TensorArg slot,
+                           TensorArg token, StreamArg stream) {
+  Ordering a = OrderingOf(chosen, pieces, counts, offset, slot, token);
+  a.shares = Data<int32_t>(shares);
+  return Launch(OrderingShape(a), stream, OrderAlone, a);
 }
 
 DeviceResult SumTally(int32_t pieces, TensorArg counts, TensorArg sums, TensorArg totals, StreamArg stream) {

@@ -61,7 +61,7 @@ const DeviceKernels* EmulatedKernels() {
                &K::rope, &K::swiglu, &K::swiglu_backward, &K::adamw, &K::clip_gradients, &K::sum_of_squares, &K::cross_entropy, &K::gather_rows,
                &K::sum_slots, &K::combine_slots, &K::combine_slots_backward, &K::topk_softmax, &K::topk_softmax_backward, &K::softmax,
                &K::softmax_backward, &K::topk_sigmoid, &K::topk_sigmoid_backward, &K::sum_shares, &K::top_tokens, &K::normalize_rows,
-               &K::normalize_rows_backward, &K::sum_over_tokens, &K::sum_tally, &K::order_by_expert, &K::gradient_of_counts,
+               &K::normalize_rows_backward, &K::sum_over_tokens, &K::sum_tally, &K::order_by_expert, &K::order_by_shares, &K::gradient_of_counts,
                &K::sequence_loads, &K::add_sequence_loss, &K::divide_by, &K::divide_by_backward, &K::matmul, &K::grouped_matmul,
                &K::grouped_matmul_grad_input, &K::grouped_matmul_grad_weight, &K::quantise_rows, &K::fp8_matmul, &K::grouped_matmul_swiglu,
                &K::document_starts, &K::attention, &K::attention_backward>();

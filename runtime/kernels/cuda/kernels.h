@@ -52,6 +52,8 @@ DeviceResult SumOverTokens(TensorArg values, TensorArg sums, StreamArg stream);
 DeviceResult SumTally(int32_t pieces, TensorArg counts, TensorArg sums, TensorArg totals, StreamArg stream);
 DeviceResult OrderByExpert(TensorArg chosen, TensorArg counts, TensorArg sums, TensorArg offset, TensorArg segments, TensorArg slot,
                            TensorArg token, TensorArg all_counts, TensorArg all_probs, TensorArg all_z, StreamArg stream);
+DeviceResult OrderByShares(TensorArg chosen, int32_t pieces, TensorArg counts, TensorArg shares, TensorArg offset, TensorArg slot,
+                           TensorArg token, StreamArg stream);
 DeviceResult GradientOfCounts(TensorArg sums, int64_t first, bool all_layers, double scale, TensorArg dprob, StreamArg stream);
 DeviceResult SequenceLoads(TensorArg chosen, float scale, TensorArg load, StreamArg stream);
 DeviceResult AddSequenceLoss(TensorArg load, TensorArg shares, double scale, TensorArg loss, StreamArg stream);
@@ -106,8 +108,9 @@ inline DeviceKernels OwnKernels() {
   kernels.normalize_rows = NormalizeRows;
   kernels.normalize_rows_backward = NormalizeRowsBackward;
   kernels.sum_over_tokens = SumOverTokens;
-  kernels.order_by_expert = OrderByExpert;
   kernels.sum_tally = SumTally;
+  kernels.order_by_expert = OrderByExpert;
+  kernels.order_by_shares = OrderByShares;
   kernels.gradient_of_counts = GradientOfCounts;
   kernels.sequence_loads = SequenceLoads;
   kernels.add_sequence_loss = AddSequenceLoss;

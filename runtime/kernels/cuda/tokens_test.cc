@@ -1,5 +1,7 @@
 // Kernels that move the rows of tokens: embedding.h, permute.h and the order of rows by expert.
+#include <algorithm>
 #include <numeric>
+#include <utility>
 
 #include "runtime/kernels/cuda/device_testing.h"
 #include "runtime/kernels/embedding.h"
@@ -196,6 +198,75 @@ TEST(CudaOrderByExpert, IsByExpertThenByTokenAsOnTheCpu) {
     ExpectOrderIsStable(5000, 2, 8, 1, *stream);
     ExpectOrderIsStable(600, 4, 512, 0, *stream);
     ExpectOrderIsStable(300, 2, 3000, 10, *stream);  // Fewer warps per block, because each counts every expert.
+  }
+}
+
+// Pairs of pieces and experts in runs of random lengths, which lie in a random order.
+void ExpectOrderIsByShares(int64_t T, int64_t K, int64_t E, int pieces, Stream& stream) {
+  constexpr uint64_t kSeed = 11;
+  SCOPED_TRACE(ShapeString({T, K, E, pieces}) + " seed " + std::to_string(kSeed));
+  std::mt19937_64 random(kSeed);
+  const Tensor chosen = Empty({T, K}, DType::kI32);
+  for (int32_t& expert : chosen.span<int32_t>()) expert = static_cast<int32_t>(random() % static_cast<uint64_t>(E));
+  // The pairs of each piece and expert, in order.
+  std::vector<std::vector<int64_t>> pairs(static_cast<size_t>(pieces * E));
+  int64_t pair = 0;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t end = pair + (T / pieces + (piece < T % pieces ? 1 : 0)) * K;
+    for (; pair < end; ++pair) pairs[static_cast<size_t>(piece * E + chosen.data<int32_t>()[pair])].push_back(pair);
+  }
+  struct Share {
+    size_t bucket, begin, end;
+    int32_t row;
+  };
+  std::vector<Share> shares;
+  for (size_t bucket = 0; bucket < pairs.size(); ++bucket) {
+    for (size_t begin = 0, end = 0; begin < pairs[bucket].size(); begin = end) {
+      end = begin + 1 + random() % (pairs[bucket].size() - begin);
+      shares.push_back({bucket, begin, end, 0});
+    }
+  }
+  std::vector<size_t> order(shares.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::shuffle(order.begin(), order.end(), random);
+  int32_t rows = 0;
+  for (const size_t at : order) shares[at].row = std::exchange(rows, rows + static_cast<int32_t>(shares[at].end - shares[at].begin));
+  std::vector<int32_t> list(pairs.size() + 1), want_slot(static_cast<size_t>(T * K)), want_token(want_slot.size());
+  for (const Share& share : shares) {
+    ++list[share.bucket + 1];
+    for (size_t i = share.begin; i < share.end; ++i) {
+      const size_t row = static_cast<size_t>(share.row) + i - share.begin, of = static_cast<size_t>(pairs[share.bucket][i]);
+      want_slot[of] = static_cast<int32_t>(row);
+      want_token[row] = static_cast<int32_t>(of / static_cast<size_t>(K));
+    }
+  }
+  std::partial_sum(list.begin(), list.end(), list.begin());
+  for (const Share& share : shares) {
+    list.insert(list.end(), {static_cast<int32_t>(share.end), share.row - static_cast<int32_t>(share.begin)});
+  }
+  const Tensor uploaded = Empty({static_cast<int64_t>(list.size())}, DType::kI32);
+  std::copy(list.begin(), list.end(), uploaded.data<int32_t>());
+  const auto i32 = [&](Shape shape) { return Empty(std::move(shape), DType::kI32, stream); };
+  const Tensor offset = i32({T + 1}), slot = i32({T * K}), token = i32({T * K});
+  OrderByShares(Upload(chosen, stream), TallyOf(chosen, E, pieces, stream), Upload(uploaded, stream), offset, slot, token, stream);
+  const Tensor offsets = ToHost(offset, stream), slots = ToHost(slot, stream), tokens = ToHost(token, stream);
+  for (int64_t t = 0; t <= T; ++t) ASSERT_EQ(offsets.data<int32_t>()[t], t * K);
+  for (size_t i = 0; i < want_slot.size(); ++i) {
+    ASSERT_EQ(slots.data<int32_t>()[i], want_slot[i]) << i;
+    ASSERT_EQ(tokens.data<int32_t>()[i], want_token[i]) << i;
+  }
+}
+
+TEST(CudaOrderByShares, IsByPieceAndExpertWhereverSharesLie) {
+  const std::unique_ptr<Stream> device = TestStream();
+  Stream cpu;
+  for (Stream* stream : {device.get(), &cpu}) {
+    ExpectOrderIsByShares(0, 2, 8, 1, *stream);
+    ExpectOrderIsByShares(1, 1, 1, 3, *stream);
+    ExpectOrderIsByShares(33, 3, 5, 2, *stream);
+    ExpectOrderIsByShares(700, 8, 64, 6, *stream);
+    ExpectOrderIsByShares(5000, 2, 8, 1, *stream);
+    ExpectOrderIsByShares(300, 2, 2000, 4, *stream);
   }
 }
 
