@@ -120,6 +120,7 @@ absl::StatusOr<Tensor> MoeLayer::Rows(Use use, int64_t rows, const Saved& saved,
 }
 
 absl::Status MoeLayer::Arrange(Saved* saved, const RoutingSums* sums, Stream& stream) {
+  SHOAL_RETURN_IF_ERROR(stream.status());  // The counts of a device that failed are those of nothing.
   const bool alone = context_->control == nullptr;
   // Computing the layer again, its ranks need not ask each other again.
   const Tensor& summaries = alone ? saved->summary : saved->summaries;

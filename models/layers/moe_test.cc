@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "collectives/communicator.h"
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "runtime/device/fake_device.h"
 #include "runtime/kernels/cuda/device_testing.h"
 #include "runtime/kernels/elementwise.h"
 
@@ -45,8 +47,10 @@ ModelConfig ConfigOf(RouterKind kind) {
 // One layer with what it stands on, of a world of one rank.
 class Fixture {
  public:
-  Fixture(const ModelConfig& config, DType compute, Stream& stream) : stream_(stream), config_(config), world_(*ConnectWorld({})) {
+  Fixture(const ModelConfig& config, DType compute, Stream& stream, Numerics numerics = Numerics::kFast)
+      : stream_(stream), config_(config), world_(*ConnectWorld({})) {
     context_.topology = Topology::OneHost(1);
+    context_.numerics = numerics;
     store_ = *ParameterStore::Create(ParameterSpecs(config), {GroupedPlacement(1, config.num_local_experts, 1, 1)[0]}, *world_,
                                      {.compute = compute, .stream = &stream});
     store_->InitializeOwned(3, 0.3, stream);
@@ -86,6 +90,13 @@ class Fixture {
     layer_->SharedBackward(gradient, kernels::Accumulate::kOverwrite, &saved, stream_);
     layer_->RouteBackward(routing_, kernels::Accumulate::kOverwrite, gradient, &saved, stream_);
     for (int64_t rows : {packed, computed, combined, back, weighed}) EXPECT_EQ(rows, pairs);
+  }
+
+  // Until rows have their places.
+  absl::Status Arrange() {
+    MoeLayer::Saved saved;
+    layer_->Route(x_, delta_, {.seq = kSeq, .tokens_of_rank = {kTokens}}, {1, 1}, &saved, nullptr, stream_);
+    return layer_->Arrange(&saved, nullptr, stream_);
   }
 
   // Of the layer's parameters.
@@ -148,6 +159,16 @@ TEST_P(DeviceMoe, NothingWaitsForTheDevice) {
     EXPECT_EQ(TestDevice().waits().allocations, before.allocations);
     ASSERT_EQ(stream->Wait(), absl::OkStatus());
   }
+}
+
+TEST(PinnedDeviceMoe, AnErrorOfTheDeviceIsMetWhereRowsArePlanned) {
+  if (kernels::testing::OnRealDevice()) GTEST_SKIP() << "makes calls of the fake device fail";
+  const std::unique_ptr<Stream> stream = TestStream();
+  Fixture fixture(ConfigOf(RouterKind::kTopK), DType::kF32, *stream, Numerics::kPinned);
+  ASSERT_EQ(fixture.Arrange(), absl::OkStatus());
+  ASSERT_EQ(stream->Wait(), absl::OkStatus());
+  FakeDevice::Current().FailCall("kernel", 1, DeviceResult::Code::kFailed, "an illegal address was met");
+  EXPECT_THAT(std::string(fixture.Arrange().message()), testing::HasSubstr("an illegal address was met"));
 }
 
 TEST(DeviceMatrixList, WhatAGraphUploadsIsNotKept) {

@@ -112,7 +112,8 @@ TEST_P(StreamRouterTest, TheHostLearnsCountsAlone) {
   EXPECT_EQ(TestDevice().waits().waits - waits, stream().device() == nullptr ? 0 : 1);
   EXPECT_EQ(routed.rows, want.rows);
   EXPECT_TRUE(routed.offset.empty() && routed.slot.empty());
-  const Tensor expert = kHost(routed.expert, stream()), weight = kHost(routed.weight, stream()), counts = kHost(routed.tally.counts, stream());
+  const Tensor expert = kHost(routed.expert, stream()), weight = kHost(routed.weight, stream());
+  const Tensor counts = kHost(routed.tally.counts, stream());
   ASSERT_EQ(expert.elements(), static_cast<int64_t>(want.pairs.size()));
   for (size_t i = 0; i < want.pairs.size(); ++i) {
     EXPECT_EQ(expert.data<int32_t>()[i], want.pairs[i].expert) << i;

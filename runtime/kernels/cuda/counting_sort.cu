@@ -174,7 +174,9 @@ struct Ordering {
 
 constexpr int kBlocksAtOnce = 2;  // Of the tally, whose pairs one block orders.
 
-__host__ __device__ inline int OrderingBlocksOfPiece(int blocks, int pieces) { return (blocks / pieces + kBlocksAtOnce - 1) / kBlocksAtOnce; }
+__host__ __device__ inline int OrderingBlocksOfPiece(int blocks, int pieces) {
+  return static_cast<int>(Blocks(blocks / pieces, kBlocksAtOnce));
+}
 
 // before [experts] += counts of the lines [first, own), all [experts] those of [first, end).
 __device__ __forceinline__ void AddLines(const Ordering& a, int first, int own, int end, int32_t* before, int32_t* all) {
@@ -219,7 +221,8 @@ __device__ __forceinline__ int32_t RowOf(const Ordering& a, int bucket, int32_t 
 template <bool kByShares> __device__ __forceinline__ void OrderPairs(const Ordering& a, int32_t* next, int32_t* cells) {
   const int each = a.blocks / a.pieces, of_piece = OrderingBlocksOfPiece(a.blocks, a.pieces);
   const int piece = static_cast<int>(blockIdx.x) / of_piece, first = piece * each, end = first + each;
-  const int own = first + static_cast<int>(blockIdx.x) % of_piece * kBlocksAtOnce, own_end = own + kBlocksAtOnce < end ? own + kBlocksAtOnce : end;
+  const int own = first + static_cast<int>(blockIdx.x) % of_piece * kBlocksAtOnce;
+  const int own_end = own + kBlocksAtOnce < end ? own + kBlocksAtOnce : end;
   for (int expert = static_cast<int>(threadIdx.x); expert < a.experts; expert += static_cast<int>(blockDim.x)) {
     next[expert] = cells[expert] = 0;
   }

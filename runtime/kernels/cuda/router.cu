@@ -101,6 +101,15 @@ constexpr int ChooseThreads(int packs) { return packs <= 2 ? 512 : packs == 4 ? 
 // What a thread adds up for the tally's sums.
 template <int kPacks> struct ChoiceSums {
   double of_expert[kPacks][4] = {}, squares = 0;
+
+  template <int kGroup> __device__ __forceinline__ void Add(const Row<kGroup, kPacks>& row, float logz) {
+    if (row.Lane() == 0) squares += static_cast<double>(logz) * static_cast<double>(logz);
+#pragma unroll
+    for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of_expert[p][i] += static_cast<double>(row.at[p][i]);
+    }
+  }
 };
 
 // Writes the block's line of the tally's sums. shared [warps, experts].
@@ -128,6 +137,67 @@ template <int kGroup, int kPacks> __device__ __forceinline__ void StoreSums(cons
   }
 }
 
+// A row of logits becomes scores; order: of the lane's experts, 0 for those that are none. Returns the row's logsumexp, of softmax.
+template <bool kSigmoid, int kGroup, int kPacks>
+__device__ __forceinline__ float ScoreRow(const Choice& a, Row<kGroup, kPacks>& row, uint32_t (&order)[kPacks][4]) {
+  float max = -INFINITY, sum = 0;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int expert = row.Expert(p, i);
+      order[p][i] = 0;
+      if (expert >= a.experts) continue;
+      if constexpr (kSigmoid) {
+        row.at[p][i] = 1.0f / (1.0f + expf(-row.at[p][i]));
+        order[p][i] = OrderOf(row.at[p][i] + a.bias[expert]);
+      } else {
+        // By logits, not by probabilities: softmax is monotonic, but its rounding and underflow tie what differs.
+        order[p][i] = OrderOf(row.at[p][i]);
+        max = fmaxf(max, row.at[p][i]);
+      }
+    }
+  }
+  if constexpr (kSigmoid) return 0;
+  max = GroupMax<kGroup>(max);
+  row.ForEach(a.experts, [&](int, float& value) { value = expf(value - max), sum += value; });
+  sum = GroupSum<kGroup>(sum);
+  row.ForEach(a.experts, [&](int, float& value) { value /= sum; });
+  return max + logf(sum);
+}
+
+// The best expert by `order`, which is then out of it, and its score; in all lanes of the group.
+template <int kGroup, int kPacks>
+__device__ __forceinline__ int TakeBest(const Row<kGroup, kPacks>& row, uint32_t (&order)[kPacks][4], float* score) {
+  // The greatest order and of equal ones the lowest expert: the greatest of both in one word.
+  uint32_t best = 0;
+  int best_expert = 0;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (order[p][i] > best) best = order[p][i], best_expert = row.Expert(p, i);
+    }
+  }
+  uint64_t winner = static_cast<uint64_t>(best) << 32 | (0xffffffffu - static_cast<uint32_t>(best_expert));
+#pragma unroll
+  for (int distance = kGroup / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(0xffffffffu, winner, distance);
+    winner = other > winner ? other : winner;
+  }
+  const int expert = static_cast<int>(0xffffffffu - static_cast<uint32_t>(winner));
+  float own = 0;
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (row.Expert(p, i) == expert) order[p][i] = 0, own = row.at[p][i];
+    }
+  }
+  *score = __shfl_sync(0xffffffffu, own, (static_cast<int>(threadIdx.x) % 32 & ~(kGroup - 1)) + expert / 4 % kGroup);
+  return expert;
+}
+
 template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds__(ChooseThreads(kPacks)) Choose(Choice a) {
   constexpr int kThreads = ChooseThreads(kPacks), kGroups = kThreads / kGroup;
   SHOAL_DYNAMIC_SHARED(double, shared);  // Of sums [warps, experts], if wanted, then [kGroups, k] weights and choices, [experts] counts.
@@ -146,73 +216,19 @@ template <bool kSigmoid, int kGroup, int kPacks> __global__ void __launch_bounds
     const bool own = base + group < tokens.end;
     const int64_t token = own ? base + group : tokens.end - 1;
     Row<kGroup, kPacks> row;
-    uint32_t order[kPacks][4];  // 0: no expert, or chosen already.
+    uint32_t order[kPacks][4];
     row.Fill(-INFINITY);
     row.LoadFrom(a.logits + token * a.experts, a.experts, a.packed);
-    float max = -INFINITY, sum = 0;
-#pragma unroll
-    for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int expert = row.Expert(p, i);
-        order[p][i] = 0;
-        if (expert >= a.experts) continue;
-        if constexpr (kSigmoid) {
-          row.at[p][i] = 1.0f / (1.0f + expf(-row.at[p][i]));
-          order[p][i] = OrderOf(row.at[p][i] + a.bias[expert]);
-        } else {
-          // By logits, not by probabilities: softmax is monotonic, but its rounding and underflow tie what differs.
-          order[p][i] = OrderOf(row.at[p][i]);
-          max = fmaxf(max, row.at[p][i]);
-        }
-      }
-    }
-    if constexpr (!kSigmoid) {
-      max = GroupMax<kGroup>(max);
-      row.ForEach(a.experts, [&](int, float& value) { value = expf(value - max), sum += value; });
-      sum = GroupSum<kGroup>(sum);
-      row.ForEach(a.experts, [&](int, float& value) { value /= sum; });
-      const float logz = max + logf(sum);
-      if (own && lane == 0) a.logz[token] = logz;
-      if (own && a.sums != nullptr) {
-        if (lane == 0) sums.squares += static_cast<double>(logz) * static_cast<double>(logz);
-#pragma unroll
-        for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) sums.of_expert[p][i] += static_cast<double>(row.at[p][i]);
-        }
-      }
-    }
+    [[maybe_unused]] const float logz = ScoreRow<kSigmoid>(a, row, order);
     if (own) row.StoreTo(a.scores + token * a.experts, a.experts, a.packed);
-
+    if constexpr (!kSigmoid) {
+      if (own && lane == 0) a.logz[token] = logz;
+      if (own && a.sums != nullptr) sums.Add(row, logz);
+    }
     float chosen_sum = 0;
     for (int k = 0; k < a.k; ++k) {
-      // The greatest order and of equal ones the lowest expert: the greatest of both in one word.
-      uint32_t best = 0;
-      int best_expert = 0;
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (order[p][i] > best) best = order[p][i], best_expert = row.Expert(p, i);
-        }
-      }
-      uint64_t winner = static_cast<uint64_t>(best) << 32 | (0xffffffffu - static_cast<uint32_t>(best_expert));
-#pragma unroll
-      for (int distance = kGroup / 2; distance > 0; distance /= 2) {
-        const uint64_t other = __shfl_xor_sync(0xffffffffu, winner, distance);
-        winner = other > winner ? other : winner;
-      }
-      const int expert = static_cast<int>(0xffffffffu - static_cast<uint32_t>(winner));
       float score = 0;
-#pragma unroll
-      for (int p = 0; p < kPacks; ++p) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (row.Expert(p, i) == expert) order[p][i] = 0, score = row.at[p][i];
-        }
-      }
-      score = __shfl_sync(0xffffffffu, score, (static_cast<int>(threadIdx.x) % 32 & ~(kGroup - 1)) + expert / 4 % kGroup);
+      const int expert = TakeBest(row, order, &score);
       chosen_sum += score;
       if (lane == k % kGroup) weights[k] = score, choices[k] = expert;
     }
