@@ -115,8 +115,8 @@ class CheckpointReader {
   virtual const std::string& config_yaml() const = 0;
   virtual const std::map<std::string, CheckpointTensor>& tensors() const = 0;
 
-  // INVALID_ARGUMENT lists every tensor of `wanted` that is missing, misshapen or of another type. More
-  // tensors are no error.
+  // INVALID_ARGUMENT counts the tensors of `wanted` that are missing, misshapen or of another type, and lists the
+  // first ones. More tensors are no error.
   virtual absl::Status Check(const std::map<std::string, CheckpointTensor>& wanted) const = 0;
   // Fills `out` with rows [row_begin, row_begin + out.dim(0)) of a tensor, whoever wrote them. NOT_FOUND: no
   // such tensor. INVALID_ARGUMENT: another shape or type. DATA_LOSS: the bytes are not what was written; file

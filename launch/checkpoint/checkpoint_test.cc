@@ -17,6 +17,7 @@
 namespace shoal {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::AnyOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
@@ -437,6 +438,9 @@ TEST(Checkpoint, ReadsThatDoNotFitAreRefused) {
   wanted["more"] = {{2}, DType::kF32};
   const std::string message(reader->Check(wanted).message());
   EXPECT_THAT(message, HasSubstr("missing tensor more [2]"));
+  for (int i = 0; i < 100; ++i) wanted[absl::StrCat("z", i)] = {{2}, DType::kF32};
+  const std::string many(reader->Check(wanted).message());
+  EXPECT_THAT(many, AllOf(HasSubstr("103 differences"), HasSubstr("missing tensor more [2]"), HasSubstr("and 97 more")));
   EXPECT_THAT(message, HasSubstr("tensor w is f32 [7, 3], wanted is f32 [7, 4]"));
   EXPECT_THAT(message, HasSubstr("tensor norm is f32 [5], wanted is bf16 [5]"));
 }

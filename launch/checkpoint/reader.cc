@@ -17,6 +17,8 @@ using checkpoint::Manifest;
 using checkpoint::Piece;
 using checkpoint::PieceTable;
 
+constexpr size_t kProblemsMax = 6;  // That are listed: another model differs in all of its tensors.
+
 class Reader : public CheckpointReader {
  public:
   Reader(std::string path, Manifest manifest) : path_(std::move(path)), manifest_(std::move(manifest)) {
@@ -66,7 +68,8 @@ absl::Status Reader::Check(const std::map<std::string, CheckpointTensor>& wanted
   if (problems.empty()) return absl::OkStatus();
   std::string message =
       absl::StrCat(path_, " does not hold this run's state (", problems.size(), " differences):");
-  for (const std::string& problem : problems) absl::StrAppend(&message, "\n  ", problem);
+  for (size_t i = 0; i < std::min(problems.size(), kProblemsMax); ++i) absl::StrAppend(&message, "\n  ", problems[i]);
+  if (problems.size() > kProblemsMax) absl::StrAppend(&message, "\n  and ", problems.size() - kProblemsMax, " more");
   return absl::InvalidArgumentError(message);
 }
 

@@ -1,11 +1,21 @@
+#include <filesystem>
+
 #include "absl/strings/str_format.h"
 #include "launch/agent/exit_codes.h"
 #include "launch/cli/commands.h"
 #include "launch/cli/flags.h"
 #include "models/data/pack.h"
+#include "runtime/base/status.h"
+#include "runtime/files/file.h"
 
 namespace shoal {
 namespace {
+
+absl::Status Pack(const PackOptions& options, PackReport* report) {
+  const std::string folder = std::filesystem::path(options.output_prefix).parent_path();
+  if (!folder.empty()) SHOAL_RETURN_IF_ERROR(MakeFolders(folder));
+  return PackFiles(options, report);
+}
 
 int RunPack(absl::Span<const std::string> args) {
   FlagSet flags("shoal data pack",
@@ -21,7 +31,7 @@ int RunPack(absl::Span<const std::string> args) {
       &options.inputs);
   flags.Add({.name = "output-prefix",
              .value = "PREFIX",
-             .help = "The two files are PREFIX.bin and PREFIX.idx.",
+             .help = "The two files are PREFIX.bin and PREFIX.idx; their folder is created.",
              .required = true},
             &options.output_prefix);
   flags.Add({.name = "json-key", .value = "KEY", .help = "Key of a JSONL line that holds the text."},
@@ -45,7 +55,7 @@ int RunPack(absl::Span<const std::string> args) {
   if (append_eod >= 0) options.append_eod = static_cast<int32_t>(append_eod);
   options.text_document = unit == "line" ? DocumentUnit::kLine : DocumentUnit::kFile;
   PackReport report;
-  if (const absl::Status status = PackFiles(options, &report); !status.ok())
+  if (const absl::Status status = Pack(options, &report); !status.ok())
     return Fail(flags.command(), status);
   absl::PrintF("%s.bin, %s.idx: %d documents, %d tokens (%s)", options.output_prefix, options.output_prefix,
                report.documents, report.tokens, std::string(report.type));

@@ -61,10 +61,7 @@ absl::Status TrainAsRank(const LoadedConfig& loaded, const RankEnvironment& envi
 
 int ExitCode(const absl::Status& status) {
   if (status.ok()) return kExitOk;
-  if (absl::IsCancelled(status)) {
-    SHOAL_LOG(kInfo) << status.message();
-    return kExitSignalBase + SIGTERM;
-  }
+  if (absl::IsCancelled(status)) return kExitSignalBase + SIGTERM;  // Rank 0 has said it.
   const int code = Fail("shoal train", status);
   return absl::IsAborted(status) ? kExitPeerLost : code;
 }
@@ -97,7 +94,8 @@ int RunTrain(absl::Span<const std::string> args) {
                 "with the same command "
                 "on each of several; inside mpirun, srun or torchrun it is one of their ranks. Prints "
                 "progress, and writes "
-                "metrics, checkpoints and a loss curve to the run's folder.");
+                "metrics, checkpoints and a loss curve to the run's folder. SIGUSR1 saves a checkpoint, SIGTERM saves one "
+                "and ends.");
   // Also in ranks that have just been started. Who asks before there is anything to save shall end nothing.
   signal(SIGUSR1, SIG_IGN);
   TrainFlags values;

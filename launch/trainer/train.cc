@@ -53,11 +53,11 @@ class TrainingRun {
     if (transport == "auto") transport = environment_.nodes == 1 ? "shm" : "tcp";
     world_ = Measure(std::move(world), *metrics_, "world", transport);
     absl::Status status = SetUpAndTrain();
-    if (absl::IsCancelled(status)) return status;
+    const bool failed = !status.ok() && !absl::IsCancelled(status);
     // Whatever this rank met ends the job on every rank, with its words.
-    if (!status.ok() && world_->status().ok()) world_->Abort(status);
-    if (reporter_ != nullptr && !status.ok()) Report(reporter_->Finish(FinishOf(status)));
-    metrics_->metrics().SetState(status.ok() ? JobState::kDone : JobState::kFailed);
+    if (failed && world_->status().ok()) world_->Abort(status);
+    if (failed && reporter_ != nullptr) Report(reporter_->Finish(FinishOf(status)));
+    metrics_->metrics().SetState(failed ? JobState::kFailed : JobState::kDone);
     return status;
   }
 
@@ -110,10 +110,14 @@ class TrainingRun {
     SHOAL_ASSIGN_OR_RETURN(
         watch_, StepWatch::Create({.run_dir = run_dir_,
                                    .about = absl::StrCat(ModelText(), "; ", LayoutText(config_, model_config_, world_->size()),
-                                                         "; ", config_.train().precision(), ", ", Threads(), " threads"),
+                                                         "; ", config_.train().precision(), ", ", Threads(),
+                                                         Threads() == 1 ? " thread" : " threads"),
                                    .trace_steps = {telemetry.trace_steps().begin(), telemetry.trace_steps().end()},
                                    .metrics = metrics_->metrics()},
                                   *world_, model_->tuner()->profiler()));
+    if (config_.checkpoint().resume() == "auto" && checkpoint == nullptr) {
+      reporter_->Note(absl::StrCat(run_dir_, " has no checkpoint to go on from: the run starts anew"));
+    }
     if (is_rank0()) SHOAL_RETURN_IF_ERROR(first_step_ == 0 ? PutOldCheckpointsAside() : PutLaterCheckpointsAside());
     SHOAL_ASSIGN_OR_RETURN(std::unique_ptr<Communicator> group, world_->Split(AllRanks()));
     SHOAL_ASSIGN_OR_RETURN(checkpointer_,
@@ -176,8 +180,7 @@ class TrainingRun {
 
   // Weights, optimizer state and the position in the run; then reading ahead can begin.
   absl::Status StartOrResume(const CheckpointReader* checkpoint) {
-    SHOAL_RETURN_IF_ERROR(LoadWeights({checkpoint, config_.run().init_from(), config_.run().seed()}, *model_),
-                          checkpoint == nullptr ? "initial weights" : "resuming");
+    std::string changes;
     if (checkpoint != nullptr) {
       const nlohmann::json meta = nlohmann::json::parse(checkpoint->meta(), nullptr, /*allow_exceptions=*/false);
       if (!meta.is_object() || !meta.value("update", nlohmann::json()).is_number_integer()) {
@@ -187,10 +190,12 @@ class TrainingRun {
       first_step_ = checkpoint->step();
       SHOAL_ASSIGN_OR_RETURN(const Config before, CheckpointConfig(*checkpoint), checkpoint->path());
       resumed_ = absl::StrCat("going on from ", checkpoint->path());
-      if (const std::string changes = ConfigChanges(before, config_); !changes.empty()) {
-        absl::StrAppend(&resumed_, "; changed since: ", changes);
-      }
+      changes = ConfigChanges(before, config_);
+      if (!changes.empty()) changes = "; changed since: " + changes;
+      resumed_ += changes;
     }
+    SHOAL_RETURN_IF_ERROR(LoadWeights({checkpoint, config_.run().init_from(), config_.run().seed()}, *model_),
+                          checkpoint == nullptr ? "initial weights" : "resuming", changes);
     const int64_t parts = config_.train().gradient_accumulation_steps();
     const int64_t part_rows = config_.train().global_batch_size() / parts;
     const Range mine = model_->RowsOf(part_rows);

@@ -225,7 +225,9 @@ TEST_F(TrainTest, ResumedRunWithExpertsThatMoveIsBitIdentical) {
 }
 
 TEST_F(TrainTest, ResumesAtAnyNumberOfRanks) {
-  ASSERT_TRUE(Run(Train(1, {"run.name=whole"})).ok());
+  const ProcessResult first = Run(Train(1, {"run.name=whole"}, {"--resume"}));
+  ASSERT_TRUE(first.ok()) << first.ToString();
+  EXPECT_THAT(first.out, HasSubstr("runs/whole has no checkpoint to go on from: the run starts anew"));
   ASSERT_TRUE(Run(Train(2, {"run.name=moved", "train.steps=6", "scheduler.decay_steps=12", "parallel.expert=2"})).ok());
   const ProcessResult rest = Run(Train(3, {"run.name=moved"}, {"--resume"}));
   ASSERT_TRUE(rest.ok()) << rest.ToString();
@@ -248,6 +250,14 @@ TEST_F(TrainTest, DamagedCheckpointIsNamedAndPassedOverOnlyOnRequest) {
   const ProcessResult allowed = Run(Train(2, {"train.steps=14", "checkpoint.allow_fallback=true"}, {"--resume"}));
   ASSERT_TRUE(allowed.ok()) << allowed.ToString();
   EXPECT_EQ(Losses("tiny").size(), 14u);
+}
+
+TEST_F(TrainTest, ACheckpointOfAnotherModelIsRefusedWithWhatChanged) {
+  ASSERT_TRUE(Run(Train(1, {"train.steps=4"})).ok());
+  const ProcessResult result = Run(Train(1, {"model.hidden_size=64"}, {"--resume"}));
+  EXPECT_EQ(result.exit_code, kExitFailure);
+  EXPECT_THAT(result.err, AllOf(HasSubstr("changed since: model.hidden_size: 32 -> 64"), HasSubstr("step-00000004 does not hold"),
+                                HasSubstr("lm_head.weight is f32 [256, 32], wanted is f32 [256, 64]")));
 }
 
 TEST_F(TrainTest, ResumingAtAnEarlierStepLeavesTheLaterOnesBehind) {
@@ -516,11 +526,11 @@ TEST_F(TrainTest, ExportedModelContinuesWhereItWas) {
 }
 
 TEST_F(TrainTest, PackedTextTrainsLikeTheTextItself) {
-  const ProcessResult packed = Run(Options({"data", "pack", "text.txt", "--output-prefix", "packed"}, {}, {}));
+  const ProcessResult packed = Run(Options({"data", "pack", "text.txt", "--output-prefix", "sets/packed"}, {}, {}));
   ASSERT_TRUE(packed.ok()) << packed.ToString();
   ASSERT_TRUE(Run(Train(2, {"run.name=text", "data.validation_fraction=0.1"})).ok());
   SubprocessOptions options = Train(2, {"run.name=packed", "data.kind=megatron", "data.validation_fraction=0.1"});
-  options.args.insert(options.args.end(), {"--set", "data.path=packed"});
+  options.args.insert(options.args.end(), {"--set", "data.path=sets/packed"});
   const ProcessResult result = Run(options);
   ASSERT_TRUE(result.ok()) << result.ToString();
   EXPECT_EQ(Losses("packed"), Losses("text"));
