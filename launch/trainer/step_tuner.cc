@@ -72,7 +72,8 @@ absl::StatusOr<int64_t> StepTuner::Learn(const Graph& graph, const StepRecord& r
     request_ = -times.least.back();
     times.least.pop_back();
   }
-  profiler_.Add(graph, times, shape_.ranks);
+  // The first step with a schedule meets memory that nobody has touched yet: what its tasks take says nothing of those to come.
+  if (!steps_ns_.empty()) profiler_.Add(graph, times, shape_.ranks);
   return step_ns;
 }
 

@@ -89,14 +89,15 @@ void SolveLine(const std::vector<Point>& points, const std::vector<double>& pred
   const double pull = (noise / expected.share) * (noise / expected.share) * s / samples;
   const double held = s + pull, sum = sy + pull * expected.ns, determinant = held * sxx - sx * sx;
   line->model = {.fixed_ns = sy / s, .ns_per_unit = 0};
-  if (sxx == 0 || determinant <= 0) return;
-  const double fixed = (sxx * sum - sx * sxy) / determinant, slope = (held * sxy - sx * sum) / determinant;
+  if (sxx == 0) return;
   // Units that hardly differ tell the mean; a slope would be that of whatever else differs.
   const double rest = sy / s - expected.ns;
   if (spread < kAlike * kAlike * sxx * s && rest > 0) {
     line->model = {.fixed_ns = expected.ns, .ns_per_unit = rest * s / sx / scale};
     return;
   }
+  if (determinant <= 0) return;
+  const double fixed = (sxx * sum - sx * sxy) / determinant, slope = (held * sxy - sx * sum) / determinant;
   if (slope < 0) return;
   line->model = fixed < 0 ? CostModel{.fixed_ns = 0, .ns_per_unit = sxy / sxx / scale}
                           : CostModel{.fixed_ns = fixed, .ns_per_unit = slope / scale};
