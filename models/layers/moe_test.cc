@@ -161,6 +161,19 @@ TEST_P(DeviceMoe, NothingWaitsForTheDevice) {
   }
 }
 
+// What a rank of several does for its own rows, too.
+TEST(PinnedDeviceMoe, CountsComeToTheHostAndSharesGoBack) {
+  if (kernels::testing::OnRealDevice()) GTEST_SKIP() << "copies are counted by the fake device";
+  const std::unique_ptr<Stream> stream = TestStream();
+  Fixture fixture(ConfigOf(RouterKind::kTopK), DType::kF32, *stream, Numerics::kPinned);
+  ASSERT_EQ(stream->Wait(), absl::OkStatus());
+  const int64_t copies = FakeDevice::Current().Calls("copy"), waits = TestDevice().waits().waits;
+  ASSERT_EQ(fixture.Arrange(), absl::OkStatus());
+  EXPECT_EQ(FakeDevice::Current().Calls("copy") - copies, 2);
+  EXPECT_EQ(TestDevice().waits().waits - waits, 1);
+  ASSERT_EQ(stream->Wait(), absl::OkStatus());
+}
+
 TEST(PinnedDeviceMoe, AnErrorOfTheDeviceIsMetWhereRowsArePlanned) {
   if (kernels::testing::OnRealDevice()) GTEST_SKIP() << "makes calls of the fake device fail";
   const std::unique_ptr<Stream> stream = TestStream();

@@ -7,9 +7,9 @@
 
 namespace shoal::kernels {
 
-// Choices counted while they are made, and summed what losses read of them: by blocks of tokens, none of which waits for another, so
-// that sums have the same bits in every run and on every card. Tokens are cut into `pieces`, the first of them one token longer where they
-// are not even, and each piece likewise into as many of the B blocks.
+// Choices are counted, and what losses read of them is summed, while they are made: by blocks of tokens, none of which waits for another, so
+// that sums have the same bits in every run and on every card. Tokens are cut into `pieces` as even as can be, the longer ones first, and
+// each piece likewise into B / pieces blocks.
 struct Tally {
   int pieces = 1;
   Tensor counts;  // [B, E] i32: choices of each expert by the tokens of a block. Empty: nothing is counted.
@@ -67,8 +67,6 @@ void SumOverTokens(const Tensor& values, const Tensor& sums, Stream& stream);
 // totals (f64) of a tally: [pieces, E] choices of each piece, and where it has sums, [E + 1] those of all blocks, in order.
 void SumTally(const Tally& tally, const Tensor& totals, Stream& stream);
 
-// What follows lets a device route without its host, which never learns the counts.
-
 // What OrderByExpert adds the totals of a tally to, all f64: counts_E, and probs_E and z_1 where the tally has sums. Empty: nothing.
 struct TallyTotals {
   Tensor counts, probs, z;
@@ -80,13 +78,13 @@ struct TallyTotals {
 // One launch on a device, which is the second and last of a layer's routing: the slot of the first token's last expert follows from the
 // choices of all tokens, so no kernel can choose and give slots unless its blocks wait for all others, as those of a scan with look-back
 // (Merrill and Garland, 2016) do for the blocks before them. Each block instead adds up for itself what others counted, which is in the
-// cache.
+// cache. The host learns nothing.
 void OrderByExpert(const Tensor& chosen, const Tally& tally, const Tensor& offset, const Tensor& segments, const Tensor& slot,
                    const Tensor& token, const TallyTotals& totals, Stream& stream);
 // The same pairs where rows do not lie by expert alone, because they travel: offset_T1, slot and token as above. The pairs of a piece of the
-// tally and an expert are numbered by token; their rows are runs, the *shares*: i32 [pieces * E + 1 + 2 N], first for each piece and expert,
-// and at the end, the number of its first share, then for each of N shares how many of the numbers are below its end, and what is added
-// to a number for its row. Of a device one launch, for which the host makes shares from the totals of the tally.
+// tally and an expert are numbered by token from 0; their rows are N runs in all, the *shares*: i32 [pieces * E + 1 + 2 N], for each piece
+// and expert the index of its first share, and N; then of each share its end, the number of the first pair behind it, and what is added to
+// the number of a pair in it for its row. One launch on a device, for which the host makes shares from the totals of the tally.
 void OrderByShares(const Tensor& chosen, const Tally& tally, const Tensor& shares, const Tensor& offset, const Tensor& slot,
                    const Tensor& token, Stream& stream);
 
