@@ -347,11 +347,12 @@ void Agent::EndAsAsked(int signal_number, const std::string& who) {
   if (ended_by_signal_ == 0) ended_by_signal_ = signal_number;
   if (phase_ >= Phase::kEnding) return;
   const auto running = std::count_if(ranks_.begin(), ranks_.end(), [](const Rank& rank) { return rank.running; });
+  const bool saving = signal_number == SIGTERM;
   if (running > 0) {
-    Say(absl::StrCat("shoal: ", who, "SIG", sigabbrev_np(signal_number), ": ending ", running,
-                     running == 1 ? " rank\n" : " ranks\n"));
+    Say(absl::StrCat("shoal: ", who, "SIG", sigabbrev_np(signal_number), ": ending ", running, running == 1 ? " rank" : " ranks",
+                     saving && asked_ ? "; another one ends them at once\n" : "\n"));
   }
-  EndAll(signal_number, signal_number == SIGTERM ? options_.save_time : options_.grace_time);
+  EndAll(signal_number, saving ? options_.save_time : options_.grace_time);
 }
 
 void Agent::ReapRanks() {

@@ -188,7 +188,7 @@ TEST(AgentTest, ASecondInterruptEndsStubbornRanksAtOnce) {
   ASSERT_TRUE(launcher->WaitForOutput("[rank 1] ", kLong).ok());
   ASSERT_TRUE(launcher->WaitForOutput("rank 0 ", kLong).ok());
   launcher->Signal(SIGTERM);
-  ASSERT_TRUE(launcher->WaitForOutput("SIGTERM: ending 2 ranks", kLong).ok());
+  ASSERT_TRUE(launcher->WaitForOutput("SIGTERM: ending 2 ranks; another one ends them at once", kLong).ok());
   const absl::Time start = absl::Now();
   launcher->Signal(SIGTERM);
   EXPECT_EQ(launcher->Wait(kLong)->exit_code, kExitSignalBase + SIGTERM);
