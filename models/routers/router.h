@@ -42,7 +42,7 @@ class RoutingSums {
   Tensor seq_aux() const { return row_.Rows(1, 1); }   // The sequence-wise balance loss over sequences.
   Tensor unrouted() const { return row_.Rows(2, 1); }  // Tokens without any expert.
   Tensor counts() const { return OfExperts(0); }       // [E]: choices of each expert, before dropping.
-  Tensor probs() const { return OfExperts(1); }        // [E]: router probability over tokens, where a loss reads it.
+  Tensor probs() const { return OfExperts(1); }        // [E]: router probability over tokens, of routers by softmax.
   Tensor dropped() const { return OfExperts(2); }      // [E]: choices refused for capacity.
 
  private:
