@@ -145,22 +145,25 @@ TEST(AttentionOfDocuments, OfRandomLengthsMatchTheReference) {
   }
 }
 
-// The first document is as long as several tiles of all kinds, and full of NaN.
+// The first document is as long as several tiles of all kinds; one of the two is full of NaN.
 TEST(AttentionOfDocuments, BlocksOfOthersAreNotRead) {
-  constexpr int64_t kNan = 256, kOwn = 70;
-  const AttentionShape shape = {1, kNan + kOwn, 2, 1, 32}, alone = {1, kOwn, 2, 1, 32};
+  constexpr int64_t kFirst = 256, kSecond = 70;
   for (const DType dtype : {DType::kF32, DType::kBF16}) {
-    Tensors packed(shape, dtype, 7), want(alone, dtype, 7);
-    packed.first = testing::FirstOfDocuments(1, shape.seq, {kNan, kOwn});
-    for (const auto& [all, own] : {std::pair(packed.qkv, want.qkv), {packed.dout, want.dout}}) {
-      std::memset(all.raw(), 0xff, static_cast<size_t>(kNan * all.dim(1) * SizeOf(dtype)));
-      std::memcpy(all.Rows(kNan, kOwn).raw(), own.raw(), static_cast<size_t>(own.bytes()));
+    for (const auto& [begin, own, nan] : {std::tuple(kFirst, kSecond, int64_t{0}), {int64_t{0}, kFirst, kFirst}}) {
+      const AttentionShape shape = {1, kFirst + kSecond, 2, 1, 32}, alone = {1, own, 2, 1, 32};
+      Tensors packed(shape, dtype, 7), want(alone, dtype, 7);
+      packed.first = testing::FirstOfDocuments(1, shape.seq, {kFirst, kSecond});
+      for (const auto& [all, part] : {std::pair(packed.qkv, want.qkv), {packed.dout, want.dout}}) {
+        const Tensor other = all.Rows(nan, shape.seq - own);
+        std::memset(other.raw(), 0xff, static_cast<size_t>(other.bytes()));
+        std::memcpy(all.Rows(begin, own).raw(), part.raw(), static_cast<size_t>(part.bytes()));
+      }
+      RunOnDevice(shape, packed);
+      RunOnDevice(alone, want);
+      ExpectClose("out", packed.out.Rows(begin, own), want.out, Tolerance(alone, dtype, 1));
+      ExpectClose("lse", packed.lse.Rows(begin, own), want.lse, Tolerance(alone, DType::kF32, 0));
+      ExpectClose("dqkv", packed.dqkv.Rows(begin, own), want.dqkv, Tolerance(alone, dtype, 2));
     }
-    RunOnDevice(shape, packed);
-    RunOnDevice(alone, want);
-    ExpectClose("out", packed.out.Rows(kNan, kOwn), want.out, Tolerance(alone, dtype, 1));
-    ExpectClose("lse", packed.lse.Rows(kNan, kOwn), want.lse, Tolerance(alone, DType::kF32, 0));
-    ExpectClose("dqkv", packed.dqkv.Rows(kNan, kOwn), want.dqkv, Tolerance(alone, dtype, 2));
   }
 }
 
