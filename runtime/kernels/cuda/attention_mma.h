@@ -88,7 +88,7 @@ __device__ __forceinline__ void HideKeysBefore(const Sequences& s, const Place& 
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t first = s.first_key(place.first_token, query + g + 8 * half) - static_cast<int32_t>(begin);
-    if (first <= 0) continue;
+    if (!__any_sync(0xffffffffu, first > 0)) continue;  // Whole warps: lanes that part here may not have met before the next product.
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
 #pragma unroll

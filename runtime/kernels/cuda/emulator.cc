@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "runtime/base/check.h"
@@ -61,11 +62,14 @@ struct Warp {
   uint32_t lanes = 0;                                      // That the warp has.
 };
 
+// In which order threads take turns: what a barrier that is not there should have kept apart goes well in one of them at most.
+enum class Turns : uint8_t { kAscending, kDescending };
+
 class Block {
  public:
   explicit Block(unsigned threads) : stacks_(threads), fibers_(threads), warps_((threads + kWarp - 1) / kWarp) {}
 
-  void Run(const std::function<void()>& body);
+  void Run(const std::function<void()>& body, Turns turns);
 
   void SyncThreads() {
     const uint64_t round = meeting_.rounds;
@@ -117,10 +121,12 @@ class Block {
     const unsigned from = running_;
     unsigned to = from;
     do {
-      if (++to == fibers_.size()) {
-        to = 0;
+      if (to == last_) {
+        to = first_;
         SHOAL_CHECK(progress_) << "threads of a block wait for ever: a barrier or exchange that not all of them reach";
         progress_ = false;
+      } else {
+        to = first_ < last_ ? to + 1 : to - 1;
       }
     } while (fibers_[to].done);
     if (to == from) return;
@@ -138,6 +144,7 @@ class Block {
   std::vector<Warp> warps_;
   Meeting meeting_;
   unsigned running_ = 0, alive_ = 0;
+  unsigned first_ = 0, last_ = 0;  // Of a round of turns.
   bool progress_ = true;
   const std::function<void()>* body_ = nullptr;
   void* host_stack_ = nullptr;
@@ -178,9 +185,11 @@ void Block::Finish() {
   std::abort();  // Nobody returns to a thread that is done.
 }
 
-void Block::Run(const std::function<void()>& body) {
+void Block::Run(const std::function<void()>& body, Turns turns) {
   body_ = &body;
   alive_ = static_cast<unsigned>(fibers_.size());
+  first_ = 0, last_ = alive_ - 1;
+  if (turns == Turns::kDescending) std::swap(first_, last_);
   meeting_ = {};
   progress_ = true;
   for (unsigned warp = 0; warp < warps_.size(); ++warp) {
@@ -190,8 +199,8 @@ void Block::Run(const std::function<void()>& body) {
   }
   for (unsigned thread = 0; thread < fibers_.size(); ++thread) Start(thread);
   t_block = this;
-  Resume(0);
-  shoal_emulator_switch(&host_stack_, fibers_[0].stack);
+  Resume(first_);
+  shoal_emulator_switch(&host_stack_, fibers_[first_].stack);
   t_block = nullptr;
 }
 
@@ -223,7 +232,8 @@ void Run(Dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
       for (unsigned x = 0; x < grid.x; ++x) {
         t_block_index = {x, y, z};
         std::memset(shared.get(), 0xff, shared_bytes);  // NaN: what nobody wrote.
-        block.Run(body);
+        // In the next launch of the same grid the other way round.
+        block.Run(body, (static_cast<uint64_t>(g_launches) + x + y + z) % 2 == 0 ? Turns::kAscending : Turns::kDescending);
       }
     }
   }

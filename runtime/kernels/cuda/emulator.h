@@ -1,8 +1,8 @@
 // A GPU on the CPU, for tests: the words of CUDA C++ that our kernels use, and Run(), which executes a grid block by block, the threads of
-// a block as fibers of the calling thread that take turns at barriers and exchanges. It shows wrong results, missing barriers that
-// change results, exchanges that not all named lanes reach (CHECKed) and accesses out of bounds (with AddressSanitizer's allocator or
-// guarded memory); not races that the order of fibers hides, and not speed. Loops without a barrier run to their end, so a block may
-// not wait for another one.
+// a block as fibers of the calling thread that take turns at barriers and exchanges, of every second block from the last to the first. It
+// shows wrong results, missing barriers that change results in one of these orders, exchanges that not all named lanes reach (CHECKed)
+// and accesses out of bounds (with AddressSanitizer's allocator or guarded memory); not races that both orders hide, and not speed. Loops
+// without a barrier run to their end, so a block may not wait for another one.
 #pragma once
 
 #include <algorithm>

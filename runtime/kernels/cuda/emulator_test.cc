@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "runtime/kernels/cuda/launch.h"
@@ -24,6 +25,22 @@ TEST(Emulator, ThreadsOfABlockShareMemoryAcrossABarrier) {
   for (int i = 0; i < 1000; ++i) {
     const int begin = i / 128 * 128, count = std::min(128, 1000 - begin);
     EXPECT_EQ(to[static_cast<size_t>(i)], begin + count - 1 - (i - begin)) << i;
+  }
+}
+
+// What is wrong: a thread reads what its neighbour writes, without a barrier.
+__global__ void ReadNeighbour(int* seen, int neighbour) {
+  SHOAL_DYNAMIC_SHARED(int, tile);
+  const int own = static_cast<int>(threadIdx.x), other = own + neighbour;
+  tile[own] = own;
+  if (other >= 0 && other < static_cast<int>(blockDim.x)) seen[blockIdx.x * blockDim.x + threadIdx.x] = tile[other] == other ? 1 : 0;
+}
+
+TEST(Emulator, AMissingBarrierShowsInOneOfTwoBlocksWhateverTheNeighbour) {
+  for (const int neighbour : {-1, 1}) {
+    std::vector<int> seen(2 * 64, 0);
+    (void)Launch({.blocks = 2, .threads = 64, .shared_bytes = 256}, nullptr, ReadNeighbour, seen.data(), neighbour);
+    EXPECT_EQ(std::count(seen.begin(), seen.end(), 1), 63) << neighbour;
   }
 }
 
