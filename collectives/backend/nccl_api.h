@@ -5,8 +5,21 @@
 // with the communicator before `progress` has answered kOk. One thread at a time uses a communicator; operations belong to the
 // device that it was connected on, which the thread has chosen. Messages of results live until the next call of the thread.
 //
-// There is no split and no shrink: both need ranks that the new communicator will not have, or a parent that all of its ranks
-// still have. A part of a group, and the group of a later epoch, connect anew, with an id that goes over the host's group.
+// There is no split: all ranks of a parent call ncclCommSplit, while only the members of a part call Communicator::Split. Nor is there
+// a shrink: the group of the next epoch connects anew, with an id that goes over the host's group, even where all of its ranks have
+// survived the last one. ncclCommShrink (2.27) with NCCL_SHRINK_ABORT would make a communicator of survivors without an id.
+// * It would save the first exchange of addresses, "bootstrap" in the line "Init timings" that NCCL prints with NCCL_DEBUG=INFO. All
+//   else of connecting is done again, as by ncclCommInitRank: with that flag, as after ncclCommRevoke, the child shares neither
+//   connections nor buffers nor threads with its parent.
+// * Kernels that wait for a dead rank have to end with their group, for tensors are the caller's again then. Who survives is agreed on
+//   later, and shrink has to be told. So every rank would have to revoke its communicator (2.28 has ncclCommRevoke), and keep it, with
+//   its memory of the device, until the next epoch has connected; after that abort it: destroying would wait for the dead.
+// * It serves the survivors alone, in the order of their parent's ranks. A newcomer, another order, a part that was not there before, a
+//   parent that was still connecting or whose asynchronous error is set on one rank (as by a network whose other end has died: NCCL
+//   does not shrink those), and another death meanwhile: all these connect anew. So ranks would have to agree each time on which of
+//   two ways to go.
+// It becomes worth that where the bootstrap takes most of the time to connect, at thousands of ranks; but several ids
+// (ncclCommInitRankScalable) shorten it for newcomers and parts as well, and are to be tried first.
 #pragma once
 
 #include <cstdint>

@@ -3,7 +3,7 @@
 // The host's group exchanges what NCCL needs to connect, and learns of deaths, missed deadlines and aborts: then every rank calls
 // ncclCommAbort, which ends its kernels, so that nothing hangs. With each operation the ranks compare over it, at the same time,
 // what they have issued; so an operation that a rank never issues, or another one in its place, ends the group as it does elsewhere.
-// NCCL's communicators are never repaired: the group of the next epoch connects anew.
+// NCCL's communicators are never repaired: the group of the next epoch connects anew (nccl_api.h says why).
 #pragma once
 
 #include <memory>
