@@ -88,12 +88,17 @@ TEST(DocumentMask, ChangesWhatIsTrained) {
   for (size_t i = 0; i < with.size(); ++i) EXPECT_GT(std::abs(with[i] - without[i]), 1e-4) << i;
 }
 
-TEST(DocumentMask, GivesTheSameOnTwoRanks) {
+TEST(DocumentMask, GivesTheSameOnTwoRanksAndRecomputed) {
   const std::vector<double> want = LossesOnOneRank(true, Graphs::kOff, nullptr);
   RunRanks(2, "auto", [&](Communicator& world) {
     Config config = SmallConfig(true, Graphs::kOff);
     config.mutable_parallel()->set_expert(2);
-    ExpectNear(LossesOf(*NewModel(config, world, nullptr)), want);
+    for (Device* device : {static_cast<Device*>(nullptr), &TestDevice()}) {
+      for (const bool recompute : {false, true}) {
+        config.mutable_train()->set_recompute(recompute);
+        ExpectNear(LossesOf(*NewModel(config, world, device)), want);
+      }
+    }
   });
 }
 

@@ -86,7 +86,8 @@ void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, 
       << "the pinned order of sums is that of one wave and one chunk";
   saved->chunks = chunks;
   saved->batch = std::move(batch);
-  saved->batch.pieces = PiecesFor(chunks.forward, chunks.backward);
+  const bool on_stream = RoutesOnStream(config_, *context_, stream);
+  saved->batch.pieces = on_stream ? 1 : PiecesFor(chunks.forward, chunks.backward);
   saved->batch.rank = context_->rank;
   if (context_->control == nullptr) {
     saved->batch.tokens_of_rank = {x.dim(0)};
@@ -97,7 +98,9 @@ void MoeLayer::Route(const Tensor& x, const Tensor& delta, Router::Batch batch, 
   saved->rstd = Empty({x.dim(0)}, DType::kF32, stream);
   kernels::RmsNorm(x, delta, store_->Weight(norm_, {config_.hidden_size}), epsilon_, saved->x, saved->normed, saved->rstd,
                    stream);
-  saved->summary = RoutesOnStream(config_, *context_, stream)
+  // Computing the layer again, the host has the counts of all ranks; with capacities it needs the choices, too.
+  const bool counted = !saved->summaries.empty() && !config_.has_capacity();
+  saved->summary = on_stream || counted
                        ? Tensor()
                        : Empty({router_->SummaryElements(x.dim(0), saved->batch.pieces)}, router_->SummaryType());
   saved->routing = router_->Score(saved->normed, saved->batch, saved->summary, sums, stream);

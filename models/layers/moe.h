@@ -49,7 +49,8 @@ class MoeLayer {
     Chunks chunks;
     Tensor x, normed, rstd;  // x: the sum that was normalised.
     std::unique_ptr<Router::Saved> routing;
-    Tensor summary, summaries;  // Of this rank and of all; of a pass that RoutesOnStream none.
+    // Of this rank and of all; of a pass that RoutesOnStream none. Those of all may be given, by a pass of the same tokens before.
+    Tensor summary, summaries;
     RoutedTokens routed;
     std::optional<ExpertRows> rows;
     Tensor slot, token, offset;  // `offset`: that of `routed`, where the stream computes.

@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "collectives/communicator.h"
@@ -15,6 +16,7 @@
 namespace shoal {
 namespace {
 using kernels::testing::ExpectNear;
+using kernels::testing::ExpectSameBits;
 using kernels::testing::Random;
 using kernels::testing::TestDevice;
 using kernels::testing::TestStream;
@@ -99,6 +101,24 @@ class Fixture {
     return layer_->Arrange(&saved, nullptr, stream_);
   }
 
+  // As one of several ranks, until rows have their places; then again, as where little is kept. Waits for nothing that the layer does not
+  // wait for. Returns the waits of either.
+  std::pair<int64_t, int64_t> ArrangeTwice(MoeLayer::Chunks chunks, MoeLayer::Saved* first, MoeLayer::Saved* again) {
+    context_.control = world_.get();
+    const auto arrange = [&](MoeLayer::Saved* saved) {
+      const int64_t waits = TestDevice().waits().waits;
+      layer_->Route(x_, delta_, {.seq = kSeq, .tokens_of_rank = {kTokens}}, chunks, saved, nullptr, stream_);
+      if (saved == first) {
+        EXPECT_TRUE(layer_->Exchange(saved).ok());
+      }
+      EXPECT_EQ(layer_->Arrange(saved, nullptr, stream_), absl::OkStatus());
+      return TestDevice().waits().waits - waits;
+    };
+    const int64_t before = arrange(first);
+    again->summaries = first->summaries;
+    return {before, arrange(again)};
+  }
+
   // Of the layer's parameters.
   std::vector<std::pair<std::string, Tensor>> Gradients() const {
     std::vector<std::pair<std::string, Tensor>> gradients;
@@ -158,6 +178,19 @@ TEST_P(DeviceMoe, NothingWaitsForTheDevice) {
     EXPECT_EQ(TestDevice().waits().waits, before.waits);
     EXPECT_EQ(TestDevice().waits().allocations, before.allocations);
     ASSERT_EQ(stream->Wait(), absl::OkStatus());
+  }
+}
+
+TEST_P(DeviceMoe, WhatAllRanksCountedIsNotWaitedForAgain) {
+  const std::unique_ptr<Stream> stream = TestStream();
+  Fixture fixture(ConfigOf(GetParam()), DType::kF32, *stream);
+  for (const MoeLayer::Chunks chunks : {MoeLayer::Chunks{1, 1}, MoeLayer::Chunks{3, 2}}) {
+    MoeLayer::Saved first, again;
+    EXPECT_EQ(fixture.ArrangeTwice(chunks, &first, &again), std::pair(int64_t{1}, int64_t{0}));
+    for (const auto tensor : {&MoeLayer::Saved::slot, &MoeLayer::Saved::token, &MoeLayer::Saved::offset}) {
+      ExpectSameBits(kHost(again.*tensor, *stream), kHost(first.*tensor, *stream), "order of rows");
+    }
+    EXPECT_EQ(again.routed.rows, first.routed.rows);
   }
 }
 

@@ -99,8 +99,9 @@ class Router {
   // normed_TD (f32 or bf16): the layer's normalised input, kept by reference until Backward. Writes the summary into `summary`, a
   // host tensor: on a device's stream it waits. Adds to `sums` (in host memory) unless null.
   //
-  // Without a summary (no elements) neither half waits, and nobody but the stream learns what is chosen: for one rank and a router
-  // without capacity. Sums are then where the stream computes.
+  // Without a summary (no elements) it neither waits nor adds to `sums`: for a router without capacity, where the host knows all summaries
+  // from before and there are no sums, or need not know them, as one rank with one piece. Then nobody but the stream learns what is chosen:
+  // Choose is given no summaries either, and sums are where the stream computes.
   virtual std::unique_ptr<Saved> Score(const Tensor& normed, const Batch& batch, const Tensor& summary, const RoutingSums* sums,
                                        Stream& stream) = 0;
   // `summaries`: those of all ranks, in rank order; where the router has no capacity (ModelConfig::has_capacity) this rank's alone

@@ -38,7 +38,7 @@ class SigmoidRouter : public Router {
     kept->scores = Empty({tokens, experts()}, DType::kF32, stream);
     kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
-    kept->tally = kernels::MakeTally(tokens, experts(), summary.empty() ? 1 : batch.pieces, kernels::TallySums::kNo, stream);
+    kept->tally = kernels::MakeTally(tokens, experts(), batch.pieces, kernels::TallySums::kNo, stream);
     kernels::TopKSigmoid(logits, BiasFor(stream), scale_, kept->scores, kept->chosen, kept->weights, stream, kept->tally);
     if (summary.empty()) return kept;
     const Tensor loss = Zeros({1}, DType::kF64, stream);

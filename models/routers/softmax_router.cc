@@ -41,13 +41,13 @@ class SoftmaxRouter : public Router {
     kept->chosen = Empty({tokens, choices()}, DType::kI32, stream);
     kept->weights = Empty({tokens, choices()}, DType::kF32, stream);
     kept->logz = Empty({tokens}, DType::kF32, stream);
-    const bool on_stream = summary.empty(), capacity = config_.has_capacity();
+    const bool capacity = config_.has_capacity();
     if (!capacity || sums != nullptr) {
-      kept->tally = kernels::MakeTally(tokens, experts(), on_stream ? 1 : batch.pieces,
+      kept->tally = kernels::MakeTally(tokens, experts(), batch.pieces,
                                        sums == nullptr ? kernels::TallySums::kNo : kernels::TallySums::kYes, stream);
     }
     kernels::TopKSoftmax(logits, renormalize(), kept->probs, kept->chosen, kept->weights, kept->logz, stream, kept->tally);
-    if (on_stream) return kept;
+    if (summary.empty()) return kept;
     const std::vector<Tensor> host = AllToHost({kept->tally.counts.empty() ? Tensor() : TotalsOf(kept->tally, stream),
                                                 capacity ? kept->chosen : Tensor(), capacity ? kept->weights : Tensor()},
                                                stream);
