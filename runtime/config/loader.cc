@@ -44,9 +44,12 @@ void ListKeys(const Descriptor& descriptor, const std::string& section, std::vec
   }
 }
 
+// How a suggestion names a key of the same section: as it stands there, or with its section.
+enum class Named : uint8_t { kFromSection, kWhole };
+
 // "; did you mean hidden_size?", or with its section when it belongs to another one. A key that is spelt
 // exactly so elsewhere is meant rather than a similar one here.
-std::string SuggestKey(const Descriptor& root, std::string_view section, std::string_view name) {
+std::string SuggestKey(const Descriptor& root, std::string_view section, std::string_view name, Named named) {
   std::vector<KnownKey> keys;
   ListKeys(root, "", &keys);
   int least = std::numeric_limits<int>::max();
@@ -58,7 +61,7 @@ std::string SuggestKey(const Descriptor& root, std::string_view section, std::st
     const int score = 2 * unlikeness + (here ? 0 : 1);
     if (score >= least) continue;
     least = score;
-    suggestion = here ? key.name : JoinKey(key.section, key.name);
+    suggestion = here && named == Named::kFromSection ? key.name : JoinKey(key.section, key.name);
   }
   return suggestion.empty() ? "" : absl::StrCat("; did you mean ", suggestion, "?");
 }
@@ -208,7 +211,7 @@ class Reader {
       }
       const FieldDescriptor* field = out->GetDescriptor()->FindFieldByName(name);
       if (field == nullptr) {
-        Fail(item.first, path, absl::StrCat("unknown key", SuggestKey(root_, section, name)));
+        Fail(item.first, path, absl::StrCat("unknown key", SuggestKey(root_, section, name, Named::kFromSection)));
         continue;
       }
       if (positions_ != nullptr) positions_->Set(path, Where(item.first));
@@ -319,7 +322,7 @@ Target FindTarget(const std::string& path, Message* root) {
   for (size_t i = 0; i < names.size(); ++i) {
     target.field = target.message->GetDescriptor()->FindFieldByName(names[i]);
     if (target.field == nullptr) {
-      target.wrong = absl::StrCat("unknown key", SuggestKey(*root->GetDescriptor(), section, names.back()));
+      target.wrong = absl::StrCat("unknown key", SuggestKey(*root->GetDescriptor(), section, names.back(), Named::kWhole));
       return target;
     }
     if (i + 1 == names.size()) return target;

@@ -194,7 +194,7 @@ TEST(ApplyOverride, TakesStringsAsTheyAre) {
 }
 
 TEST(ApplyOverride, ObeysTheSameChecks) {
-  EXPECT_EQ(OverrideError("hull.lenght=3"), "--set hull.lenght=3: unknown key; did you mean length?");
+  EXPECT_EQ(OverrideError("hull.lenght=3"), "--set hull.lenght=3: unknown key; did you mean hull.length?");
   EXPECT_EQ(OverrideError("length=3"), "--set length=3: unknown key; did you mean hull.length?");
   EXPECT_EQ(OverrideError("hul.length=3"), "--set hul.length=3: unknown key; did you mean hull.length?");
   EXPECT_EQ(OverrideError("name.x=3"), "--set name.x=3: name is a value, not a section");

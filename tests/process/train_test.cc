@@ -460,7 +460,7 @@ TEST_F(TrainTest, BadInputsAreNamed) {
   };
   WriteFile(Path("short.txt"), "too short");
   for (const Case& c : std::vector<Case>{
-           {{"model.hiden_size=8"}, {"--set model.hiden_size=8", "did you mean hidden_size"}},
+           {{"model.hiden_size=8"}, {"--set model.hiden_size=8", "did you mean model.hidden_size"}},
            {{"train.steps=many"}, {"train.steps"}},
            {{"parallel.expert=2"}, {"parallel.expert", "1 or 3 would fit"}},
            {{"data.path=nowhere.txt"}, {"nowhere.txt"}},
