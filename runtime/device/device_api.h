@@ -10,7 +10,7 @@
 
 namespace shoal {
 
-inline constexpr int32_t kDeviceApiVersion = 2;
+inline constexpr int32_t kDeviceApiVersion = 3;
 
 struct DeviceResult {
   enum class Code : int32_t {
