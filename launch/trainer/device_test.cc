@@ -12,6 +12,7 @@
 
 #include "launch/checkpoint/checkpoint.h"
 #include "launch/trainer/session.h"
+#include "launch/trainer/testing.h"
 #include "runtime/kernels/cuda/device_testing.h"
 #include "tests/harness/ranks.h"
 #include "tests/harness/temp_dir.h"
@@ -25,18 +26,7 @@ using testing::TempDir;
 constexpr int64_t kRows = 2, kSeq = 8;
 
 Config SmallConfig() {
-  Config config;
-  Model& model = *config.mutable_model();
-  model.set_hidden_size(16);
-  model.set_num_attention_heads(2);
-  model.set_num_hidden_layers(2);
-  model.set_intermediate_size(16);
-  model.set_num_local_experts(4);
-  config.mutable_train()->set_seq_length(kSeq);
-  config.mutable_train()->set_global_batch_size(kRows);
-  config.mutable_schedule()->set_chunks_forward(1);
-  config.mutable_schedule()->set_chunks_backward(1);
-  config.mutable_schedule()->set_waves(1);
+  Config config = testing::TinyConfig(kRows, kSeq);
   config.mutable_schedule()->set_gradient_slices("plain");
   ResolveConfig(&config);
   return config;

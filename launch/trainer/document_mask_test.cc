@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "launch/trainer/session.h"
+#include "launch/trainer/testing.h"
 #include "runtime/kernels/cuda/device_testing.h"
 #include "tests/harness/ranks.h"
 
@@ -21,20 +22,9 @@ constexpr int32_t kEnd = 7;
 enum class Graphs : uint8_t { kOff, kAuto };
 
 Config SmallConfig(bool document_mask, Graphs graphs) {
-  Config config;
-  Model& model = *config.mutable_model();
-  model.set_hidden_size(16);
-  model.set_num_attention_heads(2);
-  model.set_num_hidden_layers(2);
-  model.set_intermediate_size(16);
-  model.set_num_local_experts(4);
+  Config config = testing::TinyConfig(kRows, kSeq);
   config.mutable_data()->set_document_mask(document_mask);
   config.mutable_data()->set_end_of_document_token(kEnd);
-  config.mutable_train()->set_seq_length(kSeq);
-  config.mutable_train()->set_global_batch_size(kRows);
-  config.mutable_schedule()->set_chunks_forward(1);
-  config.mutable_schedule()->set_chunks_backward(1);
-  config.mutable_schedule()->set_waves(1);
   config.mutable_schedule()->set_device_graphs(graphs == Graphs::kAuto ? "auto" : "off");
   return config;
 }

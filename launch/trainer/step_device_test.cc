@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "launch/trainer/session.h"
+#include "launch/trainer/testing.h"
 #include "runtime/device/fake_device.h"
 #include "runtime/kernels/cuda/device_testing.h"
 #include "tests/harness/ranks.h"
@@ -27,13 +28,8 @@ using kernels::testing::TestDevice;
 constexpr int64_t kRows = 4, kSeq = 8;
 
 Config SmallConfig(const std::string& router, bool graphs) {
-  Config config;
+  Config config = testing::TinyConfig(kRows, kSeq);
   Model& model = *config.mutable_model();
-  model.set_hidden_size(16);
-  model.set_num_attention_heads(2);
-  model.set_num_hidden_layers(2);
-  model.set_intermediate_size(16);
-  model.set_num_local_experts(4);
   const bool fp8 = router == "fp8";  // Weights are quantised once a pass, which a recorded step must do as often.
   config.mutable_train()->set_precision(fp8 ? "bf16" : "fp32");
   config.mutable_train()->set_matmul(fp8 ? "fp8" : "same");
@@ -48,11 +44,6 @@ Config SmallConfig(const std::string& router, bool graphs) {
   } else {
     model.set_router_z_loss_coef(0.01);
   }
-  config.mutable_train()->set_seq_length(kSeq);
-  config.mutable_train()->set_global_batch_size(kRows);
-  config.mutable_schedule()->set_chunks_forward(1);
-  config.mutable_schedule()->set_chunks_backward(1);
-  config.mutable_schedule()->set_waves(1);
   config.mutable_schedule()->set_gradient_slices("plain");
   config.mutable_schedule()->set_device_graphs(graphs ? "auto" : "off");
   return config;
