@@ -63,6 +63,12 @@ inline Tensor RandomFirst(int64_t rows, int64_t seq, uint64_t seed) {
   return FirstOfDocuments(rows, seq, lengths);
 }
 
+// `all` becomes NaN but for its rows from `begin` on, which are those of `own`: nothing but them may be read.
+inline void PlaceAmongNan(const Tensor& own, int64_t begin, const Tensor& all) {
+  std::memset(all.raw(), 0xff, static_cast<size_t>(all.bytes()));
+  std::memcpy(all.Rows(begin, own.dim(0)).raw(), own.raw(), static_cast<size_t>(own.bytes()));
+}
+
 // Pairs of T tokens, `each` of them or, when ragged, 0 to 2 * each; slots in random order, among them rows of no pair.
 struct Pairs {
   Tensor offset, slot, token;  // token: of each row.
