@@ -59,7 +59,7 @@ int RunTrace(absl::Span<const std::string> args) {
   flags.AddPositional("CONFIG", "A YAML file, for example configs/bench-tiny.yaml.", &values.config);
   flags.Add({.name = "set", .value = "KEY=VALUE", .help = "Changes a key of the configuration. May be repeated."},
             &values.overrides);
-  flags.Add({.name = "steps", .value = "N", .help = "Steps to train.", .min = 1}, &values.trace.steps);
+  flags.Add({.name = "steps", .value = "N", .help = "Steps to train. The first says nothing of what tasks cost.", .min = 1}, &values.trace.steps);
   flags.Add({.name = "last", .value = "N", .help = "Steps of these to trace, the last ones.", .min = 1}, &values.trace.traced);
   flags.Add({.name = "output", .value = "FILE", .help = "Where to write the trace. Default: NAME.trace.json.", .letter = 'o'},
             &values.trace.path);

@@ -1,5 +1,6 @@
 // Learns what the tasks of a step take while training, and chooses the schedule from it (parallel/schedule/scheduler.h). A thin shell:
-// measurements of all ranks are brought together by two small all-reduces after each step, so that every rank decides alike.
+// measurements of all ranks are brought together by two small all-reduces after each step, so that every rank decides alike. The first
+// step with a schedule is not learnt from.
 //
 // It begins with plain schedules of one chunk, of two waves and of two chunks, to tell fixed costs from those per row. Then it measures
 // what is predicted to be fastest and those that are predicted to be nearly as fast, for a few steps each, and stays with the one

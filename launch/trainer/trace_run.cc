@@ -72,7 +72,7 @@ void PrintSummary(const std::vector<StepSummary>& steps, double predicted_second
   };
   absl::PrintF("Rank 0, medians of the last %d steps:\n", steps.size());
   line("step", summary.step_ns);
-  line("  the last, predicted", static_cast<int64_t>(predicted_seconds * 1e9));
+  if (predicted_seconds > 0) line("  the last, predicted", static_cast<int64_t>(predicted_seconds * 1e9));
   for (int lane = 0; lane < kLanes; ++lane) {
     const int64_t busy = summary.busy_ns[static_cast<size_t>(lane)];
     if (busy > 0) line(absl::StrCat("lane ", AbslSv(Name(static_cast<Lane>(lane))), " busy"), busy);
